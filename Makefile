@@ -1,0 +1,56 @@
+# Every target builds what it needs; nothing outside this folder is written, but for pip's own cache.
+#   make demo                                     the demo, in a new environment
+#   make test                                     all tests
+#   make test ARGS="tests/rotation -k compose"    some of them
+#   make test CONSTRAINTS=constraints-lowest.txt VENV=.venv-lowest    with the oldest versions that are supported
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "constraints-lowest.txt")')
+WORKERS ?= 2
+ARGS ?=
+
+RUN := $(VENV)/bin
+PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
+INSTALLED_FROM := pyproject.toml $(CONSTRAINTS)
+CHECKED := $(wildcard src tests scripts examples benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format build clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.runtime ## train three adapters on the embedded model, merge them, mix them in one batch
+	$(RUN)/roadie demo
+
+test: $(VENV)/.development ## all tests (ARGS="..." goes to pytest)
+	$(RUN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: $(VENV)/.development ## style, types, the import ladder and the public surface
+	$(RUN)/ruff check $(CHECKED)
+	$(RUN)/ruff format --check $(CHECKED)
+	$(RUN)/mypy
+	$(RUN)/python -m pytest -q tests/architecture/test_ladder.py tests/architecture/test_surface.py
+
+format: $(VENV)/.development ## rewrite the code in the project's style
+	$(RUN)/ruff check --fix $(CHECKED)
+	$(RUN)/ruff format $(CHECKED)
+
+build: $(VENV)/.development ## wheel and source archive into dist/
+	$(RUN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(RUN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+
+$(RUN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(INSTALLED_FROM) | $(RUN)/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.development: $(INSTALLED_FROM) | $(RUN)/python
+	$(PIP) -e ".[dev]"
+	touch $(VENV)/.runtime $@

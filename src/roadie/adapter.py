@@ -1,0 +1,293 @@
+"""The adapter value: the parameters of every adapted layer, frozen, as they travel between the parts of roadie.
+
+An `Adapter` is what one adapter file says, without the file: per layer (theta, alpha, variant, group_size), the
+config as it was read, and whatever else the file carried (weights of `modules_to_save`, trained biases). Nothing here
+touches a disk or a model: `roadie.checkpoint` makes adapters of files, the tuner makes models of adapters.
+
+**Which variant and group size a layer has** is decided by `resolve_layer`, for files and for models alike. The keys
+of `variant_pattern` and `group_size_pattern` are regular expressions matched against the end of the module path, at a
+dot: ``(.*\\.)?(key)$``. The first key that matches, in the mapping's order, wins; otherwise `variant` and `group_size`
+hold. With `adapt_group_size` a group size that does not divide the layer's outputs D becomes gcd(D, group_size).
+
+Shapes: ``D`` out features of a layer, ``n = parameter_size(variant, D)`` elements of theta and of alpha.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roadie.errors import AdapterError, ConfigError
+from roadie.rotation import Rotation, Variant, check_group_size, from_parameters, parameter_size
+
+DEFAULT_VARIANT = "road_1"
+DEFAULT_GROUP_SIZE = 64
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+MAX_NAME_LENGTH = 128
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+# "__base__" names the base model in a mixed batch. The others are parts of PEFT's state-dict keys: when PEFT saves one
+# of several adapters it drops every key that has another adapter's name between two dots or at the end.
+RESERVED_NAMES = frozenset(
+    {"__base__", "base_layer", "bias", "model", "modules_to_save", "original_module", "token_adapter", "weight"}
+    | {"road_alpha", "road_theta"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerParameters:
+    """The RoAd parameters of one layer.
+
+    theta (radians), alpha: ``[n]`` each, of one floating dtype and on one device; variant: a `Variant` or its name;
+    group_size: positive, even, divides D. Values are not looked at (they may live on the meta device).
+    Raises `AdapterError` where the tensors do not fit, `ConfigError` for an unknown variant or a bad group size.
+    """
+
+    theta: Tensor
+    alpha: Tensor
+    variant: Variant
+    group_size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variant", Variant.parse(self.variant))
+        check_group_size(self.group_size)
+        _check_tensors(self.theta, self.alpha)
+        _check_fits_groups(self.out_features, self)
+
+    @property
+    def out_features(self) -> int:
+        """D, the number of outputs of the layer."""
+        return out_features_of(self.variant, self.theta.numel())
+
+    @property
+    def rotation(self) -> Rotation:
+        """The rotation these parameters stand for, ``[D]``, in float32 or wider; computed at every use."""
+        return from_parameters(self.theta, self.alpha, self.variant, self.group_size)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of theta and alpha together."""
+        return self.theta.numel() + self.alpha.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of theta and alpha together."""
+        return self.theta.nbytes + self.alpha.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter: the RoAd parameters of each adapted layer, its config, and the other tensors of its file.
+
+    layers: module path in the base model ("model.layers.0.self_attn.q_proj") -> `LayerParameters`, at least one;
+    config: the keys of adapter_config.json, unknown ones included, the variant without roadie's prefix;
+    other: tensor name in the file -> tensor, kept as it is (weights of `modules_to_save`, trained biases).
+    The mappings are copied and read-only; the tensors are shared, not copied. Pickles and deep copies.
+    Raises `AdapterError` where a key or a value is not of these kinds.
+    """
+
+    layers: Mapping[str, LayerParameters]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    other: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_entries("layers", self.layers, LayerParameters)
+        _check_entries("config", self.config, object)
+        _check_entries("other", self.other, Tensor)
+        _check_module_paths(self.layers)
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+        object.__setattr__(self, "config", MappingProxyType(copy.deepcopy(dict(self.config))))
+        object.__setattr__(self, "other", MappingProxyType(dict(self.other)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mappingproxy can be neither pickled nor deep-copied, and adapters travel between processes.
+        return Adapter, (dict(self.layers), dict(self.config), dict(self.other))
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants that occur, each once, in the order of their names."""
+        return tuple(sorted({layer.variant for layer in self.layers.values()}))
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """The group sizes that occur, each once, ascending."""
+        return tuple(sorted({layer.group_size for layer in self.layers.values()}))
+
+    @property
+    def out_features(self) -> Mapping[str, int]:
+        """Module path -> D."""
+        return MappingProxyType({path: layer.out_features for path, layer in self.layers.items()})
+
+    @property
+    def base_model_name(self) -> str | None:
+        """Name or path of the base model the config speaks of; None where it says nothing."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of theta and alpha over all layers; `other` is not counted."""
+        return sum(layer.num_parameters for layer in self.layers.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held, `other` included."""
+        return sum(layer.nbytes for layer in self.layers.values()) + sum(t.nbytes for t in self.other.values())
+
+
+def out_features_of(variant: str | Variant, size: int) -> int:
+    """D of a layer whose theta has `size` elements; the inverse of `rotation.parameter_size`.
+
+    Raises `AdapterError` where no D has that size.
+    """
+    variant = Variant.parse(variant)
+    out_features, rest = divmod(2 * size, parameter_size(variant, 2))
+    if rest or out_features <= 0:
+        raise AdapterError(
+            f"got theta of {size} elements; wanted a positive {'even ' if rest else ''}number for {variant.value}; "
+            "check the variant of the adapter"
+        )
+    return out_features
+
+
+def resolve_layer(config: Mapping[str, Any], module_path: str, out_features: int) -> tuple[Variant, int]:
+    """The variant and the group size that `config` gives to the layer at `module_path` with `out_features` outputs.
+
+    Raises `ConfigError`, naming the module, for an unknown variant, a bad pattern, or a group size that does not
+    divide `out_features` (with `adapt_group_size`: where `out_features` is odd).
+    """
+    return resolve_variant(config, module_path), resolve_group_size(config, module_path, out_features)
+
+
+def resolve_variant(config: Mapping[str, Any], module_path: str) -> Variant:
+    """The variant that `config` gives to the layer at `module_path`; the first half of `resolve_layer`."""
+    try:
+        return Variant.parse(_setting_of(config, "variant", module_path, DEFAULT_VARIANT))
+    except ConfigError as error:
+        raise ConfigError(f"{error} Module: {module_path}.") from None
+
+
+def resolve_group_size(config: Mapping[str, Any], module_path: str, out_features: int) -> int:
+    """The group size that `config` gives to the layer at `module_path`; the second half of `resolve_layer`."""
+    try:
+        group_size: int = _setting_of(config, "group_size", module_path, DEFAULT_GROUP_SIZE)
+        check_group_size(group_size)
+        if config.get("adapt_group_size") and math.gcd(out_features, group_size) % 2 == 0:
+            return math.gcd(out_features, group_size)
+        check_group_size(group_size, out_features)
+    except ConfigError as error:
+        raise ConfigError(f"{error} Module: {module_path}.") from None
+    return group_size
+
+
+def check_adapter_name(name: str, module_paths: Iterable[str] = ()) -> None:
+    """Raise `ConfigError` unless `name` can name an adapter of a model with modules at `module_paths`.
+
+    A name has 1 to 128 characters A-Z a-z 0-9 _ -, does not start with a hyphen, and is neither one of
+    `RESERVED_NAMES` nor a part (between dots) of one of `module_paths`: PEFT tells the adapters of a model apart by
+    the parts of their state-dict keys, and would drop the tensors of such modules when it saves another adapter.
+    """
+    if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"got adapter name {_shortened(name)}; wanted 1 to {MAX_NAME_LENGTH} characters A-Z a-z 0-9 _ - that "
+            "do not start with a hyphen; dots and slashes would be taken for parts of a module path; try 'my_adapter'"
+        )
+    if name in RESERVED_NAMES:
+        free = f"my_{name.strip('_')}"
+        raise ConfigError(f"got adapter name {name!r}, which is reserved; wanted another name; try {free!r}")
+    clash = next((path for path in module_paths if name in path.split(".")), None)
+    if clash is not None:
+        raise ConfigError(
+            f"got adapter name {name!r}, which is a part of the module path {clash}; wanted a name that no module has, "
+            f"because saving tells adapters apart by such parts; try 'adapter_{name}'"
+        )
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError`, naming the key, unless the keys that `resolve_layer` reads hold the right kinds of value."""
+    Variant.parse(config.get("variant", DEFAULT_VARIANT))
+    check_group_size(config.get("group_size", DEFAULT_GROUP_SIZE))
+    if not isinstance(config.get("adapt_group_size", False), bool):
+        raise ConfigError(f"got adapt_group_size {_shortened(config['adapt_group_size'])}; wanted True or False.")
+    for key, check in (("variant_pattern", Variant.parse), ("group_size_pattern", check_group_size)):
+        for pattern, value in _patterns_of(config, key).items():
+            _matches_end(pattern, "", key)
+            check(value)
+
+
+def _setting_of(config: Mapping[str, Any], key: str, module_path: str, default: object) -> Any:
+    for pattern, value in _patterns_of(config, f"{key}_pattern").items():
+        if _matches_end(pattern, module_path, f"{key}_pattern"):
+            return value
+    return config.get(key, default)
+
+
+def _patterns_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    patterns = config.get(key)
+    if patterns is None:
+        return {}
+    if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"got {key} {_shortened(patterns)}; wanted a mapping from regular expressions to values.")
+    return patterns
+
+
+def _matches_end(pattern: str, module_path: str, key: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module_path) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        got = f"got {key} {_shortened(pattern)}, which is not a regular expression"
+        raise ConfigError(f"{got} ({error}); wanted one.") from None
+
+
+def _check_tensors(theta: Tensor, alpha: Tensor) -> None:
+    if not isinstance(theta, Tensor) or not isinstance(alpha, Tensor):
+        raise AdapterError(f"got theta {type(theta).__name__} and alpha {type(alpha).__name__}; wanted tensors")
+    if theta.dim() != 1 or theta.shape != alpha.shape:
+        raise AdapterError(
+            f"got theta {tuple(theta.shape)} and alpha {tuple(alpha.shape)}; wanted one dimension and equal sizes"
+        )
+    if theta.dtype != alpha.dtype or theta.dtype not in DTYPES:
+        raise AdapterError(
+            f"got theta {theta.dtype} and alpha {alpha.dtype}; wanted one dtype, of "
+            f"{', '.join(str(dtype) for dtype in DTYPES)}; convert both with .to()"
+        )
+    if theta.device != alpha.device:
+        raise AdapterError(f"got theta on {theta.device} and alpha on {alpha.device}; wanted one device; use .to()")
+
+
+def _check_fits_groups(out_features: int, layer: LayerParameters) -> None:
+    if out_features % layer.group_size:
+        raise AdapterError(
+            f"got {layer.theta.numel()} parameters, {out_features} outputs as {layer.variant.value}; wanted a multiple "
+            f"of group_size={layer.group_size}; check the variant and the group size of the adapter"
+        )
+
+
+def _check_entries(name: str, mapping: object, kind: type) -> None:
+    if not isinstance(mapping, Mapping):
+        raise AdapterError(f"got {name} of type {type(mapping).__name__}; wanted a mapping with str keys")
+    for key, value in mapping.items():
+        if not isinstance(key, str) or not isinstance(value, kind):
+            got = f"got {name}[{_shortened(key)}] of type {type(value).__name__}"
+            raise AdapterError(f"{got}; wanted str keys and {kind.__name__} values")
+
+
+def _check_module_paths(layers: Mapping[str, LayerParameters]) -> None:
+    if not layers:
+        raise AdapterError("got an adapter without layers; wanted at least one adapted layer")
+    for path in layers:
+        if not all(path.split(".")):
+            raise AdapterError(f"got module path {_shortened(path)}; wanted non-empty names joined by dots")
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

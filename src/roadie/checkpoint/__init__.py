@@ -1,0 +1,159 @@
+"""Adapter files: PEFT's format, read and written without PEFT; safetensors only; replaced as a whole or not at all.
+
+A checkpoint is a folder with two files:
+
+    adapter_config.json          the config, JSON, indent 2, keys sorted; at most 1 MiB
+    adapter_model.safetensors    base_model.model.<module path>.road_theta | .road_alpha   [n] each
+                                 and other tensors (modules_to_save, trained biases), metadata {"format": "pt"}
+
+**Bit for bit.** `load` keeps every tensor's dtype and bits and every key of the config; `save` of what `load` gave
+writes both files byte for byte as stock PEFT 0.21 or roadie wrote them. Not kept, because neither writer produces
+them: other metadata, another JSON layout, two spellings of one number, extra keys that hold their default.
+
+**The prefix.** Where the config says more than stock PEFT understands (`EXTRA_DEFAULTS`), the file's variant reads
+"roadie:road_1", so that stock PEFT raises "Invalid variant" where it would have loaded another meaning. Readers here
+strip it, `config_text` puts it back. An extension that this reader must not ignore needs another prefix.
+
+**One pair, never a mixture.** Both files are written and fsynced in a temporary folder beside the final ones. Where
+the config does not change, the weights are replaced by one rename. Otherwise: old config out, old weights out, new
+weights in, new config in. An exception puts the old files back. After a crash in between there is no config, so that
+every reader refuses, and old and new files are still there in the temporary folder, which the error names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from roadie.adapter import Adapter, LayerParameters, out_features_of, resolve_group_size, resolve_layer, resolve_variant
+from roadie.checkpoint.config_file import config_bytes, config_text, parse_config, read_config
+from roadie.checkpoint.layout import (
+    CONFIG_NAME,
+    EXTRA_DEFAULTS,
+    MAX_CONFIG_BYTES,
+    VARIANT_PREFIX,
+    WEIGHTS_NAME,
+    parameter_name,
+)
+from roadie.checkpoint.refusal import about, refuse
+from roadie.checkpoint.replacement import replace_pair
+from roadie.checkpoint.weights_file import (
+    check_finite,
+    check_size,
+    join_tensors,
+    locate_weights,
+    read_tensors,
+    split_tensors,
+)
+from roadie.rotation import Variant, parameter_size
+
+__all__ = [
+    "CONFIG_NAME",
+    "EXTRA_DEFAULTS",
+    "MAX_CONFIG_BYTES",
+    "VARIANT_PREFIX",
+    "WEIGHTS_NAME",
+    "config_text",
+    "load",
+    "locate_weights",
+    "read_config",
+    "save",
+    "verify",
+]
+
+_PROBLEMS_SHOWN = 3
+
+
+def load(path: str | os.PathLike[str], *, max_weights_bytes: int | None = None) -> Adapter:
+    """The adapter in the folder `path`, checked; tensors on the CPU, with the dtypes and bits of the file.
+
+    max_weights_bytes: refuse a larger weights file before opening it (for files from strangers); None: no limit.
+    The tensors are copies: nothing that later happens to the files changes them.
+    Raises `CheckpointError` where a file is missing, corrupt, truncated, not RoAd, of wrong shapes, or holds theta or
+    alpha that are not finite, and `UnsafeCheckpointError` where the weights are a pickle. The values of `other`
+    tensors are not looked at.
+    """
+    folder = Path(path)
+    text = config_bytes(folder)
+    config = parse_config(folder / CONFIG_NAME, text)
+    weights = locate_weights(folder)
+    check_size(weights, max_weights_bytes)
+    tensors = read_tensors(weights)
+    if config_bytes(folder) != text:
+        refuse(folder / CONFIG_NAME, None, "a text that changed meanwhile", "files at rest", "load it again")
+    pairs, other = split_tensors(weights, tensors)
+    return Adapter({module: _layer(weights, config, module, pair) for module, pair in pairs.items()}, config, other)
+
+
+def _layer(file: Path, config: Mapping[str, object], module: str, pair: Mapping[str, Tensor]) -> LayerParameters:
+    theta, alpha = pair["theta"], pair["alpha"]
+    with about(file, parameter_name(module, "theta")):
+        variant = resolve_variant(config, module)
+        group_size = resolve_group_size(config, module, out_features_of(variant, theta.numel()))
+        layer = LayerParameters(theta, alpha, variant, group_size)
+    check_finite(file, module, layer)
+    return layer
+
+
+def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Write `adapter` to the folder `path` (made where missing); a checkpoint there is replaced as a whole.
+
+    Other files in the folder are left alone. What `save` writes, `load` reads: raises `CheckpointError` where the
+    config does not give a layer the variant and group size it has, values are not finite, names clash, or the disk
+    refuses (full, read-only); the checkpoint that was there then stays whole. Raises `ConfigError` for a config that
+    JSON cannot hold.
+    """
+    folder = Path(path)
+    text = config_text({"peft_type": "ROAD", **adapter.config})
+    config = parse_config(folder / CONFIG_NAME, text.encode())
+    for module, layer in adapter.layers.items():
+        check_finite(folder / WEIGHTS_NAME, module, layer)
+        _check_described(folder / CONFIG_NAME, config, module, layer)
+    replace_pair(folder, text, join_tensors(folder / WEIGHTS_NAME, adapter))
+
+
+def _check_described(file: Path, config: Mapping[str, object], module: str, layer: LayerParameters) -> None:
+    with about(file, module):
+        variant, group_size = resolve_layer(config, module, layer.out_features)
+    if (variant, group_size) != (layer.variant, layer.group_size):
+        refuse(
+            file,
+            module,
+            f"a config that gives {variant.value}, group_size={group_size}",
+            f"what the layer has: {layer.variant.value}, group_size={layer.group_size}",
+            "set variant, group_size, variant_pattern or group_size_pattern in the config of the adapter",
+        )
+
+
+def verify(adapter: Adapter, out_features: Mapping[str, int], *, source: str | os.PathLike[str] = "adapter") -> None:
+    """Raise `CheckpointError` unless `adapter` has exactly the layers of a model, each with its number of outputs.
+
+    out_features: module path -> D of every layer that the adapter is to adapt; source: what the message calls it.
+    Call it before a model is touched.
+    """
+    both = [path for path in adapter.layers if path in out_features]
+    sizes = [_size_problem(path, adapter.layers[path], out_features[path]) for path in both]
+    missing = [f"{path}: missing" for path in out_features if path not in adapter.layers]
+    unknown = [f"{path}: not in the model" for path in adapter.layers if path not in out_features]
+    problems = [problem for problem in sizes if problem] + missing + unknown
+    if not problems:
+        return
+    more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
+    refuse(
+        Path(source),
+        None,
+        "; ".join(problems[:_PROBLEMS_SHOWN]) + more,
+        f"parameters for the {len(out_features)} adapted layers of this model",
+        f"use the base model of the adapter ({adapter.base_model_name or 'not named in its config'})",
+    )
+
+
+def _size_problem(path: str, layer: LayerParameters, wanted: int) -> str | None:
+    if layer.out_features == wanted:
+        return None
+    fitting = [variant.value for variant in Variant if parameter_size(variant, wanted) == layer.theta.numel()]
+    hint = f" (its size fits {fitting[0]})" if fitting else ""
+    return f"{path}: {layer.out_features} outputs as {layer.variant.value}, the model has {wanted}{hint}"

@@ -1,0 +1,8 @@
+"""`python -m roadie.cli`."""
+
+from __future__ import annotations
+
+from roadie.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`roadie`: the verbs, put together, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from roadie import __version__
+from roadie.cli.demo import demo
+from roadie.cli.generate import generate
+from roadie.cli.info import info
+from roadie.cli.merge import merge
+from roadie.cli.train import train
+from roadie.errors import RoadieError
+
+FAILED = 2
+INTERRUPTED = 130
+
+
+class Verbs(TyperGroup):
+    """Prints what roadie and the file system refuse as one message; all else is a fault and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; exit status 2 with a message where it was refused, 130 where it was interrupted."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("\nroadie: interrupted. A training goes on with the same command and --resume.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except (RoadieError, OSError) as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            typer.echo(f"roadie: {error}", err=True)
+            raise typer.Exit(FAILED) from None
+
+
+app = typer.Typer(
+    name="roadie",
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain help: rich would take longer to import than everything else together.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+)
+app.command(short_help="Train three adapters, merge them, mix them in one batch; takes a minute.")(demo)
+app.command(short_help="Fine-tune an adapter on texts, with the recipe of the paper.")(train)
+app.command(short_help="Continue prompts in one batch, each with its own adapter.")(generate)
+app.command(short_help="Write a whole model with adapters merged into it.")(merge)
+app.command(short_help="Show what is in an adapter file.")(info)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"roadie {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error instead of its message.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say more about what is done, on standard error.")
+    ] = False,
+) -> None:
+    """RoAd adapters: fine-tune a language model by rotating pairs of its activations.
+
+    Every verb uses the small model that comes with roadie unless --model names another one, and none needs the network
+    then. Start with:
+
+    \b
+      roadie demo                                     train, merge and mix three adapters, in about a minute
+      roadie train notes.txt --output my-adapter      fine-tune on a text
+      roadie generate "import " --adapter my-adapter  continue a prompt with it
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("roadie").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="roadie")

@@ -1,0 +1,168 @@
+"""`roadie train`: an adapter from texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from roadie.cli.options import AllowPickle, Model, Overwrite, Revision, TrustRemoteCode
+from roadie.training.recipe import PRECISIONS, SCHEDULES, VARIANTS, Recipe
+
+if TYPE_CHECKING:
+    from roadie.training.record import TrainingResult
+
+DEFAULT = Recipe()
+
+
+def train(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA", help="Texts: files, folders, or hub data sets OWNER/NAME[:CONFIG].", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.", show_default=False)],
+    model: Model = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Held-out texts; the adapter of the best checkpoint is kept. Repeatable.", show_default=False
+        ),
+    ] = None,
+    eval_share: Annotated[float, typer.Option(help="Hold out this share of the data instead.")] = DEFAULT.eval_share,
+    variant: Annotated[
+        str, typer.Option(help=f"{', '.join(VARIANTS)}: 1, 2 or 4 parameters an output.")
+    ] = DEFAULT.variant,
+    group_size: Annotated[
+        int, typer.Option(help="Outputs are paired inside groups of this size.")
+    ] = DEFAULT.group_size,
+    adapt_group_size: Annotated[
+        bool, typer.Option("--adapt-group-size", help="Use a smaller group where the size does not divide a layer.")
+    ] = DEFAULT.adapt_group_size,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="At its peak.")
+    ] = DEFAULT.learning_rate,
+    schedule: Annotated[str, typer.Option(help=f"{', '.join(SCHEDULES)}.")] = DEFAULT.schedule,
+    warmup_ratio: Annotated[
+        float, typer.Option(help="Share of the steps in which the rate rises.")
+    ] = DEFAULT.warmup_ratio,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = DEFAULT.weight_decay,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = DEFAULT.epochs,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps, instead of epochs.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples an optimizer step.")] = DEFAULT.batch_size,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Examples a forward pass, to save memory.", show_default="batch size")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = DEFAULT.max_length,
+    precision: Annotated[
+        str, typer.Option(help=f"{', '.join(PRECISIONS)}; auto is bfloat16 on accelerators that have it.")
+    ] = DEFAULT.precision,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
+    ] = DEFAULT.gradient_checkpointing,
+    checkpoint_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints and evaluations.", show_default="one epoch")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the data's order and the held-out share.")] = DEFAULT.seed,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted training, or start where there is none.")
+    ] = False,
+    overwrite: Overwrite = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a progress bar.")] = True,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Fine-tune a RoAd adapter with the recipe of the paper, and write it in PEFT's format.
+
+    Plain text is cut into blocks. A .jsonl file holds one object a line: {"text": ...}; or {"prompt": ...,
+    "completion": ...}, of which the completion is learnt; or {"messages": [...]}, of which the assistant's turns are
+    learnt, written with the chat template of the model.
+
+    The output appears at the end. Checkpoints are kept in OUTPUT.training until then, and --resume goes on from the
+    last one to the same result as without the interruption. A model much smaller than 1B parameters learns faster
+    with --lr 1e-2.
+
+    \b
+    Examples:
+      roadie train notes.txt --output notes-adapter --lr 1e-2
+      roadie train questions.jsonl --eval-share 0.1 --output answers --model meta-llama/Llama-3.2-1B
+      roadie train docs/ more.jsonl --output both --micro-batch-size 4 --gradient-checkpointing --resume
+    """
+    from roadie.cli.quiet import quiet_libraries
+
+    recipe = Recipe(
+        variant=variant,
+        group_size=group_size,
+        adapt_group_size=adapt_group_size,
+        target_modules=tuple(target) if target else DEFAULT.target_modules,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup_ratio=warmup_ratio,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        max_length=max_length,
+        precision=precision,
+        eval_share=eval_share,
+        checkpoint_steps=checkpoint_steps,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    with quiet_libraries():
+        from roadie.training.models import ModelSource
+        from roadie.training.run import train as run
+
+        result = run(
+            data,
+            output,
+            model=ModelSource(model, revision, trust_remote_code, allow_pickle),
+            recipe=recipe,
+            eval_data=eval_data or None,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+        )
+    typer.echo(show(result))
+
+
+def show(result: TrainingResult) -> str:
+    """The final table."""
+    from roadie.training.table import pairs, size
+
+    examples = f"{result.train_examples:,}"
+    if result.evaluation_examples:
+        examples += f" and {result.evaluation_examples:,} held out"
+    steps = f"{result.steps:,}"
+    if result.best_step is not None:
+        steps += f", best at {result.best_step:,}"
+    if result.resumed_from_step:
+        steps += f", resumed from {result.resumed_from_step:,}"
+    return pairs(
+        [
+            ("adapter", str(result.output)),
+            ("base model", result.model),
+            ("examples", examples),
+            ("steps", steps),
+            ("loss on", result.loss_on),
+            ("loss before", f"{result.loss_before:.4f}"),
+            ("loss after", f"{result.loss_after:.4f}"),
+            (
+                "trainable",
+                f"{result.trainable_parameters:,} parameters, {result.share:.4%} of {result.total_parameters:,}",
+            ),
+            ("file", size(result.adapter_bytes)),
+            ("time", f"{result.seconds:.1f} s"),
+            ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
+        ]
+    )

@@ -1,0 +1,54 @@
+"""The exceptions of roadie, in one tree.
+
+    Exception
+    └── RoadieError
+        ├── ConfigError       (ValueError)    a setting, or a config that does not fit the model
+        ├── UnsupportedLayer  (TypeError, ValueError)  a targeted module that RoAd cannot adapt
+        ├── AdapterError      (ValueError)    adapter parameters of the wrong shape, size or value
+        ├── RoutingError      (ValueError)    the rows of a batch and the adapters asked for do not fit
+        ├── MergeError        (ValueError)    a merge or unmerge that was refused; nothing was changed
+        ├── CheckpointError   (ValueError)    an adapter file that is missing, corrupt, foreign or unsafe
+        │   └── UnsafeCheckpointError         a pickle file, which could run code when read
+        └── RegistrationError (RuntimeError)  roadie and PEFT's own RoAd were mixed up
+
+Every class also derives from the built-in exception that stock PEFT raises in the same situation, so that
+``except ValueError`` keeps working. Messages say what was got, what was wanted and what to do.
+"""
+
+from __future__ import annotations
+
+
+class RoadieError(Exception):
+    """Base class of everything roadie raises on purpose."""
+
+
+class ConfigError(RoadieError, ValueError):
+    """A setting is not valid, or a config does not fit the model it is applied to."""
+
+
+class UnsupportedLayer(RoadieError, TypeError, ValueError):
+    """A targeted module is of a kind that RoAd cannot adapt."""
+
+
+class AdapterError(RoadieError, ValueError):
+    """Adapter parameters have the wrong shape, size or values."""
+
+
+class RoutingError(RoadieError, ValueError):
+    """The rows of a batch and the adapters asked for do not fit together."""
+
+
+class MergeError(RoadieError, ValueError):
+    """A merge or unmerge was refused; no weight was changed."""
+
+
+class CheckpointError(RoadieError, ValueError):
+    """An adapter file is missing, corrupt, truncated, foreign, or holds values that cannot be used."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """An adapter file is a pickle, which can run code when it is read."""
+
+
+class RegistrationError(RoadieError, RuntimeError):
+    """Classes of roadie were used where PEFT's own RoAd was asked for, or the other way round."""

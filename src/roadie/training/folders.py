@@ -1,0 +1,49 @@
+"""Folders that appear whole or not at all: written under a temporary name beside their place, then renamed."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from roadie.errors import RoadieError
+
+
+class OutputExists(RoadieError, FileExistsError):
+    """The output folder holds something already, and overwriting was not asked for."""
+
+
+def check_free(
+    output: Path, *, overwrite: bool = False, advice: str = "choose another folder, or overwrite (--overwrite)"
+) -> None:
+    """Raise `OutputExists` unless `output` is absent, an empty folder, or may be overwritten; a file never may."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir() or output.is_symlink():
+        raise OutputExists(
+            f"{output}: got something that is not a plain folder; wanted a new folder; choose another name"
+        )
+    if any(output.iterdir()) and not overwrite:
+        raise OutputExists(f"{output}: got a folder that is not empty; wanted a new one; {advice}")
+
+
+@contextmanager
+def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new empty folder to write into, which becomes `output` when the block ends and vanishes when it raises.
+
+    An `output` that is overwritten stays as it was until the new folder is complete.
+    """
+    check_free(output, overwrite=overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        new = scratch / "new"
+        new.mkdir()
+        yield new
+        if output.exists():
+            output.rename(scratch / "old")
+        new.rename(output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""Base models: the embedded one by default, else any local or hub causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from roadie import embedded
+from roadie.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which base model, and how much it and its adapters are trusted.
+
+    name: folder or hub repository; None: the one the adapters were trained on, else the embedded one.
+    trust_remote_code: run Python code that comes with the model; allow_pickle: read weights that are not safetensors.
+    Both are off unless asked for.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    @property
+    def place(self) -> str:
+        """The folder or hub repository to load from."""
+        return self.name or str(embedded.model_path())
+
+    def for_adapters(self, recorded: Iterable[str | None]) -> ModelSource:
+        """This source, with a name: where it has none, the base model that adapters name, else the embedded one.
+
+        The embedded model is known by its place inside the package, so that an adapter of it works on every machine.
+        Raises `ConfigError` where adapters name different models.
+        """
+        if self.name is not None:
+            return self
+        names = sorted({_on_this_machine(name) for name in recorded if name})
+        if len(names) > 1:
+            raise ConfigError(
+                f"got adapters of different base models ({', '.join(names)}); wanted one; name it (--model NAME)"
+            )
+        return replace(self, name=names[0] if names else self.place)
+
+
+def as_source(model: str | ModelSource | None) -> ModelSource:
+    """`model` as a source: a name is one that is trusted with nothing."""
+    return model if isinstance(model, ModelSource) else ModelSource(model)
+
+
+def _on_this_machine(name: str) -> str:
+    path = Path(embedded.model_path())
+    return str(path) if Path(name.replace("\\", "/")).parts[-3:] == path.parts[-3:] else name
+
+
+def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The causal language model, in evaluation mode on the CPU; `dtype` None keeps the one it is stored in.
+
+    Raises `ConfigError` where transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.place,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=None if source.allow_pickle else True,
+            dtype="auto" if dtype is None else dtype,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded("a causal language model", source, error) from error
+    return model.eval()
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; raises `ConfigError` where transformers cannot load it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.place, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded("a tokenizer", source, error) from error
+
+
+def context_length(source: ModelSource) -> int | None:
+    """The number of tokens the model was made for, None where its config does not say; reads the config only."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            source.place, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded("a model", source, error) from error
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _not_loaded(what: str, source: ModelSource, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())
+    advice = "check the name"
+    if not source.trust_remote_code and "trust_remote_code" in reason:
+        advice = "it needs Python code of its own, which runs only with trust_remote_code (--trust-remote-code)"
+    elif not source.allow_pickle and "safetensors" in reason:
+        advice = "weights that are not safetensors are read only with allow_pickle (--allow-pickle)"
+    return ConfigError(f"got {source.place!r}; wanted {what}; {advice}. transformers says: {reason}")
+
+
+def training_dtype(precision: str) -> torch.dtype:
+    """The dtype of a `Recipe.precision`: float32, or bfloat16 where an accelerator supports it.
+
+    Raises `ConfigError` where bfloat16 was asked for and no accelerator supports it.
+    """
+    if precision == "float32":
+        return torch.float32
+    if _supports_bfloat16():
+        return torch.bfloat16
+    if precision == "bfloat16":
+        raise ConfigError(
+            "got precision='bfloat16' without an accelerator that supports it; wanted one; use 'auto' or 'float32'"
+        )
+    return torch.float32
+
+
+def _supports_bfloat16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(getattr(torch, "xpu", None) and torch.xpu.is_available() and torch.xpu.is_bf16_supported())
+
+
+def best_device() -> torch.device:
+    """The accelerator of this machine, or its CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")

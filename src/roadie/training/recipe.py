@@ -1,0 +1,156 @@
+"""What to train and how: one frozen value whose defaults are the recipe of the RoAd paper.
+
+Liao & Monz 2024 (arXiv 2409.00119, section 4 and appendix): all linear layers, AdamW without weight decay, a linear
+schedule with a warm-up of 10 %, learning rate 3e-3 for LLaMA (about ten times a LoRA learning rate), batches of 32,
+6 epochs (commonsense), texts of at most 512 tokens, no dropout, bfloat16. Two values are not the paper's: gradients
+are clipped at 1.0 (transformers' default), and bfloat16 is used only where an accelerator supports it.
+
+This module imports nothing heavy, so that the command line can show the defaults in its help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from roadie.errors import ConfigError
+
+VARIANTS = ("road_1", "road_2", "road_4")
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("auto", "float32", "bfloat16")
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run's settings; raises `ConfigError` where one is not valid.
+
+    variant, group_size, target_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the output layer.
+    adapt_group_size: where a layer's outputs are no multiple of `group_size`, use their greatest common divisor;
+        otherwise such a layer is an error.
+    learning_rate: peak; warmup_ratio: share of the steps; weight_decay, max_grad_norm: as in AdamW and Trainer.
+    epochs: passes over the data, may be a fraction; max_steps: optimizer steps, replaces epochs where given.
+    batch_size: examples an optimizer step; micro_batch_size: examples a forward pass (None: all of them).
+    max_length: tokens an example, cut down to what the model supports.
+    precision: "auto" is bfloat16 on an accelerator that supports it and float32 elsewhere.
+    eval_share: share of the data held out for evaluation, in [0, 1); checkpoint_steps: steps between checkpoints (and
+        evaluations); None: one an epoch.
+    gradient_checkpointing: recompute activations in backward; seed: of data order and held-out split.
+    """
+
+    variant: str = "road_1"
+    group_size: int = 64
+    adapt_group_size: bool = False
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    epochs: float = 6
+    max_steps: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    max_length: int = 512
+    precision: str = "auto"
+    eval_share: float = 0.0
+    checkpoint_steps: int | None = None
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_numbers(self)
+        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe with these settings and the defaults for the rest; unknown keys raise `ConfigError`."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"got unknown setting {', '.join(unknown)}; wanted some of {', '.join(known)}; remove or rename it"
+            )
+        return cls(**settings)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """All settings as JSON can hold them; `from_mapping` gives the same recipe back."""
+        settings = asdict(self)
+        if isinstance(self.target_modules, tuple):
+            settings["target_modules"] = list(self.target_modules)
+        return settings
+
+    def accumulation_steps(self, devices: int = 1) -> int:
+        """Forward passes an optimizer step on so many devices; raises `ConfigError` where the batch does not divide."""
+        per_pass = (self.micro_batch_size or self.per_device_batch_size(devices)) * devices
+        if self.batch_size % per_pass:
+            raise ConfigError(
+                f"got batch_size={self.batch_size} for {devices} device(s) of {per_pass // devices} examples each; "
+                f"wanted a multiple of {per_pass}; change batch_size or micro_batch_size"
+            )
+        return self.batch_size // per_pass
+
+    def per_device_batch_size(self, devices: int = 1) -> int:
+        """Examples a forward pass on each of `devices`."""
+        return self.micro_batch_size or max(1, self.batch_size // devices)
+
+
+def _check_choices(recipe: Recipe) -> None:
+    for name, choices in (("variant", VARIANTS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        value = getattr(recipe, name)
+        if value not in choices:
+            raise _refused(name, value, f"one of {', '.join(choices)}", f"try {name}={choices[0]!r}")
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    _whole("group_size", recipe.group_size, 2, "try group_size=64")
+    if recipe.group_size % 2:
+        raise _refused("group_size", recipe.group_size, "an even number", "try group_size=64")
+    _whole("batch_size", recipe.batch_size, 1, "the paper used 32")
+    _whole("max_length", recipe.max_length, 2, "the paper used 512")
+    for name in ("max_steps", "micro_batch_size", "checkpoint_steps"):
+        _whole(name, getattr(recipe, name), 1, f"try {name}=8, or leave it out", optional=True)
+    _whole("seed", recipe.seed, 0, "try seed=0")
+    _between("learning_rate", recipe.learning_rate, 0.0, 1.0, open_low=True, advice="the paper used 3e-3 for LLaMA")
+    _between("weight_decay", recipe.weight_decay, 0.0, 1.0, advice="the paper used 0")
+    _between("warmup_ratio", recipe.warmup_ratio, 0.0, 1.0, advice="the paper used 0.1")
+    _between("eval_share", recipe.eval_share, 0.0, 1.0, advice="try eval_share=0.1, or 0 for no held-out part")
+    _between("max_grad_norm", recipe.max_grad_norm, 0.0, float("inf"), advice="1.0 is usual, 0 switches clipping off")
+    _between("epochs", recipe.epochs, 0.0, 1e6, open_low=True, advice="the paper used 6 to 20")
+    recipe.accumulation_steps()
+
+
+def _checked_targets(targets: object) -> str | tuple[str, ...]:
+    advice = f"use {ALL_LINEAR!r}, a regular expression, or a list such as ['q_proj', 'v_proj']"
+    if isinstance(targets, str):
+        names: Sequence[object] = (targets,)
+    elif isinstance(targets, Sequence):
+        names = tuple(targets)
+    else:
+        raise _refused("target_modules", targets, "module names", advice)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise _refused("target_modules", targets, "module names", advice)
+    return targets if isinstance(targets, str) else tuple(str(name) for name in names)
+
+
+def _whole(name: str, value: object, least: int, advice: str, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _refused(name, value, f"a whole number of at least {least}", advice)
+
+
+def _between(name: str, value: object, low: float, high: float, *, open_low: bool = False, advice: str) -> None:
+    """Raise unless low <= value < high (low < value where `open_low`); not-a-number is refused too."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= float(value) < high or (open_low and value == low):  # type: ignore[arg-type]
+        limits = f"{'above' if open_low else 'at least'} {low:g}" + (
+            f" and below {high:g}" if high != float("inf") else ""
+        )
+        raise _refused(name, value, f"a number {limits}", advice)
+
+
+def _refused(name: str, got: object, wanted: str, advice: str) -> ConfigError:
+    return ConfigError(f"got {name}={got!r}; wanted {wanted}; {advice}")

@@ -1,0 +1,280 @@
+"""Training one adapter, from texts to a folder: transformers' Trainer with the recipe of the paper.
+
+    train(["texts.jsonl"], "my-adapter", recipe=Recipe(epochs=3))
+
+The output folder appears whole at the end: the adapter in PEFT's format, a model card, and ``training.json``, a record
+of what was done. Until then checkpoints (adapter, optimizer, random states; never the base model) are kept in
+``my-adapter.training``. A run that was interrupted and resumed gives the losses and the adapter of one that was not.
+
+One process; Trainer itself spreads the batch over the accelerators it sees. For several processes call Trainer
+yourself: an adapted model is an ordinary PEFT model (examples/trainer.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from roadie.checkpoint import WEIGHTS_NAME
+from roadie.errors import ConfigError
+from roadie.training.checkpoints import WorkFolder, check_output, open_work, record_start, work_path
+from roadie.training.encoding import Example, collate, encode, fingerprint, split
+from roadie.training.folders import whole_folder
+from roadie.training.models import (
+    ModelSource,
+    as_source,
+    context_length,
+    load_model,
+    load_tokenizer,
+    training_dtype,
+)
+from roadie.training.progress import ProgressBar
+from roadie.training.recipe import Recipe
+from roadie.training.record import RECORD_NAME, Sources, TrainingResult, history_of, write_record
+from roadie.training.text import read
+from roadie.tuner import RoadConfig, get_peft_model
+
+if TYPE_CHECKING:
+    from roadie.tuner import PeftModel
+
+logger = logging.getLogger("roadie")
+
+SAMPLE_SIZE = 128
+"""Training examples whose loss is reported where no evaluation data are given."""
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """What is trained on, and what the loss is measured on."""
+
+    train: list[Example]
+    held_out: list[Example]
+    max_length: int
+
+    @property
+    def measured(self) -> list[Example]:
+        return self.held_out or self.train[:SAMPLE_SIZE]
+
+    @property
+    def measured_name(self) -> str:
+        if self.held_out:
+            return "held-out data"
+        return "training data" if len(self.train) <= SAMPLE_SIZE else f"first {SAMPLE_SIZE} training examples"
+
+
+def train(
+    data: Sources,
+    output: str | Path,
+    *,
+    model: str | ModelSource | None = None,
+    recipe: Recipe | None = None,
+    eval_data: Sources | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingResult:
+    """Train a RoAd adapter on texts (see `roadie.training.text`) and write it to the folder `output`.
+
+    model: folder or hub name of a causal language model; None: the embedded one. eval_data: held-out texts; with them
+    (or with `Recipe.eval_share`) the adapter of the best checkpoint is kept. overwrite: replace what is in `output`;
+    resume: go on with an interrupted run, or start it where there is none. callbacks: further ones for Trainer.
+    Raises `RoadieError` for settings, texts and models that cannot be used, before anything is written.
+    """
+    output, recipe = Path(output), recipe or Recipe()
+    source = as_source(model)
+    _check_one_process()
+    check_output(output, overwrite=overwrite, resume=resume)
+    corpus = _prepare_corpus(data, eval_data, source, recipe)
+    adapted = _adapt(source, recipe)
+    settings = _settings(source, recipe, corpus)
+    work = open_work(output, settings, resume=resume)
+    trainer = _build_trainer(adapted, corpus, recipe, work, callbacks, progress=progress)
+    loss_before = work.loss_before
+    if loss_before is None:
+        loss_before = _loss(trainer)
+        record_start(work.path, settings, loss_before)
+    session = _run(trainer, work)
+    history = history_of(trainer)
+    loss_after = _loss(trainer)
+    with whole_folder(output, overwrite=overwrite) as folder:
+        adapted.save_pretrained(str(folder))
+        result = TrainingResult(
+            output=output,
+            model=source.place,
+            loss_on=corpus.measured_name,
+            loss_before=loss_before,
+            loss_after=loss_after,
+            best_step=trainer.state.best_global_step if corpus.held_out else None,
+            train_examples=len(corpus.train),
+            evaluation_examples=len(corpus.held_out),
+            **_sizes(adapted, folder),
+            **session,
+        )
+        write_record(folder / RECORD_NAME, result, settings, history, data, eval_data)
+    shutil.rmtree(work_path(output), ignore_errors=True)
+    return result
+
+
+def _check_one_process() -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"got {processes} processes; roadie.training.train is made for one; call transformers' Trainer on the "
+            "model of roadie.get_peft_model instead"
+        )
+
+
+def _prepare_corpus(data: Sources, eval_data: Sources | None, source: ModelSource, recipe: Recipe) -> _Corpus:
+    tokenizer = load_tokenizer(source)
+    max_length = min(recipe.max_length, context_length(source) or recipe.max_length)
+    if max_length < recipe.max_length:
+        logger.info("examples have at most %d tokens, the context length of %s", max_length, source.place)
+    examples = encode(read(data), tokenizer, max_length)
+    if eval_data is None:
+        return _Corpus(*split(examples, recipe.eval_share, recipe.seed), max_length)
+    if recipe.eval_share:
+        raise ConfigError("got evaluation data and eval_share; wanted one of them; leave one out")
+    return _Corpus(examples, encode(read(eval_data), tokenizer, max_length), max_length)
+
+
+def _adapt(source: ModelSource, recipe: Recipe) -> PeftModel:
+    base = load_model(source, training_dtype(recipe.precision))
+    base.config.use_cache = False
+    if recipe.gradient_checkpointing:
+        _enable_gradient_checkpointing(base)
+    targets = recipe.target_modules
+    config = RoadConfig(
+        task_type="CAUSAL_LM",
+        variant=recipe.variant,
+        group_size=recipe.group_size,
+        adapt_group_size=recipe.adapt_group_size,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    return get_peft_model(base, config)
+
+
+def _enable_gradient_checkpointing(base: Any) -> None:
+    # transformers 5 renamed the method and warns about the old name.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable()
+    base.enable_input_require_grads()
+
+
+def _settings(source: ModelSource, recipe: Recipe, corpus: _Corpus) -> dict[str, Any]:
+    """What must be equal for two runs to be the same run; plain JSON values."""
+    return {
+        "model": source.place,
+        "revision": source.revision,
+        **recipe.to_mapping(),
+        "max_length": corpus.max_length,
+        "data_sha256": fingerprint(corpus.train),
+        "evaluation_sha256": fingerprint(corpus.held_out) if corpus.held_out else None,
+    }
+
+
+def _build_trainer(
+    adapted: PeftModel,
+    corpus: _Corpus,
+    recipe: Recipe,
+    work: WorkFolder,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    progress: bool,
+) -> Trainer:
+    trainer = Trainer(
+        model=adapted,
+        args=_arguments(recipe, corpus, work.path),
+        train_dataset=corpus.train,
+        eval_dataset=corpus.measured,
+        data_collator=partial(collate, pad_token_id=adapted.config.pad_token_id or 0),
+        callbacks=[*callbacks, *([ProgressBar()] if progress else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(recipe: Recipe, corpus: _Corpus, folder: Path) -> TrainingArguments:
+    steps_per_epoch = math.ceil(len(corpus.train) / recipe.batch_size)
+    steps = recipe.max_steps or math.ceil(recipe.epochs * steps_per_epoch)
+    interval = recipe.checkpoint_steps or steps_per_epoch
+    devices = max(1, torch.cuda.device_count())
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.per_device_batch_size(devices),
+        per_device_eval_batch_size=recipe.per_device_batch_size(devices),
+        gradient_accumulation_steps=recipe.accumulation_steps(devices),
+        max_steps=steps,
+        optim="adamw_torch",
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
+        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
+        bf16=training_dtype(recipe.precision) is torch.bfloat16,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=2,
+        eval_strategy="steps" if corpus.held_out else "no",
+        eval_steps=interval,
+        load_best_model_at_end=bool(corpus.held_out),
+        metric_for_best_model="eval_loss" if corpus.held_out else None,
+        greater_is_better=False if corpus.held_out else None,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _loss(trainer: Trainer) -> float:
+    return float(trainer.evaluate()["eval_loss"])
+
+
+def _run(trainer: Trainer, work: WorkFolder) -> dict[str, Any]:
+    """Train to the end; what this session did."""
+    start = _Start()
+    trainer.add_callback(start)
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(work.checkpoint) if work.checkpoint else None)
+    return {
+        "steps": trainer.state.global_step,
+        "resumed_from_step": start.step,
+        "seconds": time.perf_counter() - begin,
+        "tokens": int(trainer.state.num_input_tokens_seen) - start.tokens,
+    }
+
+
+class _Start(TrainerCallback):
+    """Remembers where a session started, which Trainer restores from the checkpoint."""
+
+    step = 0
+    tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step, self.tokens = state.global_step, int(state.num_input_tokens_seen)
+
+
+def _sizes(adapted: PeftModel, folder: Path) -> dict[str, int]:
+    trainable, total = adapted.get_nb_trainable_parameters()
+    return {
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size,
+    }

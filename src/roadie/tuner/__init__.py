@@ -1,0 +1,47 @@
+"""RoAd as a PEFT plug-in: config, layers, model, registration, rows. The only package of roadie that imports peft."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import peft
+
+from roadie.tuner.config import RoadConfig
+from roadie.tuner.layer import Linear, RoadLayer
+from roadie.tuner.loading import allow_pickle
+from roadie.tuner.merging import ExactUnmerge
+from roadie.tuner.model import RoadModel
+from roadie.tuner.registry import is_registered, register, unregister
+from roadie.tuner.routing import rows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = [
+    "ExactUnmerge",
+    "Linear",
+    "PeftModel",
+    "RoadConfig",
+    "RoadLayer",
+    "RoadModel",
+    "allow_pickle",
+    "get_peft_model",
+    "is_registered",
+    "register",
+    "rows",
+    "unregister",
+]
+
+
+def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's `get_peft_model`, with ROAD routed to roadie; same arguments, same result."""
+    register()
+    return peft.get_peft_model(model, peft_config, *args, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    """PEFT's `PeftModel`: asking roadie for it is using roadie, and so routes ROAD to roadie each time."""
+    if name == "PeftModel":
+        register()
+        return peft.PeftModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,180 @@
+"""`RoadConfig`: everything that says how a model is adapted, and its file."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from roadie import checkpoint
+from roadie.errors import ConfigError
+from roadie.rotation import Variant, check_group_size
+
+BIAS_CHOICES = ("none", "all", "road_only")
+
+
+@dataclass
+class RoadConfig(PeftConfig):
+    """How RoAd adapts a model (arXiv 2409.00119). All fields of PEFT's RoadConfig, with its meanings and defaults, and more.
+
+    Args:
+        variant: "road_1" (out_features parameters a layer), "road_2" (twice that) or "road_4" (four times).
+        group_size: outputs are paired inside groups of this size, element j with j + group_size/2; even, and a divisor of
+            the out_features of every adapted layer (of the shard of each rank under tensor parallelism).
+        init_weights: start as the identity (True), or at random values, for tests (False).
+        target_modules: names or suffixes of the modules to adapt, a regular expression, or "all-linear"; None takes
+            PEFT's default for the architecture.
+        modules_to_save: modules that are trained whole and saved along.
+        exclude_modules: names, suffixes or a regular expression of modules to leave out.
+        layers_to_transform: index or indices of the layers to adapt, counted in `layers_pattern`; None for all.
+        layers_pattern: name of the list of layers, where it is not one of the usual ones.
+        bias: which biases are trained too: "none", "all", or "road_only" (those of the adapted layers).
+        trainable_token_indices: tokens whose embeddings are trained: indices, or a mapping of embedding layer to indices.
+        variant_pattern: regular expression of module names -> variant, where it differs; the first match counts.
+        group_size_pattern: regular expression of module names -> group size, where it differs; the first match counts.
+        adapt_group_size: where group_size does not divide a layer's out_features, use their greatest common divisor
+            (if it is even) instead of refusing the layer.
+
+    Raises `ConfigError` (a ValueError) for values that are not valid. Making one routes PEFT's ROAD to roadie.
+    """
+
+    variant: str = field(default="road_1", metadata={"help": "road_1, road_2 or road_4: parameters a pair of outputs."})
+    group_size: int = field(default=64, metadata={"help": "Outputs are paired inside groups of this even size."})
+    init_weights: bool = field(default=True, metadata={"help": "Start as the identity; False: random, for tests."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole and saved along."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or road_only."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained."}
+    )
+    variant_pattern: dict[str, str] = field(default_factory=dict, metadata={"help": "Regex of modules -> variant."})
+    group_size_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Regex of modules -> group size."}
+    )
+    adapt_group_size: bool = field(default=False, metadata={"help": "Use gcd(out_features, group_size) where needed."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _register()
+        self.peft_type = PeftType.ROAD
+        self.variant = Variant.parse(str.removeprefix(self.variant, checkpoint.VARIANT_PREFIX)).value
+        check_group_size(self.group_size)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        self._check_layers()
+        self._check_patterns()
+        if self.bias not in BIAS_CHOICES:
+            raise ConfigError(f"got bias={self.bias!r}; wanted one of {', '.join(BIAS_CHOICES)}")
+
+    def _check_layers(self) -> None:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                f"Got layers_pattern={self.layers_pattern!r}; add the indices, or drop the pattern."
+            )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"`{name}` cannot be used when `target_modules` is a str. Got target_modules="
+                        f"{self.target_modules!r}; wanted a list of names; or put the layers into the expression."
+                    )
+
+    def _check_patterns(self) -> None:
+        for pattern, variant in self.variant_pattern.items():
+            _check_regex(pattern, "variant_pattern")
+            Variant.parse(variant)
+        for pattern, group_size in self.group_size_pattern.items():
+            _check_regex(pattern, "group_size_pattern")
+            check_group_size(group_size)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write adapter_config.json into `save_directory`, whole and reproducible byte for byte.
+
+        Keys that PEFT's RoadConfig does not know are written only where they differ from their defaults; the variant is
+        then written as "roadie:<variant>", which makes stock PEFT refuse the file instead of loading half its meaning.
+        """
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise AssertionError(f"Provided path ({directory}) should be a directory, not a file")
+        content = self.to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            content["auto_mapping"] = kwargs["auto_mapping_dict"]
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_whole(directory / checkpoint.CONFIG_NAME, checkpoint.config_text(content))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds, as a mapping: extra keys at their defaults left out; see `save_pretrained`."""
+        content = super().to_dict()
+        extra = {name for name, default in checkpoint.EXTRA_DEFAULTS.items() if content[name] != default}
+        content = {name: v for name, v in content.items() if name in extra or name not in checkpoint.EXTRA_DEFAULTS}
+        return {**content, "variant": checkpoint.VARIANT_PREFIX + self.variant} if extra else content
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> RoadConfig:
+        """Read adapter_config.json from a folder or a hub repository.
+
+        The config remembers where it came from, so that loading checks the weights beside it before it touches a model.
+        allow_pickle=True lets PEFT read the weights from a pickle file, which can run code; the default refuses.
+        """
+        allow_pickle = bool(kwargs.pop("allow_pickle", False))
+        config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        if isinstance(config, cls):
+            hub, _, _ = cls._split_kwargs(kwargs)
+            config._source = WeightsSource(str(pretrained_model_name_or_path), subfolder, hub, allow_pickle)
+        return config
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where the weights that belong to a config can be found."""
+
+    name_or_path: str
+    subfolder: str | None
+    hub_arguments: Mapping[str, Any]
+    allow_pickle: bool
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that no reader sees half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, _mode_for_new_files())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _mode_for_new_files() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _check_regex(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"got {pattern!r} in {where}, which is not a regular expression ({error})") from None
+
+
+def _register() -> None:
+    from roadie.tuner.registry import register
+
+    register()

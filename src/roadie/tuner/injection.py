@@ -1,0 +1,199 @@
+"""Adding an adapter to a model: planned and checked first, taken back whole if anything raises."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_submodules,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+
+from roadie.adapter import resolve_layer
+from roadie.errors import ConfigError, UnsupportedLayer
+from roadie.rotation import check_group_size
+from roadie.tuner.layer import RoadLayer, linear_features
+
+logger = logging.getLogger("roadie")
+
+_BOOKS = ("variant", "group_size", "_keys", "_adapters")  # of RoAd layers, ParameterDicts and PEFT's wrappers
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that will be adapted: its path, and the config with the variant and group size that hold there."""
+
+    path: str
+    module: nn.Module
+    config: Any
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an injection will do, found without changing the model."""
+
+    model: nn.Module
+    targets: tuple[Target, ...]
+
+    @classmethod
+    def make(
+        cls,
+        tuner: BaseTuner,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> Plan:
+        """Find the modules that `config` targets in `model` and how each will be adapted; raises where one cannot be."""
+        trial = tuner._prepare_adapter_config(copy.deepcopy(config), tuner.get_model_config(model))
+        if getattr(trial, "target_modules", None) == DUMMY_TARGET_MODULES:
+            return cls(model, ())
+        trial = _maybe_include_all_linear_layers(trial, model)
+        paths = _paths_in(state_dict, tuner.prefix) if state_dict is not None else None
+        targets = []
+        for path, module in _candidates(model):
+            matches = path in paths if paths is not None else _matches(tuner, trial, path)
+            if matches:
+                targets.append(_target(model, path, module, trial))
+        return cls(model, tuple(targets))
+
+    def warn_of_aliases(self) -> None:
+        """Say where one module has several targeted names: PEFT replaces it under the first alone."""
+        first_names: dict[int, str] = {}
+        for target in self.targets:
+            first = first_names.setdefault(id(target.module), target.path)
+            if first != target.path:
+                logger.warning(
+                    "%r and %r are one module; only the first name is adapted, calls through the second are not rotated",
+                    first,
+                    target.path,
+                )
+
+
+def mark_shared_weights(model: nn.Module) -> None:
+    """Tell each adapted layer whether another module of the model uses the same weight (tied embeddings)."""
+    users: dict[int, set[int]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users.setdefault(id(weight), set()).add(id(module))
+    for module in model.modules():
+        if isinstance(module, RoadLayer):
+            base = module.get_base_layer()
+            base._roadie_weight_is_shared = len(users.get(id(base._parameters.get("weight")), ())) > 1
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that may be adapted: all but the root and what lies inside a tuner layer."""
+    inside: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not path or any(path.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(path + ".")
+        yield path, module
+
+
+def _matches(tuner: BaseTuner, config: Any, path: str) -> bool:
+    result = tuner._check_target_module_exists(config, path)
+    return bool(result) and not isinstance(result, _ExcludedModule)
+
+
+def _paths_in(state_dict: dict[str, Tensor], prefix: str) -> set[str]:
+    return {key.rsplit("." + prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+
+
+def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Target:
+    parent, _, _ = _get_submodules(model, path)
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    try:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise UnsupportedLayer(
+                "it belongs to torch.nn.MultiheadAttention, which reads its weight without calling it, so that a "
+                "rotation of its output would never happen; put it into exclude_modules"
+            )
+        _, out_features = linear_features(base, quantization_backend(base, model))
+        resolved = layer_config(config, path, module)
+        check_group_size(resolved.group_size, out_features)
+    except UnsupportedLayer as error:
+        raise UnsupportedLayer(f"Target module {base} is not supported. At {path!r}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} Module: {path!r}; or leave it out with exclude_modules, or set adapt_group_size=True."
+        ) from None
+    return Target(path, module, resolved, out_features)
+
+
+def layer_config(config: Any, path: str, module: nn.Module) -> Any:
+    """`config` with the variant and the group size that hold for one module."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    patterns = ("variant_pattern", "group_size_pattern", "adapt_group_size")
+    if not any(getattr(config, name, None) for name in patterns):
+        return config
+    _, out_features = linear_features(base, getattr(module, "quantization_backend", None))
+    settings = {name: getattr(config, name) for name in ("variant", "group_size", *patterns)}
+    variant, group_size = resolve_layer(settings, path, out_features)
+    resolved = copy.copy(config)
+    resolved.variant, resolved.group_size = variant.value, group_size
+    return resolved
+
+
+def quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's backend for a quantised layer; None for a plain one."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    try:
+        return resolve_quantization_backend(base, **get_quantization_kwargs(model))
+    except ValueError:  # torchao, quantised by hand: the settings that merging needs are not known
+        return ForwardOnlyQuantizationBackend("torchao (quantised without a transformers quantization config)")
+
+
+@contextmanager
+def all_or_nothing(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """If the block raises, put the model, its parameters' requires_grad and the tuner's books back as they were."""
+    before = _Snapshot.of(tuner, model, adapter_name)
+    try:
+        yield
+    except BaseException:
+        before.restore(tuner, adapter_name)
+        raise
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What an injection may change, module by module: children, parameters, buffers and the adapters' books."""
+
+    contents: list[tuple[dict[Any, Any], dict[Any, Any]]]  # (a live dictionary, what it held)
+    trainable: list[tuple[nn.Parameter, bool]]
+
+    @classmethod
+    def of(cls, tuner: BaseTuner, model: nn.Module, adapter_name: str) -> _Snapshot:
+        live = [tuner.peft_config[adapter_name].__dict__, tuner.__dict__]
+        for module in model.modules():
+            live += [module.__dict__, module._modules, module._parameters, module._buffers]
+            live += [value for name, value in module.__dict__.items() if name in _BOOKS and isinstance(value, dict)]
+        return cls([(d, dict(d)) for d in live], [(p, p.requires_grad) for p in model.parameters()])
+
+    def restore(self, tuner: BaseTuner, adapter_name: str) -> None:
+        for dictionary, before in self.contents:
+            dictionary.clear()
+            dictionary.update(before)
+        for parameter, trainable in self.trainable:
+            parameter.requires_grad_(trainable)
+        tuner.peft_config.pop(adapter_name, None)

@@ -1,0 +1,276 @@
+"""The RoAd layer: any linear layer, and a rotation of its output.
+
+ONE class over every kind of base weight: nn.Linear, transformers' Conv1D, and quantised layers through PEFT's
+quantisation backends. The forward of a plain batch and of a mixed one is the same: tables of rotations, one row of
+which (or one for each row of the batch) is applied to the base layer's output.
+
+Legend: B rows of the batch, D out features, n parameters of theta and of alpha.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
+from torch import Tensor, nn
+
+from roadie.errors import MergeError, RoutingError, UnsupportedLayer
+from roadie.rotation import Rotation, check_group_size, parameter_size, rotate, to_dense
+from roadie.tuner.config import RoadConfig
+from roadie.tuner.merging import ExactUnmerge, combined
+from roadie.tuner.routing import BASE, Routing, adapter_rows
+from roadie.tuner.table import SlotParameters, TableCache, build_table
+from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
+
+
+class RoadLayer(BaseTunerLayer):
+    """What a RoAd layer holds: for each adapter theta and alpha, a variant and a group size.
+
+    road_theta, road_alpha: parameters ``[n]`` by adapter name, n = out_features/2 (road_1), out_features (road_2) or
+    2 out_features (road_4); variant, group_size: by adapter name.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("road_theta", "road_alpha")
+    other_param_names: tuple[str, ...] = ("variant", "group_size")
+    cast_input_dtype_enabled: bool = True  # PEFT's helpers expect it; RoAd never casts the layer's input
+
+    def __init__(self, base_layer: nn.Module, backend: QuantizationBackend | None = None) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = backend
+        self.variant: dict[str, str] = {}
+        self.group_size: dict[str, int] = {}
+        self.road_theta = nn.ParameterDict({})
+        self.road_alpha = nn.ParameterDict({})
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = linear_features(self.get_base_layer(), backend)
+        self.exact_unmerge = ExactUnmerge.HALF
+        self._merges: list[Merge] = []
+        self._tables = TableCache()
+        self._routing = Routing()
+
+    @property
+    def _available_adapters(self) -> set[str]:
+        return set(self.road_theta)
+
+    def update_layer(self, adapter_name: str, config: RoadConfig, inference_mode: bool = False) -> None:
+        """Add the adapter `adapter_name`, or start it anew; raises `ConfigError` with nothing changed."""
+        check_group_size(config.group_size, self.out_features)
+        size = parameter_size(config.variant, self.out_features)
+        self.variant[adapter_name] = config.variant
+        self.group_size[adapter_name] = config.group_size
+        self.road_theta[adapter_name] = nn.Parameter(torch.empty(size))
+        self.road_alpha[adapter_name] = nn.Parameter(torch.empty(size))
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """Set an adapter to the identity (True), or to random values: theta ~ N(0, 0.5), alpha ~ N(1, 0.5) (False)."""
+        theta, alpha = self.road_theta[adapter_name], self.road_alpha[adapter_name]
+        with torch.no_grad():
+            if init_weights is False:
+                theta.normal_(mean=0.0, std=0.5)
+                alpha.normal_(mean=1.0, std=0.5)
+            else:
+                theta.zero_()
+                alpha.fill_(1.0)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense R of an adapter, ``[D, D]``, in float32 or wider: for looking at, not for computing with."""
+        return to_dense(self.rotation(adapter))
+
+    def rotation(self, adapter: str) -> Rotation:
+        """What an adapter does to this layer: direct and cross ``[D]`` in float32 or wider; differentiable."""
+        (table,) = build_table([self._slot(adapter)], self.out_features)
+        return _row(table, 0)
+
+    def clear_cache(self) -> None:
+        """Forget rotations computed from the parameters; needed only after writing to ``.data`` of frozen GPU parameters."""
+        self._tables.clear()
+
+    def get_base_layer_device(self) -> torch.device:
+        """The device of the adapter's parameters, or of the base layer where there is none."""
+        tensor = next(iter(self.road_theta.values()), None)
+        return tensor.device if tensor is not None else next(self.get_base_layer().parameters()).device
+
+    def _slot(self, adapter: str) -> SlotParameters | None:
+        if adapter not in self.road_theta:
+            return None
+        parameters = self.road_theta[adapter], self.road_alpha[adapter]
+        return SlotParameters(*parameters, self.variant[adapter], self.group_size[adapter])
+
+    def _output_rotations(self, y: Tensor) -> tuple[Rotation, ...]:
+        """The rotations to apply to y, one after the other, shaped to broadcast with it."""
+        if self._routing.slots is None:
+            active = tuple(name for name in self.active_adapters if name in self.road_theta)
+            tables = self._table(active, None)
+            return combined(_ordered_rows(tables, [self.group_size[name] for name in active]))
+        rows = self._routing.rows_of(y)
+        tables = self._table((*self._routing.names, BASE), self._routing.batch)
+        return tuple(Rotation(t.direct[rows], t.cross[rows], t.group_size) for t in tables)
+
+    def _table(self, names: tuple[str, ...], batch: object) -> tuple[Rotation, ...]:
+        slots = tuple(self._slot(name) for name in names)
+        if torch.compiler.is_compiling():
+            return build_table(slots, self.out_features)
+        if torch.is_grad_enabled() and any(s is not None and _requires_grad(s) for s in slots):
+            self._tables.clear()
+            return build_table(slots, self.out_features)
+        return self._tables.get(names, slots, self.out_features, batch)
+
+
+class Linear(nn.Module, RoadLayer):
+    """A linear layer of any kind whose output RoAd rotates: ``z = R (W x + b)``.
+
+    Input ``[..., in]``, output ``[..., D]`` in the dtype the base layer gives.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RoadConfig,
+        backend: QuantizationBackend | None = None,
+    ) -> None:
+        super().__init__()
+        RoadLayer.__init__(self, base_layer, backend)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """Run the base layer and rotate its output.
+
+        x: ``[..., in]``; adapter_names: one adapter name for each row of x (usually given to the model, not here).
+        Raises `RoutingError` where rows are routed and adapters are merged, or the numbers of rows differ.
+        """
+        if adapter_names is not None:
+            with adapter_rows(self, adapter_names, 1):
+                return self.forward(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            self._check_not_routed()
+            return y
+        rotations = self._output_rotations(y)
+        return rotate(y, *rotations) if rotations else y
+
+    def _check_not_routed(self) -> None:
+        if self.merged and self._routing.slots is not None:
+            raise RoutingError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Rotate the base weight and bias in place by the given adapters (None: the active ones), both or neither.
+
+        safe_merge: look first whether every result is finite, and raise `MergeError` (a ValueError) with nothing changed
+        if not. What it takes to come back exactly is kept as `exact_unmerge` says.
+        """
+        self._merge(safe_merge, adapter_names, keep=True)
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
+        names = self._to_merge(adapter_names)
+        if not names:
+            return
+        if safe_merge:
+            self.check_merge(names)
+        merge = self._base_weight().merge(
+            self._merge_rotations(names), self.exact_unmerge if keep else ExactUnmerge.NEVER
+        )
+        self._merges.append(Merge(tuple(names), *merge))
+        self.merged_adapters.extend(names)
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.road_theta]
+
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Raise `MergeError` if merging these adapters would give a non-finite weight or bias; changes nothing."""
+        self._base_weight().check(self._merge_rotations(adapter_names), ", ".join(adapter_names))
+
+    def _merge_rotations(self, names: Sequence[str]) -> tuple[Rotation, ...]:
+        with torch.no_grad():
+            return combined([self.rotation(name) for name in names])
+
+    def unmerge(self) -> None:
+        """Take all merges back, the last one first; raises `MergeError` with nothing changed where one cannot be."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.check_unmerge()
+        while self._merges:
+            self.undo_last_merge()
+
+    def undo_last_merge(self) -> None:
+        """Take back what the last call of `merge` did."""
+        merge = self._merges[-1]
+        self._base_weight().unmerge(merge)
+        self._merges.pop()
+        del self.merged_adapters[len(self.merged_adapters) - len(merge.adapters) :]
+
+    def check_unmerge(self) -> None:
+        """Raise `MergeError` if a merge cannot be taken back; changes nothing."""
+        for merge in self._merges:
+            if not merge.can_be_undone:
+                raise MergeError(
+                    f"got adapter(s) {', '.join(merge.adapters)} with a singular block (alpha = 0 or a determinant of "
+                    "0) merged; such a merge cannot be undone. Nothing was changed; load the base model again."
+                )
+
+    @property
+    def unmerge_bytes(self) -> int:
+        """Bytes kept so that unmerging gives back the original weights exactly."""
+        return sum(merge.nbytes for merge in self._merges)
+
+    def _base_weight(self) -> BaseWeight:
+        return base_weight(self)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, applied in the order given; see PEFT's BaseTunerLayer."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._tables.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer; see PEFT's BaseTunerLayer."""
+        super().delete_adapter(adapter_name)
+        self._tables.clear()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "road." + super().__repr__()
+
+
+def _row(table: Rotation, index: int) -> Rotation:
+    return Rotation(table.direct[index], table.cross[index], table.group_size)
+
+
+def _ordered_rows(tables: tuple[Rotation, ...], group_sizes: list[int]) -> list[Rotation]:
+    """Row k of the table of its own group size, for each adapter k in order."""
+    by_size = {table.group_size: table for table in tables}
+    return [_row(by_size[size], index) for index, size in enumerate(group_sizes)]
+
+
+def _requires_grad(slot: SlotParameters) -> bool:
+    return slot.theta.requires_grad or slot.alpha.requires_grad
+
+
+def linear_features(base_layer: nn.Module, backend: QuantizationBackend | None) -> tuple[int, int]:
+    """(in_features, out_features) of a layer RoAd can adapt; raises `UnsupportedLayer` for any other kind."""
+    quantised = backend is not None and backend.layer_type == "linear"
+    if not (isinstance(base_layer, nn.Linear) or is_conv1d(base_layer) or quantised):
+        raise UnsupportedLayer(
+            f"Unsupported layer type '{type(base_layer)}' encountered, cannot apply RoAd adapter. RoAd adapts linear "
+            "layers: torch.nn.Linear, transformers' Conv1D and their quantised kinds; leave this module out of "
+            "target_modules, or put it into exclude_modules."
+        )
+    in_features, out_features = _get_in_out_features(base_layer)
+    if in_features is None or out_features is None:
+        raise UnsupportedLayer(f"Unsupported layer type '{type(base_layer)}' encountered: its sizes are not known.")
+    return int(in_features), int(out_features)

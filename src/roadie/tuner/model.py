@@ -1,0 +1,191 @@
+"""`RoadModel`: RoAd as a PEFT tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from roadie.adapter import check_adapter_name
+from roadie.tuner.config import RoadConfig
+from roadie.tuner.injection import (
+    Plan,
+    all_or_nothing,
+    layer_config,
+    mark_shared_weights,
+    quantization_backend,
+)
+from roadie.tuner.layer import Linear, RoadLayer
+from roadie.tuner.loading import check_new_values, check_weights_source
+from roadie.tuner.merging import ExactUnmerge
+from roadie.tuner.routing import adapter_rows, shared_routing
+
+
+class RoadModel(BaseTuner):
+    """A model whose linear layers are adapted by RoAd (arXiv 2409.00119); made by `get_peft_model`, as PEFT's tuners are.
+
+    Args are those of PEFT's BaseTuner: the model, a `RoadConfig` (or stock PEFT's) or a dict of them by adapter name, and
+    the adapter's name. A config that does not fit the model raises before anything is changed.
+    """
+
+    prefix: str = "road_"
+    tuner_layer_cls = RoadLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add the adapter `adapter_name` to `model`, or leave the model as it was and raise; see PEFT's BaseTuner."""
+        config = self.peft_config[adapter_name]
+        with all_or_nothing(self, model, adapter_name):
+            check_adapter_name(adapter_name)
+            plan = Plan.make(self, model, config, adapter_name, state_dict)
+            plan.warn_of_aliases()
+            check_weights_source(config, plan)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._share_routing(model)
+            mark_shared_weights(model)
+
+    def _share_routing(self, model: nn.Module) -> None:
+        routing = shared_routing(model)
+        for module in model.modules():
+            if isinstance(module, RoadLayer):
+                module._routing = routing
+
+    def _create_and_replace(
+        self,
+        peft_config: RoadConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = layer_config(peft_config, current_key, target)
+        if isinstance(target, RoadLayer):
+            target.update_layer(adapter_name, config=config, inference_mode=peft_config.inference_mode)
+            return
+        backend = quantization_backend(target, self.model)
+        layer = Linear(target, adapter_name, config, backend=backend)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around every forward and generate, with the arguments of the call."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with adapter_rows(self, names, self._rows_made_of_one(kwargs)):
+            yield
+
+    def _rows_made_of_one(self, kwargs: dict[str, Any]) -> int:
+        """How many consecutive rows generation makes of each input row: beams, or returned sequences."""
+        sources = (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
+
+        def setting(name: str) -> int:
+            values = [kwargs.get(name), *(getattr(source, name, None) for source in sources if source is not None)]
+            return next((int(value) for value in values if value is not None), 1)
+
+        return max(setting("num_beams"), setting("num_return_sequences"))
+
+    def _layers(self) -> list[RoadLayer]:
+        return [module for module in self.model.modules() if isinstance(module, RoadLayer)]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (None: the active ones) into every layer, or into none if one of them refuses."""
+        self._check_merge_allowed()
+        mark_shared_weights(self.model)
+        if safe_merge:
+            self._check_merges(adapter_names)
+        done: list[RoadLayer] = []
+        try:
+            for layer in self._layers():
+                with _onloaded(layer):
+                    before = len(layer._merges)
+                    layer.merge(safe_merge=False, adapter_names=adapter_names)
+                    done += [layer] * (len(layer._merges) > before)
+        except BaseException:
+            for layer in done:
+                with _onloaded(layer):
+                    layer.undo_last_merge()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Take all merges of all layers back, or none if one of them cannot be."""
+        layers = self._layers()
+        for layer in layers:
+            layer.check_unmerge()
+        for layer in layers:
+            with _onloaded(layer):
+                layer.unmerge()
+
+    def _check_merges(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            with _onloaded(layer):
+                names = layer._to_merge(adapter_names)
+                if names:
+                    layer.check_merge(names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = self._layers()
+        if merge:
+            mark_shared_weights(self.model)
+            self._check_can_merge(layers)
+            if safe_merge:
+                self._check_merges(adapter_names)
+        kept = [(layer, layer.exact_unmerge) for layer in layers]
+        for layer in layers:
+            layer.exact_unmerge = ExactUnmerge.NEVER
+        try:
+            return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        finally:
+            for layer, exact in kept:
+                layer.exact_unmerge = exact
+
+    def _check_can_merge(self, layers: list[RoadLayer]) -> None:
+        for layer in layers:
+            with _onloaded(layer):
+                layer._base_weight().check_can_merge()
+
+    def set_exact_unmerge(self, exact: ExactUnmerge | str) -> None:
+        """Say for which weights unmerging gives back the original bit for bit: "half" (default), "always" or "never".
+
+        "half" keeps at most one byte an element of bfloat16 and float16 weights while they are merged (0.2 to 0.4 for
+        usual adapters); "always" does so for float32 too, at up to one byte an element; "never" keeps nothing.
+        """
+        for layer in self._layers():
+            layer.exact_unmerge = ExactUnmerge(exact)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_new_values(model, adapter_name, remapped)
+        return remapped
+
+
+@contextmanager
+def _onloaded(layer: BaseTunerLayer) -> Iterator[None]:
+    with torch.no_grad(), onload_layer(layer):
+        yield

@@ -1,0 +1,270 @@
+"""Which adapter each row of a batch uses, and for how long.
+
+One `Routing` object is shared by all RoAd layers of a model. `rows` writes the choice of the rows there for the length
+of a ``with`` block, as a tensor of slots, so that a compiled model sees other values, not another program. Nothing is
+written anywhere else and everything is put back in ``finally``, also when the forward raises.
+
+Legend: B rows of the batch, T tokens, S adapters. A slot is the position of an adapter in the model's `peft_config`;
+-1 is the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from roadie.errors import RoutingError
+
+BASE = "__base__"
+
+
+@dataclass(eq=False)
+class Routing:
+    """The choice that is in force: `slots` (None: every row uses the active adapters) into `names`.
+
+    slots: int64, ``[B]``, ``[B, T]`` or any leading shape of the layers' outputs; names: the adapters of the table, in
+    slot order; expansion: how many consecutive rows generation makes of one (beams or returned sequences).
+    """
+
+    slots: Tensor | None = None
+    names: tuple[str, ...] = ()
+    expansion: int = 1
+    batch: object = None
+
+    def rows_of(self, y: Tensor) -> Tensor:
+        """The slots for a layer's output y ``[B, ..., D]``, shaped to index a table and broadcast: ``[B, 1, ...]``."""
+        assert self.slots is not None
+        slots = _expanded(self.slots, y, self.expansion)
+        return slots.to(y.device).reshape(slots.shape + (1,) * (y.dim() - 1 - slots.dim()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
+        copy = memo[id(self)] = Routing()
+        return copy
+
+    def __reduce__(self) -> tuple[type[Routing], tuple[()]]:
+        return Routing, ()
+
+
+def _expanded(slots: Tensor, y: Tensor, expansion: int) -> Tensor:
+    if y.dim() > slots.dim() and y.shape[: slots.dim()] == slots.shape:
+        return slots
+    if slots.dim() == 1 and expansion > 1 and y.dim() > 1 and y.shape[0] == len(slots) * expansion:
+        return slots.repeat_interleave(expansion)
+    raise RoutingError(
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{slots.shape[0]} and {y.shape[0] if y.dim() > 1 else 1} respectively. Wanted one adapter (or slot) for each "
+        f"row of the layer's output {tuple(y.shape)}; a layer that flattens rows and tokens needs a slot for each token."
+    )
+
+
+def shared_routing(model: nn.Module) -> Routing:
+    """The routing that the RoAd layers of `model` share; a new one where there are none yet."""
+    for module in model.modules():
+        routing = getattr(module, "_routing", None)
+        if isinstance(routing, Routing):
+            return routing
+    return Routing()
+
+
+def adapter_slots(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's RoAd adapters in slot order: slot k belongs to the k-th name."""
+    known: dict[str, None] = {}
+    for layer in road_layers(model):
+        known.update(dict.fromkeys(layer.road_theta))
+    config = getattr(model, "peft_config", None)
+    ordered = [name for name in config if name in known] if isinstance(config, dict) else []
+    return tuple(dict.fromkeys([*ordered, *known]))
+
+
+def road_layers(model: nn.Module) -> Iterator[Any]:
+    """The RoAd layers of a model, in module order."""
+    return (module for module in model.modules() if isinstance(getattr(module, "_routing", None), Routing))
+
+
+@contextmanager
+def rows(model: nn.Module, slots: Tensor | Sequence[str]) -> Iterator[None]:
+    """Within the block, row b of every batch uses adapter ``slots[b]``.
+
+    model: a PeftModel, or any model with RoAd layers inside, compiled or not. slots: an integer tensor, ``[B]`` for a
+    slot a row or ``[B, T]`` for a slot a token (-1: the base model; k: the k-th adapter of ``model.peft_config``), or a
+    sequence of B adapter names ("__base__" for the base model). Works in training too: each row's gradient goes to its
+    own adapter, and trainable adapters that no row uses get a gradient of zero: the table holds all adapters, so that a
+    compiled model stays one program whatever the rows choose.
+
+    Raises `RoutingError` for unknown adapters, slots out of range, or a model with merged adapters.
+    """
+    table = adapter_slots(model)
+    if not isinstance(slots, Tensor):
+        slots = _slots_in(table, _checked_names(model, slots))
+    with _route(model, slots, table):
+        yield
+
+
+@contextmanager
+def adapter_rows(model: nn.Module, adapter_names: Sequence[str], expansion: int) -> Iterator[None]:
+    """Route the rows of one call by name, where generation may make `expansion` consecutive rows of each.
+
+    Where nothing is compiled the table holds just the adapters that are asked for: others cost nothing and get no gradient.
+    """
+    names = _checked_names(model, adapter_names)
+    table = adapter_slots(model)
+    if not _has_compiled_part(model):
+        wanted = set(names)
+        table = tuple(name for name in table if name in wanted)
+    with _route(model, _slots_in(table, names), table, expansion):
+        yield
+
+
+def _slots_in(table: tuple[str, ...], names: Sequence[str]) -> Tensor:
+    position = {name: slot for slot, name in enumerate(table)}
+    return torch.tensor([position.get(name, -1) for name in names], dtype=torch.int64)
+
+
+def _checked_names(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise RoutingError(f"got adapter_names={adapter_names!r}; wanted a list with one adapter name for each row")
+    known = set(adapter_slots(model))
+    unknown = sorted({name for name in adapter_names if name != BASE} - known)
+    if unknown:
+        raise RoutingError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Wanted names among "
+            f"{sorted(known)} or {BASE!r}; load the adapter first."
+        )
+    return list(adapter_names)
+
+
+def _has_compiled_part(model: nn.Module) -> bool:
+    compiled = (torch._dynamo.eval_frame.OptimizedModule,)
+    return any(isinstance(m, compiled) or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+
+
+@contextmanager
+def _route(model: nn.Module, slots: Tensor, names: tuple[str, ...], expansion: int = 1) -> Iterator[None]:
+    _check_slots(slots, len(names))
+    routing = shared_routing(model)
+    layers = list(road_layers(model))
+    if any(layer.merged for layer in layers):
+        raise RoutingError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    device = layers[0].get_base_layer_device() if layers else slots.device
+    chosen = Routing(slots.to(device=device, dtype=torch.int64), names, expansion, object())
+    with ExitStack() as stack:
+        stack.enter_context(_in_force(routing, chosen))
+        stack.enter_context(_saved_modules_by_row(model, routing))
+        if torch.is_grad_enabled():
+            stack.enter_context(_checkpointed_functions_keep_rows(model, routing))
+        yield
+
+
+def _check_slots(slots: Tensor, num_names: int) -> None:
+    if slots.is_floating_point() or slots.dtype == torch.bool or slots.dim() == 0:
+        raise RoutingError(f"got slots of {slots.dtype} {tuple(slots.shape)}; wanted an integer tensor [B] or [B, T]")
+    if slots.numel() and (int(slots.min()) < -1 or int(slots.max()) >= num_names):
+        raise RoutingError(
+            f"got slots from {int(slots.min())} to {int(slots.max())}; wanted -1 (base) to {num_names - 1}: "
+            f"the model has {num_names} adapter(s)"
+        )
+
+
+@contextmanager
+def _in_force(routing: Routing, chosen: Routing) -> Iterator[None]:
+    before = (routing.slots, routing.names, routing.expansion, routing.batch)
+    routing.slots, routing.names, routing.expansion = chosen.slots, chosen.names, chosen.expansion
+    routing.batch = chosen.batch
+    try:
+        yield
+    finally:
+        routing.slots, routing.names, routing.expansion, routing.batch = before
+
+
+@contextmanager
+def _checkpointed_functions_keep_rows(model: nn.Module, routing: Routing) -> Iterator[None]:
+    """Activation checkpointing runs a block again in backward, when `rows` is over: give it back the rows it had."""
+    chosen = Routing(routing.slots, routing.names, routing.expansion, routing.batch)
+    replaced: list[tuple[nn.Module, Callable[..., Any]]] = []
+    for module in model.modules():
+        original = module.__dict__.get("_gradient_checkpointing_func")
+        if callable(original) and getattr(module, "gradient_checkpointing", False):
+            replaced.append((module, original))
+            module._gradient_checkpointing_func = _routed_checkpoint(original, routing, chosen)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, original in replaced:
+            module._gradient_checkpointing_func = original  # type: ignore[assignment]
+
+
+def _routed_checkpoint(original: Callable[..., Any], routing: Routing, chosen: Routing) -> Callable[..., Any]:
+    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def routed(*inputs: Any, **named: Any) -> Any:
+            with _in_force(routing, chosen):
+                return function(*inputs, **named)
+
+        return original(routed, *args, **kwargs)
+
+    return checkpoint
+
+
+@contextmanager
+def _saved_modules_by_row(model: nn.Module, routing: Routing) -> Iterator[None]:
+    """Modules that PEFT trains whole (modules_to_save, trainable tokens): each row goes through its adapter's copy."""
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    for wrapper in wrappers:
+        wrapper.__dict__["forward"] = _by_row(wrapper, routing)
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.__dict__.pop("forward", None)
+
+
+def _by_row(wrapper: AuxiliaryTrainingWrapper, routing: Routing) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        slots = routing.slots
+        if slots is None or wrapper.disable_adapters:
+            return type(wrapper).forward(wrapper, *args, **kwargs)
+        if not args:
+            raise RoutingError(
+                f"got keyword arguments only for {type(wrapper.original_module).__name__}, which PEFT trains whole; a "
+                "mixed batch needs its input as the first positional argument"
+            )
+        return _mix(wrapper, routing, *args, **kwargs)
+
+    return forward
+
+
+def _mix(wrapper: AuxiliaryTrainingWrapper, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Runs each distinct copy on its own rows and puts the results back in order; differentiable."""
+    assert routing.slots is not None
+    slots = _expanded(routing.slots, x.unsqueeze(-1), routing.expansion)
+    if slots.dim() != 1:
+        raise RoutingError(
+            "got a slot for each token in a model whose adapters train whole modules (modules_to_save, trainable "
+            "tokens); these are chosen by row; pass one slot for each row"
+        )
+    copies = wrapper._get_available_adapters()
+    chosen = [routing.names[slot] if slot >= 0 else BASE for slot in slots.tolist()]
+    chosen = [name if name in copies else BASE for name in chosen]
+    order, parts = [], []
+    for name in dict.fromkeys(chosen):
+        indices = [row for row, other in enumerate(chosen) if other == name]
+        rows_x = x[torch.tensor(indices, device=x.device)]
+        order += indices
+        parts.append(_through_copy(wrapper, name, rows_x, *args, **kwargs))
+    inverse = torch.empty(len(order), dtype=torch.int64)
+    inverse[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
+    joined = torch.cat(parts)
+    return joined.index_select(0, inverse.to(joined.device))
+
+
+def _through_copy(wrapper: AuxiliaryTrainingWrapper, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if name == BASE:
+        return wrapper.original_module(x, *args, **kwargs)
+    return wrapper._forward_wrapped_mixed_batch(x, name, *args, **kwargs)

@@ -1,0 +1,294 @@
+"""The base layer's weight, whatever it is stored as: how to merge a rotation into it, and how to go back.
+
+Two kinds: weights that can be rotated in place (`DenseWeight`), and quantised ones that are read, rotated and stored
+again by PEFT's quantisation backend (`QuantisedWeight`), whose original is kept as it was, at most a byte an element.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from roadie.errors import MergeError
+from roadie.rotation import Rotation
+from roadie.tuner.merging import (
+    ExactUnmerge,
+    UndoRecord,
+    check_finite,
+    restore_in_place,
+    rotate_in_place,
+    rotated_rows,
+    undo_rotations,
+)
+
+logger = logging.getLogger("roadie")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge of a layer: which adapters, and what it takes to take it back from the weight and from the bias."""
+
+    adapters: tuple[str, ...]
+    weight: UndoRecord | QuantisedOriginal | None
+    bias: UndoRecord | None
+    tied: nn.Parameter | None = None
+
+    @property
+    def can_be_undone(self) -> bool:
+        """False where a block was singular."""
+        return self.weight is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for an exact return."""
+        return sum(record.nbytes for record in (self.weight, self.bias) if record is not None)
+
+
+class BaseWeight(ABC):
+    """The weight and bias of a base layer, as something a rotation can be merged into."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer: Any = base_layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias ``[D]``, if the layer has one."""
+        bias = getattr(self.base_layer, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @abstractmethod
+    def check_can_merge(self) -> None:
+        """Raise `MergeError` if nothing can be merged into this kind of weight."""
+
+    def check(self, rotations: Sequence[Rotation], adapters: str) -> None:
+        """Raise `MergeError` if merging gives a non-finite value; changes nothing."""
+        self._check_weight(rotations, adapters)
+        if self.bias is not None:
+            check_finite(self.bias, _on(rotations, self.bias.device), 0, adapters, "bias")
+
+    @abstractmethod
+    def _check_weight(self, rotations: Sequence[Rotation], adapters: str) -> None: ...
+
+    @abstractmethod
+    def merge(self, rotations: Sequence[Rotation], exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
+        """Merge into weight and bias, both or neither; returns the last three fields of `Merge`."""
+
+    @abstractmethod
+    def unmerge(self, merge: Merge) -> None:
+        """Take `merge` back from weight and bias."""
+
+    def _merge_bias(self, rotations: Sequence[Rotation], exact: ExactUnmerge) -> UndoRecord | None:
+        if self.bias is None:
+            return None
+        undo = undo_rotations(rotations)
+        turns = _on(rotations, self.bias.device)
+        return rotate_in_place(self.bias, turns, 0, undo and _on(undo, self.bias.device), _wants(exact, self.bias))
+
+    def _unmerge_bias(self, record: UndoRecord | None) -> None:
+        if self.bias is not None and record is not None:
+            restore_in_place(self.bias, record, 0)
+
+
+class DenseWeight(BaseWeight):
+    """A floating-point weight ``[D, in]`` (nn.Linear) or ``[in, D]`` (Conv1D), rotated in place."""
+
+    @property
+    def _dim(self) -> int:
+        return 1 if is_conv1d(self.base_layer) else 0
+
+    def check_can_merge(self) -> None:
+        self._weight()
+
+    def _weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        if weight.device.type == "meta":
+            raise MergeError(
+                "got a layer whose weight is not in memory (device meta: offloaded by accelerate, or never loaded); it "
+                "cannot be merged where it is; use merge_and_unload or merge_adapter of the model, which load it first"
+            )
+        if not weight.is_floating_point():
+            raise MergeError(
+                f"got a weight of {weight.dtype}, which no quantisation backend knows; only floating-point weights and "
+                "those PEFT has a backend for can be merged; keep the adapter unmerged"
+            )
+        return weight
+
+    def _check_weight(self, rotations: Sequence[Rotation], adapters: str) -> None:
+        check_finite(self._weight(), _on(rotations, self._weight().device), self._dim, adapters, "weights")
+
+    def merge(self, rotations: Sequence[Rotation], exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
+        weight = self._weight()
+        turns = _on(rotations, weight.device)
+        undo = undo_rotations(turns)
+        tied = self._untie()
+        bias_record = self._merge_bias(rotations, exact)
+        try:
+            record = rotate_in_place(self._weight(), turns, self._dim, undo, _wants(exact, weight))
+        except BaseException:
+            self._unmerge_bias(bias_record)
+            self._tie(tied)
+            raise
+        return record, bias_record, tied
+
+    def unmerge(self, merge: Merge) -> None:
+        assert isinstance(merge.weight, UndoRecord)
+        if merge.tied is not None:
+            self._tie(merge.tied)
+        else:
+            restore_in_place(self._weight(), merge.weight, self._dim)
+        self._unmerge_bias(merge.bias)
+
+    def _untie(self) -> nn.Parameter | None:
+        """Give a weight that another module uses too (a tied embedding) a copy of its own; returns the shared one."""
+        if not getattr(self.base_layer, "_roadie_weight_is_shared", False):
+            return None
+        shared = self.base_layer.weight
+        logger.warning(
+            "merging into a weight that another module shares (tied embeddings): it is untied first, so that the other "
+            "module keeps its own; the model's output layer and embeddings are no longer the same tensor while merged"
+        )
+        self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+        self.base_layer._roadie_weight_is_shared = False
+        return shared
+
+    def _tie(self, shared: nn.Parameter | None) -> None:
+        if shared is not None:
+            self.base_layer.weight = shared
+            self.base_layer._roadie_weight_is_shared = True
+
+
+@dataclass(frozen=True)
+class QuantisedOriginal:
+    """A quantised layer's weight (and backend state) as it was before a merge."""
+
+    weight: Any
+    attributes: dict[str, Any]  # of the weight; backends change some when they store another
+    state: Any
+    layer: nn.Module
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weight, scales of tensor subclasses included; 0 where the backend does not say."""
+        return _stored_bytes(self.weight) if isinstance(self.weight, Tensor) else 0
+
+
+class QuantisedWeight(BaseWeight):
+    """A quantised weight: dequantised, rotated, quantised again by its backend."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer.get_base_layer())
+        self.layer = layer
+        self.backend = layer.quantization_backend
+
+    def check_can_merge(self) -> None:
+        if not self.backend.supports_merge:
+            raise MergeError(
+                f"got a {self.backend.backend_name} layer; its quantisation backend cannot store a changed weight, so "
+                "nothing can be merged into it; keep the adapter unmerged, or merge into an unquantised model"
+            )
+
+    def _dense(self) -> Tensor:
+        self.check_can_merge()
+        packed = _unpacked_4bit(self.base_layer)
+        return packed if packed is not None else self.backend.get_base_weight(self.base_layer).detach()
+
+    def _check_weight(self, rotations: Sequence[Rotation], adapters: str) -> None:
+        dense = self._dense()
+        check_finite(dense, _on(rotations, dense.device), 0, adapters, "weights")
+
+    def merge(self, rotations: Sequence[Rotation], exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
+        dense = self._dense()
+        undo = undo_rotations(rotations)
+        original = self._original()
+        with torch.no_grad():
+            rotated = rotated_rows(dense, _on(rotations, dense.device))
+        bias_record = self._merge_bias(rotations, exact)
+        try:
+            self.backend.set_base_weight(self.layer, rotated)
+        except BaseException:
+            self._unmerge_bias(bias_record)
+            self._put_back(original)
+            raise
+        if undo is None:
+            return None, bias_record, None
+        return UndoRecord(undo, None, dense.dtype) if exact is ExactUnmerge.NEVER else original, bias_record, None
+
+    def unmerge(self, merge: Merge) -> None:
+        if isinstance(merge.weight, UndoRecord):
+            dense = self._dense()
+            with torch.no_grad():
+                back = rotated_rows(dense, _on(merge.weight.undo, dense.device))
+            self.backend.set_base_weight(self.layer, back)
+        else:
+            self._put_back(merge.weight)
+        self._unmerge_bias(merge.bias)
+
+    def _original(self) -> QuantisedOriginal:
+        weight = getattr(self.base_layer, "weight", None)
+        attributes = dict(getattr(weight, "__dict__", {}))
+        state = copy.copy(getattr(self.base_layer, "state", None))
+        return QuantisedOriginal(weight, attributes, state, self.base_layer)
+
+    def _put_back(self, original: Any) -> None:
+        layer = original.layer
+        if self.layer.get_base_layer() is not layer:  # HQQ stores a changed weight in a new layer
+            self.layer.base_layer = layer
+        if original.weight is not None:
+            if "weight" in layer.__dict__:
+                del layer.__dict__["weight"]
+            layer.weight = original.weight
+            original.weight.__dict__.update(original.attributes)
+        if original.state is not None:
+            layer.state = original.state
+
+
+def _unpacked_4bit(base_layer: Any) -> Tensor | None:
+    """The dense weight of a bitsandbytes 4-bit layer that a forward has repacked for this CPU; None for any other.
+
+    PEFT's backend reads the usual layout only (bitsandbytes repacks in evaluation mode, on CPUs with avx512_bf16).
+    """
+    weight = getattr(base_layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if weight is None or not getattr(state, "packing_format_for_cpu", False):
+        return None
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(
+        *functional._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(state))
+    ).detach()
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor, of its parts where it is a subclass made of other tensors."""
+    data = tensor.data
+    if hasattr(data, "__tensor_flatten__"):
+        return sum(_stored_bytes(getattr(data, name)) for name in data.__tensor_flatten__()[0])
+    return int(data.numel() * data.element_size())
+
+
+def base_weight(layer: Any) -> BaseWeight:
+    """The weight of a RoAd layer's base layer."""
+    return QuantisedWeight(layer) if layer.quantization_backend is not None else DenseWeight(layer.get_base_layer())
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight is ``[in, D]``."""
+    return isinstance(module, Conv1D)
+
+
+def _wants(exact: ExactUnmerge, tensor: Tensor) -> bool:
+    if exact is ExactUnmerge.ALWAYS:
+        return tensor.element_size() > 1
+    return exact is ExactUnmerge.HALF and tensor.element_size() == 2
+
+
+def _on(rotations: Sequence[Rotation], device: torch.device) -> tuple[Rotation, ...]:
+    return tuple(Rotation(r.direct.to(device), r.cross.to(device), r.group_size) for r in rotations)

@@ -1,0 +1,145 @@
+"""Documents run: README's code is executed, and what the documents say of files, commands and versions is compared."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import roadie
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def section(text: str, title: str) -> str:
+    """What stands below the heading `title`, down to the next heading of the same or a higher level."""
+    marks, rest = re.search(rf"^(#+) {re.escape(title)}\n(.*)", text, flags=re.MULTILINE | re.DOTALL).groups()
+    return re.split(rf"^#{{1,{len(marks)}}} ", rest, flags=re.MULTILINE)[0]
+
+
+def test_the_code_of_the_readme_runs(tmp_path: Path) -> None:
+    """All Python of the README, in order, as one program, in an empty folder."""
+    blocks = code_blocks(README, "python")
+    assert blocks
+    program = tmp_path / "readme.py"
+    program.write_text("\n".join(blocks), encoding="utf-8")
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+PACKAGE = ROOT / "src" / "roadie"
+MODULES = [path for path in PACKAGE.rglob("*.py") if path.stat().st_size]
+
+
+def listed_files(document: str, title: str) -> list[str]:
+    text = section((ROOT / document).read_text(encoding="utf-8"), title)
+    return re.findall(r"^- `([^`]+)`: \S", text, flags=re.MULTILINE)
+
+
+def test_the_readme_lists_the_files_and_packages_there_are() -> None:
+    files = {path.name for path in MODULES if path.parent == PACKAGE}
+    packages = {path.relative_to(PACKAGE).parts[0] + "/" for path in MODULES if path.parent != PACKAGE}
+    assert sorted(listed_files("README.md", "Files")) == sorted(files | packages)
+
+
+def test_the_architecture_lists_the_files_of_every_package() -> None:
+    files = {path.relative_to(PACKAGE).as_posix() for path in MODULES if path.parent != PACKAGE}
+    models = {path.parent.relative_to(PACKAGE).as_posix() + "/" for path in PACKAGE.rglob("*.safetensors")}
+    assert sorted(listed_files("ARCHITECTURE.md", "Files")) == sorted(files | models)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", document.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_that_documents_name_exist(document: Path) -> None:
+    named = re.findall(r"`((?:src|tests|scripts|examples|docs)/[\w./-]+)`", document.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_claim_about_peft_names_a_test_there_is() -> None:
+    table = section(README, "Beside PEFT's own RoAd")
+    named = re.findall(r"^\|.*\| ([^|]+) \|$", table, flags=re.MULTILINE)[1:]  # without the heading
+    assert len(named) > 10
+    assert set(named) <= {f"`{path.name}`" for path in (ROOT / "tests" / "faults").glob("test_*.py")}
+
+
+def test_targets_of_make_that_documents_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = {
+        name
+        for path in DOCUMENTS
+        for name in re.findall(r"(?:^|`)make ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_commands_that_the_readme_names_exist() -> None:
+    named = set(re.findall(r"(?:^|`)roadie ([a-z]+)(?: --|`|  )", README, flags=re.MULTILINE))
+    run = "import sys; from roadie.cli import main; main()"
+    assert named >= {"train", "merge", "generate", "info", "demo"}
+    for name in sorted(named):
+        done = subprocess.run([sys.executable, "-c", run, name, "--help"], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+
+def test_names_that_the_documents_take_from_roadie_are_public() -> None:
+    used = {name for path in DOCUMENTS for name in re.findall(r"`roadie\.(\w+)", path.read_text(encoding="utf-8"))}
+    used |= set(re.findall(r"\broadie\.(\w+)", "\n".join(code_blocks(README, "python"))))
+    modules = {path.stem for path in (ROOT / "src" / "roadie").iterdir()}
+    assert used - {"__all__"} <= {*roadie.__all__, *modules}
+
+
+def supported_versions() -> dict[str, tuple[str, str, str]]:
+    """Row of README's table of versions -> (range, oldest tested, newest tested)."""
+    rows = re.findall(
+        r"^\| (\w+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", section(README, "Supported versions"), flags=re.MULTILINE
+    )
+    return {name: (wanted.strip().strip("`"), oldest.strip(), newest.strip()) for name, wanted, oldest, newest in rows}
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", ["torch", "peft", "transformers", "accelerate", "bitsandbytes", "torchao", "trl"])
+def test_supported_versions_are_those_that_are_installed_for_the_tests(name: str) -> None:
+    extras = [item for extra in PROJECT["optional-dependencies"].values() for item in extra]
+    wanted = next(item for item in [*PROJECT["dependencies"], *extras] if re.match(rf"{name}[<>=]", item))
+    row = supported_versions()[name]
+    assert row == (wanted.removeprefix(name), pins("constraints-lowest.txt")[name], pins("constraints.txt")[name])
+
+
+def test_the_oldest_python_is_the_one_that_is_required() -> None:
+    wanted, oldest, _ = supported_versions()["Python"]
+    assert wanted == PROJECT["requires-python"] == f">={oldest}"
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[([^\]]+)\]", changelog, flags=re.MULTILINE)[0] in ("Unreleased", roadie.__version__)
+
+
+def test_every_decision_is_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"\]\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert listed == sorted(path.name for path in folder.glob("[0-9]*.md"))

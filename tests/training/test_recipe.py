@@ -1,0 +1,86 @@
+"""The recipe: the paper's defaults, and a refusal with got / wanted / do for everything else."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from roadie.errors import ConfigError
+from roadie.rotation import Variant
+from roadie.training.recipe import VARIANTS, Recipe
+
+
+def test_the_defaults_are_those_of_the_paper():
+    recipe = Recipe()
+    assert (recipe.target_modules, recipe.variant, recipe.group_size) == ("all-linear", "road_1", 64)
+    assert (recipe.learning_rate, recipe.weight_decay, recipe.schedule) == (3e-3, 0, "linear")
+    assert (recipe.warmup_ratio, recipe.batch_size, recipe.max_length) == (0.1, 32, 512)
+    assert not recipe.adapt_group_size
+
+
+def test_the_variants_are_those_of_the_rotation():
+    assert tuple(variant.value for variant in Variant) == VARIANTS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("variant", "road_3"),
+        ("group_size", 7),
+        ("group_size", 0),
+        ("group_size", 64.0),
+        ("learning_rate", 0),
+        ("learning_rate", math.nan),
+        ("learning_rate", "3e-3"),
+        ("weight_decay", -0.1),
+        ("schedule", "cyclic"),
+        ("warmup_ratio", 1.0),
+        ("epochs", 0),
+        ("epochs", math.inf),
+        ("max_steps", 0),
+        ("batch_size", True),
+        ("batch_size", -1),
+        ("micro_batch_size", 5),
+        ("max_length", 1),
+        ("precision", "fp16"),
+        ("eval_share", 1),
+        ("checkpoint_steps", 0),
+        ("seed", -1),
+        ("max_grad_norm", -1),
+        ("target_modules", ()),
+        ("target_modules", ""),
+        ("target_modules", ["q_proj", 3]),
+    ],
+)
+def test_what_is_not_valid_is_refused_with_its_name(name, value):
+    with pytest.raises(ConfigError, match=rf"got {'batch_size' if name == 'micro_batch_size' else name}.*; .*wanted"):
+        Recipe(**{name: value})
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ConfigError, match="unknown setting learning_rat;"):
+        Recipe.from_mapping({"learning_rat": 1e-3})
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(), Recipe(target_modules=["q_proj", "v_proj"], max_steps=3, variant="road_4")]
+)
+def test_a_recipe_survives_json(recipe):
+    assert Recipe.from_mapping(json.loads(json.dumps(recipe.to_mapping()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("micro", "devices", "per_device", "accumulation"), [(None, 1, 32, 1), (None, 4, 8, 1), (4, 1, 4, 8), (4, 2, 4, 4)]
+)
+def test_a_batch_is_spread_over_passes_and_devices(micro, devices, per_device, accumulation):
+    recipe = Recipe(micro_batch_size=micro)
+    assert recipe.per_device_batch_size(devices) == per_device
+    assert recipe.accumulation_steps(devices) == accumulation
+    assert per_device * accumulation * devices == recipe.batch_size
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"got batch_size=32 for 5 device\(s\).*wanted a multiple of 30"):
+        Recipe().accumulation_steps(5)
