@@ -219,13 +219,13 @@ def check_settings(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"got adapt_group_size {_shortened(config['adapt_group_size'])}; wanted True or False.")
     for key, check in (("variant_pattern", Variant.parse), ("group_size_pattern", check_group_size)):
         for pattern, value in _patterns_of(config, key).items():
-            _matches_end(pattern, "", key)
+            matches_end(pattern, "", key)
             check(value)
 
 
 def _setting_of(config: Mapping[str, Any], key: str, module_path: str, default: object) -> Any:
     for pattern, value in _patterns_of(config, f"{key}_pattern").items():
-        if _matches_end(pattern, module_path, f"{key}_pattern"):
+        if matches_end(pattern, module_path, f"{key}_pattern"):
             return value
     return config.get(key, default)
 
@@ -239,7 +239,8 @@ def _patterns_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return patterns
 
 
-def _matches_end(pattern: str, module_path: str, key: str) -> bool:
+def matches_end(pattern: str, module_path: str, key: str) -> bool:
+    """Whether `pattern`, of the setting `key`, matches the end of `module_path`, at a dot; as PEFT matches its patterns."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", module_path) is not None
     except (re.error, OverflowError, RecursionError) as error:

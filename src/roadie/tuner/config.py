@@ -37,8 +37,9 @@ class RoadConfig(PeftConfig):
         layers_pattern: name of the list of layers, where it is not one of the usual ones.
         bias: which biases are trained too: "none", "all", or "road_only" (those of the adapted layers).
         trainable_token_indices: tokens whose embeddings are trained: indices, or a mapping of embedding layer to indices.
-        variant_pattern: regular expression of module names -> variant, where it differs; the first match counts.
-        group_size_pattern: regular expression of module names -> group size, where it differs; the first match counts.
+        variant_pattern: regular expression -> variant, where it differs. As in PEFT's `rank_pattern` the expression must
+            match the end of a module's path, from a dot on ("down_proj", "layers[.]1[.].*"); the first match counts.
+        group_size_pattern: regular expression -> group size, where it differs; matched in the same way.
         adapt_group_size: where group_size does not divide a layer's out_features, use their greatest common divisor
             (if it is even) instead of refusing the layer.
 
@@ -67,7 +68,7 @@ class RoadConfig(PeftConfig):
         super().__post_init__()
         _register()
         self.peft_type = PeftType.ROAD
-        self.variant = Variant.parse(str.removeprefix(self.variant, checkpoint.VARIANT_PREFIX)).value
+        self.variant = _parsed_variant(self.variant)
         check_group_size(self.group_size)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -146,6 +147,12 @@ class WeightsSource:
     subfolder: str | None
     hub_arguments: Mapping[str, Any]
     allow_pickle: bool
+
+
+def _parsed_variant(variant: Any) -> str:
+    """The name of a variant, which a saved config may have behind `checkpoint.VARIANT_PREFIX`."""
+    name = variant.removeprefix(checkpoint.VARIANT_PREFIX) if isinstance(variant, str) else variant
+    return Variant.parse(name).value
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
-from roadie.adapter import resolve_layer
+from roadie.adapter import matches_end, resolve_layer
 from roadie.errors import ConfigError, UnsupportedLayer
 from roadie.rotation import check_group_size
 from roadie.tuner.layer import RoadLayer, linear_features
@@ -73,6 +74,21 @@ class Plan:
             if matches:
                 targets.append(_target(model, path, module, trial))
         return cls(model, tuple(targets))
+
+    def warn_of_unused_patterns(self, config: Any) -> None:
+        """Warn of variant and group size patterns that match no adapted module, as PEFT does of LoRA's patterns."""
+        paths = [target.path for target in self.targets]
+        for key in ("variant_pattern", "group_size_pattern"):
+            unused = [
+                p for p in getattr(config, key, None) or {} if not any(matches_end(p, path, key) for path in paths)
+            ]
+            if paths and unused:
+                warnings.warn(
+                    f"The following {key} keys did not match any targeted module and were ignored: {unused}. A pattern "
+                    "must match the end of a module's path, from a dot on.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def warn_of_aliases(self) -> None:
         """Say where one module has several targeted names: PEFT replaces it under the first alone."""
@@ -122,7 +138,7 @@ def _paths_in(state_dict: dict[str, Tensor], prefix: str) -> set[str]:
 
 def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Target:
     parent, _, _ = _get_submodules(model, path)
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = base_of(module)
     try:
         if isinstance(parent, nn.MultiheadAttention):
             raise UnsupportedLayer(
@@ -130,7 +146,7 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Targ
                 "rotation of its output would never happen; put it into exclude_modules"
             )
         _, out_features = linear_features(base, quantization_backend(base, model))
-        resolved = layer_config(config, path, module)
+        resolved = layer_config(config, path, out_features)
         check_group_size(resolved.group_size, out_features)
     except UnsupportedLayer as error:
         raise UnsupportedLayer(f"Target module {base} is not supported. At {path!r}: {error}") from None
@@ -141,13 +157,11 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Targ
     return Target(path, module, resolved, out_features)
 
 
-def layer_config(config: Any, path: str, module: nn.Module) -> Any:
+def layer_config(config: Any, path: str, out_features: int) -> Any:
     """`config` with the variant and the group size that hold for one module."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     patterns = ("variant_pattern", "group_size_pattern", "adapt_group_size")
     if not any(getattr(config, name, None) for name in patterns):
         return config
-    _, out_features = linear_features(base, getattr(module, "quantization_backend", None))
     settings = {name: getattr(config, name) for name in ("variant", "group_size", *patterns)}
     variant, group_size = resolve_layer(settings, path, out_features)
     resolved = copy.copy(config)
@@ -155,11 +169,15 @@ def layer_config(config: Any, path: str, module: nn.Module) -> Any:
     return resolved
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that a tuner layer wraps; the module itself where it is none."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBackend | None:
     """PEFT's backend for a quantised layer; None for a plain one."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     try:
-        return resolve_quantization_backend(base, **get_quantization_kwargs(model))
+        return resolve_quantization_backend(base_of(module), **get_quantization_kwargs(model))
     except ValueError:  # torchao, quantised by hand: the settings that merging needs are not known
         return ForwardOnlyQuantizationBackend("torchao (quantised without a transformers quantization config)")
 

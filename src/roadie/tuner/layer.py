@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
-from roadie.errors import MergeError, RoutingError, UnsupportedLayer
-from roadie.rotation import Rotation, check_group_size, parameter_size, rotate, to_dense
+from roadie.errors import ConfigError, MergeError, RoutingError, UnsupportedLayer
+from roadie.rotation import Rotation, Variant, check_group_size, parameter_size, rotate, to_dense
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.merging import ExactUnmerge, combined
 from roadie.tuner.routing import BASE, Routing, adapter_rows
@@ -59,6 +59,7 @@ class RoadLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: RoadConfig, inference_mode: bool = False) -> None:
         """Add the adapter `adapter_name`, or start it anew; raises `ConfigError` with nothing changed."""
+        _check_variant(config.variant)
         check_group_size(config.group_size, self.out_features)
         size = parameter_size(config.variant, self.out_features)
         self.variant[adapter_name] = config.variant
@@ -259,6 +260,14 @@ def _ordered_rows(tables: tuple[Rotation, ...], group_sizes: list[int]) -> list[
 
 def _requires_grad(slot: SlotParameters) -> bool:
     return slot.theta.requires_grad or slot.alpha.requires_grad
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in set(Variant):
+        raise ConfigError(
+            f"Unsupported variant {variant} for RoadLayer. Supported variants are road_1, road_2, and road_4. "
+            f"Got {variant!r}, set after the config was made; set one of these."
+        )
 
 
 def linear_features(base_layer: nn.Module, backend: QuantizationBackend | None) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
@@ -16,11 +16,12 @@ from roadie.tuner.config import RoadConfig
 from roadie.tuner.injection import (
     Plan,
     all_or_nothing,
+    base_of,
     layer_config,
     mark_shared_weights,
     quantization_backend,
 )
-from roadie.tuner.layer import Linear, RoadLayer
+from roadie.tuner.layer import Linear, RoadLayer, linear_features
 from roadie.tuner.loading import check_new_values, check_weights_source
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.routing import adapter_rows, shared_routing
@@ -51,6 +52,7 @@ class RoadModel(BaseTuner):
             check_adapter_name(adapter_name)
             plan = Plan.make(self, model, config, adapter_name, state_dict)
             plan.warn_of_aliases()
+            plan.warn_of_unused_patterns(config)
             check_weights_source(config, plan)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._share_routing(model)
@@ -72,15 +74,39 @@ class RoadModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = layer_config(peft_config, current_key, target)
+        backend = quantization_backend(target, self.model)
+        _, out_features = linear_features(base_of(target), backend)
+        config = layer_config(peft_config, current_key, out_features)
         if isinstance(target, RoadLayer):
             target.update_layer(adapter_name, config=config, inference_mode=peft_config.inference_mode)
             return
-        backend = quantization_backend(target, self.model)
         layer = Linear(target, adapter_name, config, backend=backend)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """PEFT's matching, but `layers_to_transform` also holds for modules that are targeted by their full names.
+
+        "all-linear" becomes full names, for which PEFT does not look at the layers.
+        """
+        found = check_target_module_exists(peft_config, key)
+        named_in_full = not isinstance(peft_config.target_modules, str) and key in (peft_config.target_modules or ())
+        if found is True and named_in_full and getattr(peft_config, "layers_to_transform", None) is not None:
+            return check_target_module_exists(peft_config, f"model.{key}")  # a suffix: PEFT looks at the layers
+        return found
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put `new_module` in the place of `child`; what is unloaded has its weights, and PEFT would set them again.
+
+        PEFT's way needs `child.weight`, which a whole module that was trained along may lack, and which is no parameter
+        where single tokens were.
+        """
+        if isinstance(new_module, RoadLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -253,7 +253,9 @@ class QuantisedWeight(BaseWeight):
 def _unpacked_4bit(base_layer: Any) -> Tensor | None:
     """The dense weight of a bitsandbytes 4-bit layer that a forward has repacked for this CPU; None for any other.
 
-    PEFT's backend reads the usual layout only (bitsandbytes repacks in evaluation mode, on CPUs with avx512_bf16).
+    PEFT's backend reads the usual layout only (bitsandbytes repacks in evaluation mode, on CPUs with avx512_bf16). The
+    packed scales are bfloat16 ``[in / block, D]`` and never nested. bitsandbytes' own way back leaves them in that order
+    or quantises them once more; here they stay those that the forward multiplies by.
     """
     weight = getattr(base_layer, "weight", None)
     state = getattr(weight, "quant_state", None)
@@ -261,9 +263,11 @@ def _unpacked_4bit(base_layer: Any) -> Tensor | None:
         return None
     from bitsandbytes import functional
 
-    return functional.dequantize_4bit(
-        *functional._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(state))
-    ).detach()
+    plain: Any = copy.copy(state)
+    plain.original_nested = False
+    codes, plain = functional._convert_weight_packed_for_cpu_inverse(weight.data, plain)
+    plain.absmax = plain.absmax.T.reshape(-1).float()
+    return functional.dequantize_4bit(codes, plain).detach()
 
 
 def _stored_bytes(tensor: Tensor) -> int:
