@@ -5,6 +5,7 @@ The truth is dense float64 arithmetic on the same rounded inputs; in half precis
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -119,3 +120,32 @@ def test_random_starts_are_those_of_stock_under_one_seed() -> None:
     with stock_peft() as config:
         wanted = start(config(**settings))
     assert all(torch.equal(a, b) for a, b in zip(start(roadie.RoadConfig(**settings)), wanted, strict=True))
+
+
+@every_case
+def test_checkpoints_go_both_ways(
+    variant: str, group_size: int, dtype: torch.dtype, bias: bool, tmp_path: Path
+) -> None:
+    """What one tuner saves, the other loads: the same bits, and the outputs of a model that never was on disk."""
+    ours, stock = pair(variant, group_size, dtype, bias, autocast_adapter_dtype=False)
+    ours.save_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes()
+
+    def base() -> nn.Module:
+        return linear_chain(32, 64, bias=bias, dtype=dtype)
+
+    with stock_peft():
+        theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "ours", autocast_adapter_dtype=False)
+    mine = roadie.PeftModel.from_pretrained(base(), tmp_path / "stock", autocast_adapter_dtype=False)
+    assert is_stock(theirs)
+    assert not is_stock(mine)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for loaded, saved in ((theirs, stock), (mine, ours)):
+        assert [bits(p) for p in loaded.parameters()] == [bits(p) for p in saved.parameters()]
+        assert torch.equal(loaded.eval()(x), saved.eval()(x))
+
+
+def bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
