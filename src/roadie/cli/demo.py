@@ -67,8 +67,9 @@ def run_with_progress(console: Console, settings: DemoSettings, output: Path | N
 
 def show_size(console: Console, result: DemoResult) -> None:
     console.print(
-        f"\n[bold]Size[/]  {result.trainable_parameters:,} trainable parameters an adapter, {result.trainable_share:.2%} "
-        f"of the base model's {result.base_parameters:,}; {result.adapter_bytes / 1024:.1f} KiB a file"
+        f"\n[bold]Size[/]  {result.trainable_parameters:,} trainable parameters an adapter, "
+        f"{result.adapter_bytes / 1024:.1f} KiB a file;\n      {result.trainable_share:.2%} of the "
+        f"{result.base_parameters:,} of the base model"
     )
 
 
@@ -76,17 +77,13 @@ def show_losses(console: Console, result: DemoResult) -> None:
     """The held-out losses, a row for each adapter; the best of every column is marked."""
     from rich.table import Table
 
-    table = Table(
-        "adapter",
-        title="Held-out loss (nats per token; lower is better, * is the best of its column)",
-        title_justify="left",
-    )
+    table = Table("adapter")
     for kind in result.kinds:
         table.add_column(f"on {kind}", justify="right")
     for adapter, losses in result.losses.items():
         cells = [f"{losses[kind]:.3f}{'*' if result.winners[kind] == adapter else ' '}" for kind in result.kinds]
         table.add_row(adapter, *cells)
-    console.print()
+    console.print("\n[bold]Held-out loss[/]  nats per token; lower is better, * is the best of its column")
     console.print(table)
     verdict = "every adapter wins on its own kind" if result.diagonal_wins else "NOT every adapter wins on its own kind"
     console.print(f"The diagonal: {verdict}.")
@@ -111,6 +108,23 @@ def show_continuations(console: Console, result: DemoResult) -> None:
         if row.prompt != prompt:
             prompt = row.prompt
             console.print(Text(f"\n  {prompt!r}", style="bold"))
-        console.print(
-            Text(f"  {row.adapter:>10} │ ", style="cyan"), Text(row.text.replace("\n", "\n             │ ")), sep=""
-        )
+        lines = wrapped(row.text, console.width - len(gutter("")))
+        for name, line in zip([row.adapter, *[""] * len(lines)], lines, strict=False):
+            console.print(
+                Text(gutter(name), style="cyan") + Text(line, style="default"), overflow="ignore", no_wrap=True
+            )
+
+
+def gutter(name: str) -> str:
+    """What stands before a line of generated text: the adapter that wrote it, before its first line."""
+    return f"  {name:>10} │ "
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """The lines of `text`, long ones broken at `width` columns; at least one."""
+    import textwrap
+
+    def pieces(line: str) -> list[str]:
+        return textwrap.wrap(line, max(width, 20), drop_whitespace=False, replace_whitespace=False) or [""]
+
+    return [piece.rstrip() for line in text.expandtabs(4).split("\n") for piece in pieces(line)]
