@@ -2,6 +2,7 @@
 #   make demo                                     the demo, in a new environment
 #   make test                                     all tests
 #   make test ARGS="tests/rotation -k compose"    some of them
+#   make bench                                    all benchmarks, 15 minutes on two cores
 #   make test CONSTRAINTS=constraints-lowest.txt VENV=.venv-lowest    with the oldest versions that are supported
 
 PYTHON ?= python3
@@ -12,11 +13,11 @@ ARGS ?=
 
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
-INSTALLED_FROM := pyproject.toml $(CONSTRAINTS)
+INSTALLED_FROM := pyproject.toml $(CONSTRAINTS) setup.py $(wildcard src/roadie/kernels/cpu/*.[ch])
 CHECKED := $(wildcard src tests scripts examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format build clean
+.PHONY: help demo test check bench format build clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +33,9 @@ check: $(VENV)/.development ## style, types, the import ladder and the public su
 	$(RUN)/ruff format --check $(CHECKED)
 	$(RUN)/mypy
 	$(RUN)/python -m pytest -q tests/architecture/test_ladder.py tests/architecture/test_surface.py
+
+bench: $(VENV)/.development ## time and memory against the rivals, and docs/performance.md (ARGS=--quick: a minute, docs stay)
+	$(RUN)/python -m benchmarks.run $(ARGS)
 
 format: $(VENV)/.development ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix $(CHECKED)

@@ -1,0 +1,131 @@
+"""Which cases are run and how long each may take: 15 minutes on two cores for all, a minute for the quick ones.
+
+Cases with few tokens are short, and the intervals that the bounds are read from need many of their rounds. With 4096
+tokens one call takes seconds in float32, so these cases get few rounds (at least three), and their intervals are wide;
+that is said in the document beside them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Budget
+from benchmarks.rivals import AGAIN, PRECISIONS, RIVALS
+from benchmarks.workloads import kept, layer, model, peak, rotation
+from benchmarks.workloads.kept import KeptCase
+from benchmarks.workloads.layer import FORWARD, LayerCase
+from benchmarks.workloads.layer import TRAINING as LAYER_TRAINING
+from benchmarks.workloads.model import DECODE, PREFILL, TRAINING, ModelCase, ModelSize
+from benchmarks.workloads.rotation import RotationCase
+
+TOKENS = (1, 8, 64, 512, 4096)
+TINY = ModelSize(hidden=64, layers=2, heads=4, intermediate=128, vocabulary=256)
+MODEL_PRECISIONS = ("fp32", "bf16, fp32 adapter")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One or more entries of the record: what is run, in words, and how."""
+
+    title: str
+    run: Callable[[], list[dict[str, Any]]]
+
+
+def full() -> Iterator[Task]:
+    """Everything the document shows."""
+    yield from _rotations(("fp32", "bf16"), TOKENS, seconds=1.0, default_threads=True)
+    yield from _kept(tuple(PRECISIONS), (kept.LINEAR, kept.SILU, kept.RELU, kept.MLP, kept.BLOCK))
+    compiled = (kept.LINEAR, kept.SILU, kept.MLP, kept.BLOCK)
+    yield from _kept(("fp32", "bf16, fp32 adapter"), compiled, kept.PARTITIONED)
+    if has_compiler():
+        yield from _kept(("fp32",), (kept.MLP,), kept.INDUCTOR)
+    for precision in MODEL_PRECISIONS:
+        yield from _models(precision, ModelSize(), seconds=(6.0, 5.0, 30.0))
+    yield from _peaks(ModelSize(), rows=2, tokens=256, layer_tokens=1024)
+    for out_features in (4096, 11008):
+        for tokens in TOKENS:
+            yield from _layers(out_features, tokens, layer_budget(out_features, tokens))
+
+
+def quick() -> Iterator[Task]:
+    """One or two cases of each workload, to see that everything runs."""
+    yield from _rotations(("fp32", "bf16"), (8, 4096), seconds=0.3, default_threads=False)
+    yield from _kept(("bf16, fp32 adapter",), (kept.SILU, kept.MLP))
+    yield from _kept(("fp32",), (kept.SILU,), kept.PARTITIONED)
+    yield from _models("fp32", TINY, seconds=(0.2, 0.2, 0.2))
+    yield from _peaks(TINY, rows=2, tokens=32, layer_tokens=64)
+    for tokens in (1, 64):
+        yield from _layers(4096, tokens, Budget(0.5, 3))
+
+
+def has_compiler() -> bool:
+    """Whether inductor can compile for the CPU here."""
+    return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+
+
+def layer_budget(out_features: int, tokens: int) -> Budget:
+    """Time for a layer's case: the bounds are stated for 4096 outputs, which get more of it."""
+    stated = out_features == 4096
+    if tokens == 4096:
+        # A round of five rivals takes up to 40 s here (float32, 11008 outputs): the minimum of rounds decides.
+        return Budget(12.0 if stated else 6.0, min_rounds=4 if stated else 3, warm_up_calls=0)
+    if tokens == 512:
+        return Budget(8.0 if stated else 4.0, min_rounds=6 if stated else 4, warm_up_calls=1)
+    return Budget(5.0 if stated else 1.5, min_rounds=8)
+
+
+def _layers(out_features: int, tokens: int, budget: Budget) -> Iterator[Task]:
+    # The frozen layer a second time shows what the harness makes of no difference at all; too dear for the largest.
+    names = (*RIVALS, AGAIN) if tokens < 4096 else RIVALS
+    for precision in PRECISIONS:
+        for mode in (FORWARD, LAYER_TRAINING):
+            case = LayerCase(mode, precision, out_features, tokens)
+            title = f"layer {mode}, {precision}, {tokens} tokens x {out_features}"
+            yield Task(title, lambda case=case: [layer.run(case, budget, names)])
+
+
+def _rotations(
+    precisions: tuple[str, ...], tokens: tuple[int, ...], seconds: float, default_threads: bool
+) -> Iterator[Task]:
+    cases = [RotationCase(precision, count) for precision in precisions for count in tokens]
+    if default_threads:
+        cases += [RotationCase(precision, tokens[-1], threads=torch.get_num_threads()) for precision in precisions]
+    for case in cases:
+        budget = Budget(seconds if case.tokens < 4096 else 6 * seconds)
+        title = f"rotation alone, {case.precision}, {case.tokens} tokens x {case.out_features}"
+        yield Task(title, lambda case=case, budget=budget: [rotation.run(case, budget)])
+
+
+def _kept(precisions: tuple[str, ...], whats: tuple[str, ...], mode: str = "eager") -> Iterator[Task]:
+    for precision in precisions:
+        for what in whats:
+            case = KeptCase(what, precision, mode)
+            yield Task(f"bytes kept, {what}, {precision}, {mode}", lambda case=case: [kept.run(case)])
+
+
+def _models(precision: str, size: ModelSize, seconds: tuple[float, float, float]) -> Iterator[Task]:
+    cases = [
+        ModelCase(PREFILL, precision, rows=1, tokens=512, size=size),
+        ModelCase(DECODE, precision, rows=8, tokens=128, size=size),
+        ModelCase(TRAINING, precision, rows=2, tokens=256, size=size),
+    ]
+
+    def run() -> list[dict[str, Any]]:
+        models = model.rivals_of(cases[0])
+        budgets = [Budget(time, min_rounds=5, warm_up_calls=1) for time in seconds]
+        return [model.run(case, budget, models) for case, budget in zip(cases, budgets, strict=True)]
+
+    yield Task(f"whole model, {precision}: prefill, decoding, training step", run)
+
+
+def _peaks(size: ModelSize, rows: int, tokens: int, layer_tokens: int) -> Iterator[Task]:
+    layers = [LayerCase(LAYER_TRAINING, precision, 4096, layer_tokens) for precision in MODEL_PRECISIONS]
+    for precision in MODEL_PRECISIONS:
+        case = ModelCase(TRAINING, precision, rows, tokens, size=size)
+        of_layers = layers if precision == MODEL_PRECISIONS[0] else []
+        yield Task(f"peak memory, {precision}", lambda case=case, of_layers=of_layers: peak.run(case, of_layers))

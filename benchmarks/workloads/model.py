@@ -1,0 +1,169 @@
+"""A whole Llama of about 160M parameters with random weights, all linear layers of its blocks adapted.
+
+The training step is one forward with a loss and one backward, no optimizer. The frozen model it is compared with lets
+the gradient flow from its input embeddings, so that its backward runs through every layer; so do the rivals. Prefill and
+decoding (one token a row, with a cache) are without gradients.
+
+Legend: B rows of the batch, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness import Budget, Run, measure
+from benchmarks.memory import bytes_kept
+from benchmarks.rivals import FROZEN, PRECISIONS, RIVALS, ROADIE, adapt, sharing_copy, trained
+from benchmarks.workloads import entry
+from benchmarks.workloads.layer import FORWARD, PASSES
+from benchmarks.workloads.layer import TRAINING as LAYER_TRAINING
+
+PREFILL, DECODE, TRAINING = "prefill", "decode", "training step"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The sizes of a Llama; the defaults have 162 million parameters."""
+
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate: int = 3072
+    vocabulary: int = 32000
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """What is done with which batch; decoding: `tokens` are in the cache already. variant: of both RoAds."""
+
+    mode: str
+    precision: str
+    rows: int
+    tokens: int
+    variant: str = "road_1"
+    size: ModelSize = ModelSize()
+
+
+def llama(size: ModelSize, dtype: torch.dtype) -> Any:
+    """A LlamaForCausalLM with random weights; equal for equal sizes."""
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=size.intermediate,
+        vocab_size=size.vocabulary,
+        max_position_embeddings=4096,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def rivals_of(case: ModelCase, names: tuple[str, ...] = RIVALS) -> dict[str, nn.Module]:
+    """The models that are compared, over the same base weights."""
+    precision = PRECISIONS[case.precision]
+    base = llama(case.size, precision.base)
+    return {name: adapt(sharing_copy(base), name, TARGETS, precision, case.variant) for name in names}
+
+
+def run(case: ModelCase, budget: Budget, models: dict[str, nn.Module] | None = None) -> dict[str, Any]:
+    """Time the models with torch's default number of threads; for a training step also count the bytes kept."""
+    models = models or rivals_of(case)
+    rounds = measure({name: once(model, case) for name, model in models.items()}, budget)
+    moved = bytes_moved(case, models[FROZEN])
+    result = entry("model", asdict(case), rounds, base=FROZEN, ours=ROADIE, bytes_moved=moved)
+    if case.mode == TRAINING:
+        result["bytes"] = {name: activations_kept(model, case) for name, model in models.items()}
+    return result
+
+
+def once(model: nn.Module, case: ModelCase) -> Run:
+    """What is timed."""
+    return {PREFILL: prefill, DECODE: decode, TRAINING: training_step}[case.mode](model, case)
+
+
+def prefill(model: Any, case: ModelCase) -> Run:
+    """A forward over B x T tokens that fills a cache; logits of the last token alone."""
+    tokens_BT = _tokens(case, case.tokens)
+
+    def once() -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=tokens_BT, use_cache=True, logits_to_keep=1).logits
+
+    return once
+
+
+def decode(model: Any, case: ModelCase) -> Run:
+    """A forward over one token a row, with T tokens in the cache, which is as long again afterwards."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=_tokens(case, case.tokens), past_key_values=cache, logits_to_keep=1)
+    token_B1 = _tokens(case, 1)
+
+    def once() -> Tensor:
+        with torch.no_grad():
+            logits = model(input_ids=token_B1, past_key_values=cache).logits
+        cache.crop(-1)
+        return logits
+
+    return once
+
+
+def training_step(model: Any, case: ModelCase) -> Run:
+    """Loss and backward: gradients of the embeddings' output and of the adapter."""
+    parameters = trained(model)
+
+    def once() -> tuple[Tensor, ...]:
+        with flowing_from_embeddings(model) as embedded:
+            loss = forward_with_loss(model, case)
+        return torch.autograd.grad(loss, [*embedded, *parameters])
+
+    return once
+
+
+def forward_with_loss(model: Any, case: ModelCase) -> Tensor:
+    """The mean cross-entropy over B x T random tokens."""
+    tokens_BT = _tokens(case, case.tokens)
+    return model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
+
+
+@contextmanager
+def flowing_from_embeddings(model: Any) -> Iterator[list[Tensor]]:
+    """Within the block the embeddings' output requires a gradient; gives the list of these outputs."""
+    outputs: list[Tensor] = []
+
+    def require(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        outputs.append(output.requires_grad_())
+
+    handle = model.get_input_embeddings().register_forward_hook(require)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def activations_kept(model: nn.Module, case: ModelCase) -> int:
+    """Bytes kept between the forward and the backward of a training step."""
+    with flowing_from_embeddings(model):
+        return bytes_kept(lambda: forward_with_loss(model, case), [*model.parameters(), *model.buffers()])
+
+
+def bytes_moved(case: ModelCase, frozen: nn.Module) -> int:
+    """Bytes read and written by rotating every adapted output as a pass of its own."""
+    outputs = sum(module.out_features for name, module in frozen.named_modules() if name.rpartition(".")[2] in TARGETS)
+    tokens = case.rows * (1 if case.mode == DECODE else case.tokens)
+    passes = PASSES[LAYER_TRAINING if case.mode == TRAINING else FORWARD]
+    return passes * tokens * outputs * PRECISIONS[case.precision].base.itemsize
+
+
+def _tokens(case: ModelCase, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(case.size.vocabulary, (case.rows, count), generator=generator)
