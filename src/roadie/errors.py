@@ -9,6 +9,8 @@
         ├── MergeError        (ValueError)    a merge or unmerge that was refused; nothing was changed
         ├── CheckpointError   (ValueError)    an adapter file that is missing, corrupt, foreign or unsafe
         │   └── UnsafeCheckpointError         a pickle file, which could run code when read
+        ├── KernelError       (RuntimeError)  a kernel that was asked for cannot run here, or was given what it cannot use
+        ├── InPlaceError      (RuntimeError)  backward needs a layer's output, and it was changed in place
         └── RegistrationError (RuntimeError)  roadie and PEFT's own RoAd were mixed up
 
 Every class also derives from the built-in exception that stock PEFT raises in the same situation, so that
@@ -52,3 +54,11 @@ class UnsafeCheckpointError(CheckpointError):
 
 class RegistrationError(RoadieError, RuntimeError):
     """Classes of roadie were used where PEFT's own RoAd was asked for, or the other way round."""
+
+
+class KernelError(RoadieError, RuntimeError):
+    """A kernel that was asked for cannot run here, or was given tensors it cannot use."""
+
+
+class InPlaceError(RoadieError, RuntimeError):
+    """Backward needs the output of an adapted layer, and another operation has changed it in place."""

@@ -271,6 +271,19 @@ def swap_unsigned(x: Tensor, group_size: int) -> Tensor:
     return torch.stack((second, first), dim=-2).flatten(-3)
 
 
+def partner_columns(group_size: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """For each output its partner, int64, and the sign J gives it (-1 first members, 1 second), in like's dtype.
+
+    group_size: one for all, or a tensor that broadcasts with like ``[..., D]``; both results have like's shape.
+    """
+    column = torch.arange(like.shape[-1], device=like.device)
+    is_first = column % group_size < group_size // 2
+    half = group_size // 2
+    partner = torch.where(is_first, column + half, column - half)
+    sign = 1 - 2 * is_first.to(like.dtype)
+    return partner.expand(like.shape), sign.expand(like.shape)
+
+
 def determinant(rotation: Rotation) -> Tensor:
     """Determinant of each pair's block, given to both members: ``[..., D]``."""
     direct, cross, size = rotation.direct, rotation.cross, rotation.group_size

@@ -1,7 +1,9 @@
-"""What is shipped: the wheel and the source archive hold the embedded model, the marker of types and the licence."""
+"""What is shipped: the embedded model, the marker of types, the licence, and the CPU kernel: built, or its sources."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -12,56 +14,100 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "src")
 PACKAGE = ROOT / "src" / "roadie"
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a wheel and a source archive, built from a copy of the sources."""
-    copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        else:
-            shutil.copy(ROOT / name, copy / name)
-    build = (
-        "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_wheel(out); b.build_sdist(out)"
-    )
-    subprocess.run([sys.executable, "-c", build, out], cwd=copy, check=True, capture_output=True, timeout=300)
+    out = tmp_path_factory.mktemp("dist")
+    build_in(copied_sources(tmp_path_factory.mktemp("sources") / "roadie"), out, dict(os.environ))
     return out
 
 
-def shipped() -> set[str]:
-    """Every file of the package that is not left over from running it."""
+def copied_sources(copy: Path) -> Path:
+    copy.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            left_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
+            shutil.copytree(ROOT / name, copy / name, ignore=left_out)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def build_in(sources: Path, out: Path, environment: dict[str, str]) -> None:
+    """A wheel and a source archive of `sources` into `out`."""
+    build = (
+        "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_wheel(out); b.build_sdist(out)"
+    )
+    arguments = [sys.executable, "-c", build, str(out)]
+    subprocess.run(arguments, cwd=sources, env=environment, check=True, capture_output=True, text=True, timeout=300)
+
+
+COMPILED = (".c", ".h")
+
+
+def shipped(*left_out: str) -> set[str]:
+    """Every file of the package that is not left over from building or running it, without those with the endings given."""
     return {
         path.relative_to(PACKAGE.parent).as_posix()
         for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
+        if path.is_file() and path.suffix not in (".pyc", ".so", *left_out)
     }
 
 
 def test_the_wheel_holds_every_file_of_the_package(archives: Path) -> None:
     with zipfile.ZipFile(next(archives.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
-    assert {"roadie/py.typed", "roadie/embedded/model/model.safetensors"} <= shipped() <= names
+    assert {"roadie/py.typed", "roadie/embedded/model/model.safetensors"} <= shipped(*COMPILED) <= names
+    assert not [name for name in names if name.endswith(COMPILED)]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_source_archive_holds_every_file_of_the_package(archives: Path) -> None:
     with tarfile.open(next(archives.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {f"src/{name}" for name in shipped()} | {"LICENSE", "pyproject.toml"} <= names
+    assert {f"src/{name}" for name in shipped()} | {"LICENSE", "pyproject.toml", "setup.py"} <= names
+    assert any(name.endswith("kernels/cpu/rotate.c") for name in names)
 
 
-def test_the_wheel_is_pure_python_and_starts_the_command_line(archives: Path) -> None:
+def test_the_wheel_is_for_every_python_and_starts_the_command_line(archives: Path) -> None:
     wheel = next(archives.glob("*.whl"))
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "-py3-none-" in wheel.name
     with zipfile.ZipFile(wheel) as content:
         entry_points = next(
             content.read(name).decode() for name in content.namelist() if name.endswith("entry_points.txt")
         )
     assert "roadie = roadie.cli:main" in entry_points
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_the_wheel_holds_the_compiled_kernel(archives: Path, tmp_path: Path) -> None:
+    name = "roadie/kernels/cpu/_rotate.so"
+    with zipfile.ZipFile(next(archives.glob("*.whl"))) as wheel:
+        assert name in wheel.namelist()
+        wheel.extract(name, tmp_path)
+    assert ctypes.CDLL(str(tmp_path / name)).roadie_job_bytes() > 0
+
+
+@pytest.mark.parametrize("wish", ["0", "without a compiler"])
+def test_without_the_compiled_kernel_everything_else_is_installed(wish: str, tmp_path: Path) -> None:
+    copy = copied_sources(tmp_path / "sources")
+    environment = {**os.environ, **({"ROADIE_COMPILE": "0"} if wish == "0" else {"CC": "false"})}
+    build_in(copy, tmp_path, environment)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    assert shipped(*COMPILED) <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_a_compiled_kernel_that_is_insisted_on_is_built_or_refused(tmp_path: Path) -> None:
+    copy = copied_sources(tmp_path / "sources")
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        build_in(copy, tmp_path, {**os.environ, "ROADIE_COMPILE": "1", "CC": "false"})
+    assert "the CPU kernel could not be built" in error.value.stderr
 
 
 def test_the_licence_is_the_apache_licence() -> None:

@@ -1,0 +1,24 @@
+"""Fast rotation: one meaning, and three implementations of it (`eager`, `cpu`, `triton`).
+
+`api` is the door, `schema` what torch knows of the operations, `contract` what an implementation must do, `choice` which
+one computes. torch only.
+"""
+
+from __future__ import annotations
+
+from roadie.kernels.api import Keep, RotationTable, rotate, rotate_, rotate_rows, rotate_rows_
+from roadie.kernels.choice import refusals, using
+from roadie.kernels.contract import Implementation, RowRotations
+
+__all__ = [
+    "Implementation",
+    "Keep",
+    "RotationTable",
+    "RowRotations",
+    "refusals",
+    "rotate",
+    "rotate_",
+    "rotate_rows",
+    "rotate_rows_",
+    "using",
+]

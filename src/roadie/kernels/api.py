@@ -1,0 +1,141 @@
+"""The only door to the kernels: rotate a batch, or each row of it by the rotation of its own slot.
+
+    rotate(x, rotation)                 every row alike
+    rotate_rows(x, table, slots)        row by row; slot -1 is the base and leaves its rows as they are
+    rotate_(x, rotation), rotate_rows_  the same in place, where no gradient is needed
+
+All four are differentiable in x, direct and cross but for the last two. ``keep`` says what backward remembers: the
+rotation's "input", or its "output", which the next operation often keeps anyway; see `roadie.kernels.schema`.
+
+Legend: x ``[..., D]`` of any floating dtype, S slots, B routed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from roadie.errors import AdapterError, ConfigError, RoutingError
+from roadie.kernels import schema
+from roadie.kernels.choice import chosen
+from roadie.rotation import Rotation, check_group_size
+
+
+class Keep(str, Enum):
+    """What backward remembers of a rotation's forward: one tensor, in its own dtype."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True, eq=False)
+class RotationTable:
+    """A rotation a slot: direct, cross ``[S, D]``; group_sizes: one for all slots, or each slot's own, int32 ``[S]``.
+
+    Group sizes given as a tensor are trusted here and checked where they are used on a CPU.
+    """
+
+    direct: Tensor
+    cross: Tensor
+    group_sizes: int | Tensor
+
+    @property
+    def uniform_size(self) -> int:
+        """The group size of all slots, or 0 where each has its own."""
+        return self.group_sizes if isinstance(self.group_sizes, int) else 0
+
+    @property
+    def sizes(self) -> Tensor | None:
+        """The group size of each slot, or None where all have the same."""
+        return None if isinstance(self.group_sizes, int) else self.group_sizes
+
+
+def rotate(x: Tensor, rotation: Rotation, *, keep: Keep | str = Keep.INPUT) -> Tensor:
+    """``R x``: x ``[..., D]``, rotation ``[D]``; new memory, x's dtype, one rounding; differentiable.
+
+    keep: "input", or "output" (R must not be singular then, and nobody may change the result in place before backward).
+    Raises `AdapterError` where the shapes do not fit, `ConfigError` for another `keep`.
+    """
+    return rotate_rows(x, _table_of_one(rotation), None, keep=keep)
+
+
+def rotate_(x: Tensor, rotation: Rotation) -> Tensor:
+    """``R x`` in place of x, which is returned; for tensors that need no gradient. Raises as `rotate` does."""
+    return rotate_rows_(x, _table_of_one(rotation), None)
+
+
+def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: Keep | str = Keep.INPUT) -> Tensor:
+    """Each row of x by the rotation of its slot, in new memory of x's dtype, with one rounding; differentiable.
+
+    x: ``[B, ..., D]``; slots: int64, its shape that of x's first dimensions (``[B]``: a slot for x[b], ``[B, T]``: for
+    x[b, t]), from -1 (the base) to S - 1, on x's device; None: slot 0 for every row. keep: as in `rotate`.
+    Raises `AdapterError`, `RoutingError` where shapes do not fit, `KernelError` for slots out of range (on CPUs).
+    """
+    arguments = _checked(x, table, slots)
+    keep_output = Keep.OUTPUT is _keep(keep)
+    if not torch.compiler.is_compiling() and not _needs_gradient(x, table):
+        return schema.forward(*arguments)
+    return torch.ops.roadie.rotate_rows(*arguments, keep_output)
+
+
+def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tensor:
+    """As `rotate_rows`, in place of x, which is returned. Raises `AdapterError` where a gradient is needed."""
+    arguments = _checked(x, table, slots)
+    if _needs_gradient(x, table):
+        raise AdapterError(
+            "got tensors that need a gradient; rotating in place would lose it; use rotate_rows, or torch.no_grad()"
+        )
+    if x.numel():
+        rows = schema.matrix(x)
+        turns = schema.row_rotations(*arguments)
+        chosen(x.device, x.dtype, table.direct.dtype).rotate(rows, rows, turns)
+        if rows.data_ptr() != x.data_ptr():  # rows are a copy
+            x.copy_(rows.view(x.shape))
+    return x
+
+
+def _table_of_one(rotation: Rotation) -> RotationTable:
+    if rotation.direct.dim() != 1:
+        raise AdapterError(
+            f"got a rotation of shape {tuple(rotation.direct.shape)}; wanted [D]; use rotate_rows for a table [S, D]"
+        )
+    return RotationTable(rotation.direct.unsqueeze(0), rotation.cross.unsqueeze(0), rotation.group_size)
+
+
+def _keep(keep: Keep | str) -> Keep:
+    try:
+        return Keep(keep)
+    except ValueError:
+        raise ConfigError(f"got keep={keep!r}; wanted 'input' or 'output'") from None
+
+
+def _needs_gradient(x: Tensor, table: RotationTable) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or table.direct.requires_grad or table.cross.requires_grad)
+
+
+def _checked(
+    x: Tensor, table: RotationTable, slots: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:
+    """What the operations take, once it fits together."""
+    direct, cross, width = table.direct, table.cross, x.shape[-1] if x.dim() else 0
+    if direct.dim() != 2 or direct.shape != cross.shape or direct.shape[1] != width or not len(direct):
+        raise AdapterError(
+            f"got x {tuple(x.shape)}, direct {tuple(direct.shape)} and cross {tuple(cross.shape)}; wanted x [..., D] and "
+            "two tables [S, D] of the same D, with at least one slot"
+        )
+    if isinstance(table.group_sizes, int):
+        if width % table.group_sizes or table.group_sizes % 2:
+            check_group_size(table.group_sizes, width)
+    elif table.group_sizes.shape != direct.shape[:1] or table.group_sizes.dtype != torch.int32:
+        raise AdapterError(
+            f"got group_sizes {table.group_sizes.dtype} {tuple(table.group_sizes.shape)}; wanted int32 [{len(direct)}]"
+        )
+    if slots is not None and (slots.dtype != torch.int64 or x.shape[: slots.dim()] != slots.shape or not slots.dim()):
+        raise RoutingError(
+            f"got slots {slots.dtype} {tuple(slots.shape)} for x {tuple(x.shape)}; wanted int64 in the shape of x's "
+            "first dimensions: one slot for each row, or for each token"
+        )
+    return x, direct, cross, slots, table.sizes, table.uniform_size

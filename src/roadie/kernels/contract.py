@@ -1,0 +1,76 @@
+"""What every implementation of the rotation is given and must do.
+
+For each row t of a batch, with its slot s, and each pair (i, k) of outputs, k = i + G/2 inside a group of G:
+
+    z_i = direct_si * x_i - cross_si * x_k               R x           (`Implementation.rotate`)
+    z_k = direct_sk * x_k + cross_sk * x_i
+
+    grad_x_i = direct_si * g_i + cross_sk * g_k          R^T g         (`Implementation.backward`)
+    grad_x_k = direct_sk * g_k - cross_si * g_i
+    own_si = sum over the slot's rows of g_i * kept_i
+    partner_si = sum over the slot's rows of g_i * kept_k, and of g_k * kept_i for the element k
+
+`own` and `partner` are what the gradients of direct and cross are made of, whether the rotation's input or its output was
+kept (`roadie.kernels.gradient`). Rows of slot -1 are the base: z = x, grad_x = g, no sums.
+
+**Precision.** Arithmetic in float32 (float64 where x is float64), each product and each sum rounded by itself in `rotate`;
+one rounding to the dtype of the result. Sums over rows are in float32 or wider, in an order that depends on the shapes
+alone, so that they are the same in every run.
+
+Legend: T rows (tokens), D out features, S slots, B routed rows, G group size. Matrices ``[T, D]`` have stride 1 along D and
+any stride along T.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowRotations(NamedTuple):
+    """A table of rotations, and which of them each row uses.
+
+    direct, cross: ``[S, D]``, contiguous, float32 or the dtype of x; slots: int64 ``[B]``, from -1 to S - 1, on the device
+    of x, or None where every row uses slot 0; repeat: T / B, how many consecutive rows share a slot;
+    sizes: int32 ``[S]``, the group size of each slot, or None where all have `group_size`.
+    """
+
+    direct: Tensor
+    cross: Tensor
+    slots: Tensor | None
+    repeat: int
+    sizes: Tensor | None
+    group_size: int
+
+
+class Implementation(ABC):
+    """One way to compute the rotation. All of them write into memory that is given, and never keep it."""
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype) -> str | None:
+        """Why this implementation cannot work on such tensors here, or None where it can."""
+
+    @abstractmethod
+    def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
+        """Write R x into `out`, ``[T, D]`` both, in the dtype of x; `out` may be x itself (but must not overlap it otherwise)."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        kept: Tensor | None,
+        grad_x: Tensor | None,
+        turns: RowRotations,
+        own: Tensor | None,
+        partner: Tensor | None,
+    ) -> None:
+        """Write R^T grad into `grad_x` and the sums over rows into `own` and `partner`; None: not wanted.
+
+        grad, kept, grad_x: ``[T, D]`` in one dtype; own, partner: ``[S, D]``, float32 (float64 where grad is); every element is
+        written, also for slots that no row uses. kept is None where own and partner are.
+        """

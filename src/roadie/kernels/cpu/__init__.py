@@ -1,0 +1,144 @@
+"""The compiled implementation for CPUs: rotate.c beside this file, called by ctypes; neither torch nor Python is in it.
+
+It is built when roadie is installed from source (setup.py) where there is a C compiler; without it this implementation
+says so and `eager` takes its place. Results of `rotate` are those of `eager` bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from roadie.errors import KernelError
+from roadie.kernels.contract import Implementation, RowRotations
+
+LIBRARY = Path(__file__).with_name("_rotate.so")
+BYTES_A_THREAD = 1 << 20  # 20 us or more of work; less takes longer to share out than to do
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_JOB = struct.Struct("@9P11q")  # the struct Job of rotate.c: nine pointers, eleven integers
+_FAILURES = {
+    1: "there was not enough memory for partial sums",
+    2: "the tensors are of a dtype that the compiled kernel does not know",
+    3: "a slot is not between -1 and the number of slots - 1",
+    4: "a group size is not even, or does not divide the number of outputs",
+}
+
+
+class CpuImplementation(Implementation):
+    """The compiled kernel; see the module."""
+
+    name = "cpu"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype) -> str | None:
+        """Why the kernel cannot work on such tensors, or None."""
+        if device.type != "cpu":
+            return f"it computes on the CPU, and the tensors are on {device.type}"
+        if dtype not in _TYPES:
+            return f"it knows float32, bfloat16 and float16, and got {dtype}"
+        if table_dtype not in (torch.float32, dtype):
+            return f"it wants tables in float32 or {dtype}, and got {table_dtype}"
+        return _loaded().problem
+
+    def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
+        """R x into out; see the contract."""
+        threads = _threads(2 * x.numel() * x.element_size())
+        _check(_loaded().rotate(_job(x, None, out, turns, None, None, threads)))
+
+    def backward(
+        self,
+        grad: Tensor,
+        kept: Tensor | None,
+        grad_x: Tensor | None,
+        turns: RowRotations,
+        own: Tensor | None,
+        partner: Tensor | None,
+    ) -> None:
+        """R^T grad into grad_x, and the sums over rows; see the contract."""
+        threads = _threads(3 * grad.numel() * grad.element_size())
+        _check(_loaded().backward(_job(grad, kept, grad_x, turns, own, partner, threads)))
+
+
+def _job(
+    x: Tensor,
+    kept: Tensor | None,
+    z: Tensor | None,
+    turns: RowRotations,
+    own: Tensor | None,
+    partner: Tensor | None,
+    threads: int,
+) -> bytes:
+    direct, cross, slots, repeat, sizes, group_size = turns
+    return _JOB.pack(
+        x.data_ptr(),
+        kept.data_ptr() if kept is not None else 0,
+        z.data_ptr() if z is not None else 0,
+        direct.data_ptr(),
+        cross.data_ptr(),
+        slots.data_ptr() if slots is not None else 0,
+        sizes.data_ptr() if sizes is not None else 0,
+        own.data_ptr() if own is not None else 0,
+        partner.data_ptr() if partner is not None else 0,
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        kept.stride(0) if kept is not None else 0,
+        z.stride(0) if z is not None else 0,
+        repeat,
+        direct.shape[0],
+        group_size,
+        _TYPES[x.dtype],
+        _TYPES[direct.dtype],
+        threads,
+    )
+
+
+def _threads(nbytes: int) -> int:
+    """As many threads as torch uses, but none for less than `BYTES_A_THREAD`."""
+    if nbytes < 2 * BYTES_A_THREAD:
+        return 1
+    return min(torch.get_num_threads(), nbytes // BYTES_A_THREAD)
+
+
+def _check(status: int) -> None:
+    if status == 1:
+        raise MemoryError(_FAILURES[1])
+    if status:
+        raise KernelError(f"got a status of {status} from the compiled kernel: {_FAILURES[status]}")
+
+
+class _Library:
+    """The loaded object, or why there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.problem: str | None = None
+        self.rotate: Callable[[bytes], int]
+        self.backward: Callable[[bytes], int]
+        try:
+            library = ctypes.CDLL(str(path))
+            self.rotate, self.backward = (self._function(library, f"roadie_{name}") for name in ("rotate", "backward"))
+            if library.roadie_job_bytes() != _JOB.size:
+                self.problem = f"{path.name} was built from another version of roadie; install roadie again"
+        except (OSError, AttributeError) as error:
+            self.problem = (
+                f"the compiled kernel cannot be loaded ({error}); it is built when roadie is installed from source "
+                "where there is a C compiler"
+            )
+
+    @staticmethod
+    def _function(library: ctypes.CDLL, name: str) -> Callable[[bytes], int]:
+        function = getattr(library, name)
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+        return function
+
+
+@cache
+def _loaded() -> _Library:
+    # After torch, so that an object built with OpenMP takes the threads of torch's own runtime.
+    return _Library(LIBRARY)

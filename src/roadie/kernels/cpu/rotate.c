@@ -1,0 +1,287 @@
+/* The rotation on CPUs: see ../contract.py for what is computed. Plain C without Python or torch in it; called by ctypes.
+ *
+ * What counts is memory: every element is read once and written once, both members of a pair together; the tables of one
+ * layer stay in the first levels of the cache. Products and sums are rounded one by one (no fused multiply-add), as in
+ * the eager implementation, so that both give the same bits.
+ *
+ * Threads: OpenMP, as many as the caller says. Rows are shared out evenly; the sums over rows are cut into tasks whose
+ * sizes depend on the shapes alone, and added up in order, so that the result does not depend on the threads. */
+#if defined(__linux__)
+#define _DEFAULT_SOURCE /* madvise */
+#include <sys/mman.h>
+#endif
+#include <stdlib.h>
+#include <string.h>
+
+#include "spans.h"
+
+#if defined(_MSC_VER)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* The sets of loops that were compiled (setup.py says which), and the best that this processor can run. */
+extern const Spans spans_default;
+#if defined(ROADIE_X86_LEVELS)
+extern const Spans spans_v3, spans_v4, spans_v4_bf16;
+#endif
+
+static const Spans *spans(void) {
+#if defined(ROADIE_X86_LEVELS)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+        return __builtin_cpu_supports("avx512bf16") ? &spans_v4_bf16 : &spans_v4;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        return &spans_v3;
+#endif
+    return &spans_default;
+}
+
+enum { SHORT = 16, TASK_ROWS = 128, TASK_COLUMNS = 1024 };
+enum { DONE = 0, OUT_OF_MEMORY = 1, UNKNOWN_TYPE = 2, UNKNOWN_SLOT = 3, ODD_GROUP = 4 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* The same fields, in the same order, as roadie.kernels.cpu.Job. Strides are in elements. */
+typedef struct {
+    const void *x;          /* [rows, width]; in backward the gradient of the output */
+    const void *kept;       /* [rows, width], backward only */
+    void *z;                /* [rows, width]; in backward the gradient of the input, or NULL */
+    const void *direct;     /* [slots, width] */
+    const void *cross;      /* [slots, width] */
+    const int64_t *slots;   /* [rows / repeat], or NULL: all rows use slot 0 */
+    const int32_t *sizes;   /* [slots], or NULL: all slots have group_size */
+    float *own;             /* [slots, width], backward only, or NULL */
+    float *partner;         /* [slots, width], backward only, or NULL */
+    int64_t rows, width, x_stride, kept_stride, z_stride, repeat, num_slots, group_size;
+    int64_t type;           /* of x, kept and z */
+    int64_t table_type;     /* of direct and cross: FLOAT32, or that of x */
+    int64_t threads;
+} Job;
+
+/* Rows of one slot, and columns, that backward treats at a time: the rows are number `first` to `first + count` of the
+ * slot's rows, which are those of the entries order[entries ...] of `slots`. */
+typedef struct {
+    int64_t slot, first, count, start, end;
+    const int64_t *entries;
+} Task;
+
+static inline int64_t slot_of(const Job *job, int64_t row) { return job->slots ? job->slots[row / job->repeat] : 0; }
+
+static inline int64_t group_of(const Job *job, int64_t slot) { return job->sizes ? job->sizes[slot] : job->group_size; }
+
+static inline int64_t row_of(const Job *job, const Task *task, int64_t i) {
+    int64_t number = task->first + i;
+    return task->entries ? task->entries[number / job->repeat] * job->repeat + number % job->repeat : number;
+}
+
+static int is_narrow(const Job *job) { return job->table_type != FLOAT32; }
+
+static int64_t bytes_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
+
+static const void *row_at(const void *base, int64_t row, int64_t stride, int64_t type) {
+    return (const char *)base + row * stride * bytes_of(type);
+}
+
+/* Columns start to end of one row of x, turned into the same columns of z. */
+static void turn_row(const Job *job, TurnSpan *turn, int64_t row, int64_t start, int64_t end, int back) {
+    int64_t slot = slot_of(job, row), size = bytes_of(job->type);
+    const void *x = row_at(job->x, row, job->x_stride, job->type);
+    void *z = (void *)row_at(job->z, row, job->z_stride, job->type);
+    if (slot < 0) {
+        if (x != z) memcpy((char *)z + start * size, (const char *)x + start * size, (size_t)((end - start) * size));
+        return;
+    }
+    const void *direct = row_at(job->direct, slot, job->width, job->table_type);
+    const void *cross = row_at(job->cross, slot, job->width, job->table_type);
+    turn(x, z, direct, cross, start, end, group_of(job, slot), back);
+}
+
+/* One task of backward: rows of one slot, columns start to end. Gradients of x, and the sums own and partner: of SHORT rows
+ * at a time in float32, and these in float64, so that no sum of float32 has many terms. */
+static void back_task(const Job *job, const Spans *loops, const Task *task, float *part, float *brief, double *total) {
+    int64_t start = task->start, end = task->end, width = end - start;
+    TurnSpan *turn = loops->turn[job->type][is_narrow(job)];
+    if (part) memset(total, 0, (size_t)(2 * width) * sizeof(double));
+    for (int64_t from = 0; from < task->count; from += SHORT) {
+        int64_t to = from + SHORT < task->count ? from + SHORT : task->count;
+        if (part) memset(brief, 0, (size_t)(2 * width) * sizeof(float));
+        for (int64_t i = from; i < to; i++) {
+            int64_t row = row_of(job, task, i);
+            if (job->z) turn_row(job, turn, row, start, end, 1);
+            if (part)
+                loops->sum[job->type](row_at(job->x, row, job->x_stride, job->type),
+                                      row_at(job->kept, row, job->kept_stride, job->type), brief, brief + width, start,
+                                      end, group_of(job, task->slot));
+        }
+        if (part) loops->widen_and_add(total, brief, 2 * width);
+    }
+    for (int64_t i = 0; part && i < 2 * width; i++) part[i] = (float)total[i];
+}
+
+/* What would read or write beyond the tensors is refused: the cost is a glance at every routed row. */
+static int check(const Job *job) {
+    if (job->type < FLOAT32 || job->type > FLOAT16) return UNKNOWN_TYPE;
+    if (job->table_type != FLOAT32 && job->table_type != job->type) return UNKNOWN_TYPE;
+    if (!job->sizes && (job->group_size < 2 || job->group_size % 2 || job->width % job->group_size)) return ODD_GROUP;
+    for (int64_t entry = 0; entry < (job->slots ? job->rows / job->repeat : 1); entry++) {
+        int64_t slot = job->slots ? job->slots[entry] : 0;
+        if (slot < -1 || slot >= job->num_slots) return UNKNOWN_SLOT;
+        if (slot < 0 || !job->sizes) continue;
+        if (job->sizes[slot] < 2 || job->sizes[slot] % 2 || job->width % job->sizes[slot]) return ODD_GROUP;
+    }
+    return DONE;
+}
+
+/* Large results lie in memory that nobody has touched: with pages of 2 MiB the system clears it several times faster. */
+static void prefer_huge_pages(const Job *job) {
+#if defined(MADV_HUGEPAGE)
+    const int64_t page = 1 << 21, size = job->rows * job->z_stride * bytes_of(job->type);
+    uintptr_t first = ((uintptr_t)job->z + page - 1) & ~(uintptr_t)(page - 1);
+    uintptr_t last = ((uintptr_t)job->z + (uintptr_t)size) & ~(uintptr_t)(page - 1);
+    if (job->z && job->z != job->x && last >= first + 2 * page) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)job;
+#endif
+}
+
+EXPORT int roadie_rotate(const Job *job) {
+    int status = check(job);
+    if (status) return status;
+    TurnSpan *turn = spans()->turn[job->type][is_narrow(job)];
+    prefer_huge_pages(job);
+    int64_t pieces = job->threads < job->rows ? job->threads : job->rows;
+    int64_t piece;
+#pragma omp parallel for num_threads((int)pieces) schedule(static) if (pieces > 1)
+    for (piece = 0; piece < pieces; piece++)
+        for (int64_t row = job->rows * piece / pieces; row < job->rows * (piece + 1) / pieces; row++)
+            turn_row(job, turn, row, 0, job->width, 0);
+    return DONE;
+}
+
+/* Everything backward needs besides the job: tasks, the order of the routed rows by slot, and room for partial sums. */
+typedef struct {
+    Task *tasks;
+    int64_t count, columns;     /* tasks; columns of a task */
+    int64_t *order;             /* entries of job->slots by slot, -1 first */
+    int64_t *begin;             /* [num_slots + 2]: where the entries of slot s begin in `order`, at index s + 1 */
+    int64_t *first_task;        /* [num_slots + 1]: where the tasks of slot s begin */
+    float *parts;               /* [tasks, 2, columns] */
+} Plan;
+
+static void release(Plan *plan) {
+    free(plan->tasks), free(plan->order), free(plan->begin), free(plan->first_task), free(plan->parts);
+}
+
+/* Columns of a task: whole groups, about TASK_COLUMNS; all columns where the slots differ in group size. */
+static int64_t task_columns(const Job *job) {
+    if (job->sizes || job->width <= TASK_COLUMNS) return job->width;
+    int64_t groups = TASK_COLUMNS / job->group_size;
+    return (groups ? groups : 1) * job->group_size;
+}
+
+/* A stable counting sort of the entries by slot. */
+static int sort_entries(const Job *job, Plan *plan) {
+    int64_t entries = job->slots ? job->rows / job->repeat : 0, slots = job->num_slots;
+    plan->order = malloc((size_t)(entries + 1) * sizeof(int64_t));
+    plan->begin = calloc((size_t)(slots + 3), sizeof(int64_t));
+    if (!plan->order || !plan->begin) return OUT_OF_MEMORY;
+    for (int64_t e = 0; e < entries; e++) plan->begin[job->slots[e] + 3]++;
+    for (int64_t s = 1; s < slots + 3; s++) plan->begin[s] += plan->begin[s - 1];
+    /* begin[s + 2] is now where slot s goes on; after placing its entries it is where slot s + 1 begins. */
+    for (int64_t e = 0; e < entries; e++) plan->order[plan->begin[job->slots[e] + 2]++] = e;
+    return DONE;
+}
+
+static int64_t rows_of_slot(const Job *job, const Plan *plan, int64_t slot) {
+    if (!job->slots) return slot == 0 ? job->rows : 0;
+    return (plan->begin[slot + 2] - plan->begin[slot + 1]) * job->repeat;
+}
+
+static int64_t divided_up(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+static void add_tasks(const Job *job, Plan *plan, int64_t slot) {
+    int64_t rows = rows_of_slot(job, plan, slot);
+    const int64_t *entries = job->slots ? plan->order + plan->begin[slot + 1] : NULL;
+    for (int64_t start = 0; start < job->width; start += plan->columns)
+        for (int64_t first = 0; first < rows; first += TASK_ROWS) {
+            int64_t end = start + plan->columns < job->width ? start + plan->columns : job->width;
+            int64_t count = first + TASK_ROWS < rows ? TASK_ROWS : rows - first;
+            plan->tasks[plan->count++] = (Task){slot, first, count, start, end, entries};
+        }
+}
+
+static int make_plan(const Job *job, Plan *plan) {
+    int64_t number = 0, strips;
+    plan->columns = task_columns(job);
+    strips = divided_up(job->width, plan->columns);
+    if (sort_entries(job, plan)) return OUT_OF_MEMORY;
+    for (int64_t s = -1; s < job->num_slots; s++) number += divided_up(rows_of_slot(job, plan, s), TASK_ROWS) * strips;
+    plan->tasks = malloc((size_t)(number + 1) * sizeof(Task));
+    plan->first_task = malloc((size_t)(job->num_slots + 1) * sizeof(int64_t));
+    if (job->own) plan->parts = malloc((size_t)(number * 2 * plan->columns + 1) * sizeof(float));
+    if (!plan->tasks || !plan->first_task || (job->own && !plan->parts)) return OUT_OF_MEMORY;
+    for (int64_t s = 0; s < job->num_slots; s++) {
+        plan->first_task[s] = plan->count;
+        add_tasks(job, plan, s);
+    }
+    plan->first_task[job->num_slots] = plan->count;
+    if (job->z && job->slots) add_tasks(job, plan, -1); /* the base's rows pass their gradient on */
+    return DONE;
+}
+
+/* own and partner of one slot: the parts of its tasks, strip by strip, in float64 and in order. */
+static void add_up(const Job *job, const Spans *loops, const Plan *plan, int64_t slot, double *total) {
+    int64_t task = plan->first_task[slot], last = plan->first_task[slot + 1];
+    for (int64_t start = 0; start < job->width; start += plan->columns) {
+        int64_t end = start + plan->columns < job->width ? start + plan->columns : job->width, width = end - start;
+        memset(total, 0, (size_t)(2 * width) * sizeof(double));
+        for (; task < last && plan->tasks[task].start == start; task++)
+            loops->widen_and_add(total, plan->parts + task * 2 * plan->columns, 2 * width);
+        float *own = job->own + slot * job->width + start, *partner = job->partner + slot * job->width + start;
+        for (int64_t i = 0; i < width; i++) own[i] = (float)total[i];
+        for (int64_t i = 0; i < width; i++) partner[i] = (float)total[width + i];
+    }
+}
+
+static int run_plan(const Job *job, const Plan *plan) {
+    const Spans *loops = spans();
+    int failed = 0;
+    int threads = job->threads > 1 ? (int)job->threads : 1;
+    (void)threads;
+#pragma omp parallel num_threads(threads)
+    {
+        float *brief = malloc((size_t)(2 * plan->columns) * sizeof(float));
+        double *total = malloc((size_t)(2 * plan->columns) * sizeof(double));
+        int usable = brief && total;
+        int64_t i;
+        if (!usable) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (i = 0; i < plan->count; i++) {
+            int sums = job->own && plan->tasks[i].slot >= 0;
+            if (usable) back_task(job, loops, plan->tasks + i, sums ? plan->parts + i * 2 * plan->columns : NULL, brief, total);
+        }
+#pragma omp for schedule(static)
+        for (i = 0; i < (job->own ? job->num_slots : 0); i++)
+            if (usable) add_up(job, loops, plan, i, total);
+        free(brief), free(total);
+    }
+    return failed ? OUT_OF_MEMORY : DONE;
+}
+
+EXPORT int roadie_backward(const Job *job) {
+    Plan plan = {0};
+    int status = check(job);
+    if (!status) prefer_huge_pages(job);
+    if (!status) status = make_plan(job, &plan);
+    if (!status) status = run_plan(job, &plan);
+    release(&plan);
+    return status;
+}
+
+/* So that the caller can see that both sides mean the same by a Job. */
+EXPORT int64_t roadie_job_bytes(void) { return (int64_t)sizeof(Job); }

@@ -1,0 +1,103 @@
+/* The loops of template.h for all types, compiled once for each instruction set: ROADIE_SET names it (see setup.py). */
+#include "spans.h"
+
+#if defined(_MSC_VER)
+#define INLINE static __forceinline
+#define INDEPENDENT __pragma(loop(ivdep))
+#else
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+#endif
+
+#include "vector.h"
+
+#define JOIN(function, types) function##_##types
+#define NAME_OF(function, types) JOIN(function, types)
+#define NAME(function) NAME_OF(function, TYPES)
+
+#define TYPES f32
+#define X float
+#define READ read_f32
+#define WRITE write_f32
+#define READ_VECTOR read_f32_vector
+#define WRITE_VECTOR write_f32_vector
+#define W float
+#define READ_W read_f32
+#define READ_W_VECTOR read_f32_vector
+#include "template.h"
+#undef TYPES
+#undef X
+#undef READ
+#undef WRITE
+#undef READ_VECTOR
+#undef WRITE_VECTOR
+
+#define TYPES bf16
+#define X bf16
+#define READ read_bf16
+#define WRITE write_bf16
+#define READ_VECTOR read_bf16_vector
+#define WRITE_VECTOR write_bf16_vector
+#include "template.h"
+#undef TYPES
+#undef W
+#undef READ_W
+#undef READ_W_VECTOR
+
+#define TYPES bf16_narrow
+#define TURNS_ONLY
+#define W bf16
+#define READ_W read_bf16
+#define READ_W_VECTOR read_bf16_vector
+#include "template.h"
+#undef TURNS_ONLY
+#undef TYPES
+#undef X
+#undef READ
+#undef WRITE
+#undef READ_VECTOR
+#undef WRITE_VECTOR
+#undef W
+#undef READ_W
+#undef READ_W_VECTOR
+
+#define TYPES f16
+#define X f16
+#define READ read_f16
+#define WRITE write_f16
+#define READ_VECTOR read_f16_vector
+#define WRITE_VECTOR write_f16_vector
+#define W float
+#define READ_W read_f32
+#define READ_W_VECTOR read_f32_vector
+#include "template.h"
+#undef TYPES
+#undef W
+#undef READ_W
+#undef READ_W_VECTOR
+
+#define TYPES f16_narrow
+#define TURNS_ONLY
+#define W f16
+#define READ_W read_f16
+#define READ_W_VECTOR read_f16_vector
+#include "template.h"
+#undef TURNS_ONLY
+#undef TYPES
+
+static void widen_and_add(double *total, const float *term, int64_t count) {
+    INDEPENDENT
+    for (int64_t i = 0; i < count; i++) total[i] += term[i];
+}
+
+#define TURN(types) turn_span_##types
+#define SUM(types) sum_span_##types
+const Spans ROADIE_SET = {
+    {{TURN(f32), TURN(f32)}, {TURN(bf16), TURN(bf16_narrow)}, {TURN(f16), TURN(f16_narrow)}},
+    {SUM(f32), SUM(bf16), SUM(f16)},
+    widen_and_add,
+};

@@ -1,0 +1,186 @@
+"""The operations as torch sees them: schema, fake kernel and gradient, registered before any implementation is asked.
+
+    roadie::rotate_rows(x, direct, cross, slots, sizes, group_size, keep_output) -> z
+    roadie::rotate_rows_backward(grad, kept, direct, cross, slots, sizes, group_size, want_x) -> (grad_x, own, partner)
+
+torch.compile, AOTAutograd, activation checkpointing and FSDP see these two and nothing inside them. One tensor of the
+batch's size is kept for backward, the input or the output, in its own dtype; none where direct and cross need no gradient.
+
+**What is kept** is said by `keep_output`, a constant of the graph. With ``M = sum of g kept^T`` a pair (the sums own and
+partner), the gradient of the block R is M where the input was kept, and ``M R^-T`` where the output was, since
+``output = R input``. The solve costs nothing a row; its error grows with the condition number of R (1 in road_1), and R
+must not be singular.
+
+Legend: x ``[..., D]``, T rows of x, S slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from roadie.errors import InPlaceError
+from roadie.kernels.choice import chosen
+from roadie.kernels.contract import RowRotations
+from roadie.rotation import partner_columns
+
+# What is kept alive here stays registered.
+_library = Library("roadie", "DEF")
+_library.define(
+    "rotate_rows(Tensor x, Tensor direct, Tensor cross, Tensor? slots, Tensor? sizes, int group_size, "
+    "bool keep_output) -> Tensor"
+)
+_library.define(
+    "rotate_rows_backward(Tensor grad, Tensor? kept, Tensor direct, Tensor cross, Tensor? slots, Tensor? sizes, "
+    "int group_size, bool want_x) -> (Tensor, Tensor, Tensor)"
+)
+
+IN_PLACE_ADVICE = (
+    "backward needs the output of this adapted layer, and a later operation has changed it in place (such as "
+    "ReLU(inplace=True), or y += r); let the layer keep its input instead: set_kept_for_backward('input') of the "
+    "RoadModel (model.base_model.set_kept_for_backward('input') of a PeftModel), or keep='input' of roadie.kernels"
+)
+
+
+def forward(
+    x: Tensor,
+    direct: Tensor,
+    cross: Tensor,
+    slots: Tensor | None,
+    sizes: Tensor | None,
+    group_size: int,
+    keep_output: bool = False,
+) -> Tensor:
+    """R x in new memory, without gradient: the operation's kernel on every device."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        turns = row_rotations(x, direct, cross, slots, sizes, group_size)
+        chosen(x.device, x.dtype, direct.dtype).rotate(matrix(x), matrix(out), turns)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    kept: Tensor | None,
+    direct: Tensor,
+    cross: Tensor,
+    slots: Tensor | None,
+    sizes: Tensor | None,
+    group_size: int,
+    want_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """R^T grad (empty where not wanted) and the sums own and partner ``[S, D]`` (empty where nothing was kept)."""
+    grad_x, own, partner = _empty_gradients(grad, kept, direct, want_x)
+    if grad.numel():
+        turns = row_rotations(grad, direct, cross, slots, sizes, group_size)
+        chosen(grad.device, grad.dtype, direct.dtype).backward(
+            matrix(grad),
+            matrix(kept) if kept is not None else None,
+            matrix(grad_x) if want_x else None,
+            turns,
+            own if kept is not None else None,
+            partner if kept is not None else None,
+        )
+        return grad_x, own, partner
+    return grad_x, own.zero_(), partner.zero_()
+
+
+def _empty_gradients(grad: Tensor, kept: Tensor | None, direct: Tensor, want_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 if torch.float64 in (grad.dtype, direct.dtype) else torch.float32
+    grad_x = torch.empty(grad.shape if want_x else (0,), dtype=grad.dtype, device=grad.device)
+    shape = direct.shape if kept is not None else (0,)
+    own, partner = (torch.empty(shape, dtype=wide, device=grad.device) for _ in range(2))
+    return grad_x, own, partner
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x as rows ``[T, D]`` with stride 1 along D: a view where its strides allow one, else a copy."""
+    if x.is_contiguous():
+        return x.view(-1, x.shape[-1])
+    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
+        return x
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def row_rotations(
+    x: Tensor, direct: Tensor, cross: Tensor, slots: Tensor | None, sizes: Tensor | None, group_size: int
+) -> RowRotations:
+    """The table and the slots in the form the implementations take."""
+    repeat = 1
+    if slots is not None:
+        slots = slots.contiguous().view(-1)
+        repeat = x.numel() // x.shape[-1] // slots.numel()
+    return RowRotations(direct.contiguous(), cross.contiguous(), slots, repeat, sizes, group_size)
+
+
+_library.impl("rotate_rows", forward, "CompositeExplicitAutograd")
+_library.impl("rotate_rows_backward", backward, "CompositeExplicitAutograd")
+
+
+@register_fake("roadie::rotate_rows", lib=_library)
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@register_fake("roadie::rotate_rows_backward", lib=_library)
+def _(
+    grad: Tensor, kept: Tensor | None, direct: Tensor, cross: Tensor, slots: Any, sizes: Any, size: int, want_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(grad, kept, direct, want_x)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, direct, cross, slots, sizes, ctx.group_size, ctx.keep_output = inputs
+    needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    kept = (output if ctx.keep_output else x) if needed else None
+    ctx.save_for_backward(kept, direct, cross, slots, sizes)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    kept, direct, cross, slots, sizes = _kept(ctx)
+    grad_x, own, partner = torch.ops.roadie.rotate_rows_backward(
+        grad, kept, direct, cross, slots, sizes, ctx.group_size, ctx.needs_input_grad[0]
+    )
+    rest = (None,) * 4
+    if kept is None:
+        return grad_x, None, None, *rest
+    size = ctx.group_size if sizes is None else sizes.unsqueeze(-1)
+    of_table = of_kept_output if ctx.keep_output else of_kept_input
+    grad_direct, grad_cross = of_table(own, partner, direct, cross, size)
+    return grad_x if ctx.needs_input_grad[0] else None, grad_direct, grad_cross, *rest
+
+
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if ctx.keep_output and "modified by an inplace operation" in str(error):
+            raise InPlaceError(f"{error} What happened: {IN_PLACE_ADVICE}.") from None
+        raise
+
+
+def of_kept_input(
+    own: Tensor, partner: Tensor, direct: Tensor, cross: Tensor, group_size: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of direct and cross ``[S, D]`` from sums over the rotation's input."""
+    _, sign = partner_columns(group_size, own)
+    return own.to(direct.dtype), (sign * partner).to(cross.dtype)
+
+
+def of_kept_output(
+    own: Tensor, partner: Tensor, direct: Tensor, cross: Tensor, group_size: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of direct and cross ``[S, D]`` from sums over the rotation's output: M R^-T, pair by pair."""
+    column, sign = partner_columns(group_size, own)
+    d, c = direct.to(own.dtype), cross.to(own.dtype)
+    other_d, other_c = d.gather(-1, column), c.gather(-1, column)
+    determinant = d * other_d + c * other_c
+    grad_direct = (own * other_d - sign * partner * c) / determinant
+    grad_cross = (own * other_c + sign * partner * d) / determinant
+    return grad_direct.to(direct.dtype), grad_cross.to(cross.dtype)
+
+
+register_autograd("roadie::rotate_rows", _gradients, setup_context=_keep, lib=_library)
