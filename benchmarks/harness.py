@@ -18,17 +18,21 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
-SHORTEST_SAMPLE_S = 200e-6  # a shorter sample is repeated: perf_counter and the loop cost about 0.1 us each
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a case may take: rounds go on until `seconds` are over, but there are min_rounds to max_rounds of them."""
+    """How long a case may take: rounds go on until `seconds` are over, but there are min_rounds to max_rounds of them.
+
+    A call shorter than shortest_sample_s is repeated: perf_counter and the loop cost about 0.1 us each, and waiting for
+    a GPU about 10.
+    """
 
     seconds: float
     min_rounds: int = 5
     max_rounds: int = 400
     warm_up_calls: int = 2
+    shortest_sample_s: float = 200e-6
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def measure(rivals: Mapping[str, Run], budget: Budget, synchronise: Run | None =
     """
     with _undisturbed():
         fastest_s = min(_warm_up(run, budget.warm_up_calls, synchronise) for run in rivals.values())
-        calls = max(1, math.ceil(SHORTEST_SAMPLE_S / fastest_s))
+        calls = max(1, math.ceil(budget.shortest_sample_s / fastest_s))
         times_s: dict[str, list[float]] = {name: [] for name in rivals}
         deadline = time.perf_counter() + budget.seconds
         for index, order in enumerate(orders(list(rivals))):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Budget
-from benchmarks.rivals import AGAIN, PRECISIONS, RIVALS
+from benchmarks.rivals import AGAIN, FROZEN, PRECISIONS, RIVALS, ROADIE
 from benchmarks.workloads import kept, layer, model, peak, rotation
 from benchmarks.workloads.kept import KeptCase
 from benchmarks.workloads.layer import FORWARD, LayerCase
@@ -46,7 +46,7 @@ def full() -> Iterator[Task]:
         yield from _kept(("fp32",), (kept.MLP,), kept.INDUCTOR)
     for precision in MODEL_PRECISIONS:
         yield from _models(precision, ModelSize(), seconds=(6.0, 5.0, 30.0))
-    yield from _peaks(ModelSize(), rows=2, tokens=256, layer_tokens=1024)
+    yield from _peaks(ModelSize(), rows=2, tokens=256, layer_tokens=1024, names=RIVALS)
     for out_features in (4096, 11008):
         for tokens in TOKENS:
             yield from _layers(out_features, tokens, layer_budget(out_features, tokens))
@@ -58,7 +58,7 @@ def quick() -> Iterator[Task]:
     yield from _kept(("bf16, fp32 adapter",), (kept.SILU, kept.MLP))
     yield from _kept(("fp32",), (kept.SILU,), kept.PARTITIONED)
     yield from _models("fp32", TINY, seconds=(0.2, 0.2, 0.2))
-    yield from _peaks(TINY, rows=2, tokens=32, layer_tokens=64)
+    yield from _peaks(TINY, rows=2, tokens=32, layer_tokens=64, names=(FROZEN, ROADIE))
     for tokens in (1, 64):
         yield from _layers(4096, tokens, Budget(0.5, 3))
 
@@ -123,9 +123,7 @@ def _models(precision: str, size: ModelSize, seconds: tuple[float, float, float]
     yield Task(f"whole model, {precision}: prefill, decoding, training step", run)
 
 
-def _peaks(size: ModelSize, rows: int, tokens: int, layer_tokens: int) -> Iterator[Task]:
+def _peaks(size: ModelSize, rows: int, tokens: int, layer_tokens: int, names: tuple[str, ...]) -> Iterator[Task]:
     layers = [LayerCase(LAYER_TRAINING, precision, 4096, layer_tokens) for precision in MODEL_PRECISIONS]
-    for precision in MODEL_PRECISIONS:
-        case = ModelCase(TRAINING, precision, rows, tokens, size=size)
-        of_layers = layers if precision == MODEL_PRECISIONS[0] else []
-        yield Task(f"peak memory, {precision}", lambda case=case, of_layers=of_layers: peak.run(case, of_layers))
+    models = [ModelCase(TRAINING, precision, rows, tokens, size=size) for precision in MODEL_PRECISIONS]
+    yield Task("peak memory", lambda: peak.run(models, layers, names))

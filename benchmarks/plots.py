@@ -18,11 +18,10 @@ import matplotlib.pyplot as plt
 from benchmarks.rivals import AGAIN, FROZEN, PEFT_IA3, PEFT_LORA, PEFT_ROAD, ROADIE
 from benchmarks.tables import MIB, bytes_per_s
 from benchmarks.verdicts import of_workload
+from benchmarks.workloads.adapters import BMM_LORA
 from benchmarks.workloads.rotation import COPY, PEFT_APPLY, PEFT_APPLY_FP32
 
 Entry = dict[str, Any]
-BMM_LORA = "LoRA r=8 by bmm"
-LIMIT = "limit"
 STYLES = {
     ROADIE: ("#D55E00", "o"),
     PEFT_ROAD: ("#0072B2", "s"),
@@ -94,17 +93,19 @@ def _roofline(entries: list[Entry], folder: Path) -> Path:
     figure, panels = plt.subplots(1, len(precisions), figsize=(5.2 * len(precisions), 3.8), squeeze=False, sharey=True)
     for panel, precision in zip(panels[0], precisions, strict=True):
         of_panel = [entry for entry in entries if entry["case"]["precision"] == precision]
-        sizes = [entry["bytes_moved"] / 2 / MIB for entry in of_panel]
+        tokens = [entry["case"]["tokens"] for entry in of_panel]
         for name in of_panel[0]["rivals"]:
             colour, marker = STYLES[name]
             speeds = [bytes_per_s(entry, name) / 1e9 for entry in of_panel]
             label = "copy (the roofline)" if name == COPY else name
             style = ":" if name == COPY else "-"
-            panel.plot(sizes, speeds, color=colour, marker=marker, linestyle=style, label=label)
+            panel.plot(tokens, speeds, color=colour, marker=marker, linestyle=style, label=label)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        labels = [f"{entry['case']['tokens']}\n{entry['bytes_moved'] / 2 / MIB:.3g} MiB" for entry in of_panel]
+        panel.set_xticks(tokens, labels)
         panel.set_title(f"rotation in place, {precision}, one thread", fontsize=10)
-        panel.set_xlabel("tensor, MiB (tokens x 4096)")
+        panel.set_xlabel("tokens (x 4096), size of the tensor")
     panels[0][0].set_ylabel("read + written, GB/s")
     return _finish(figure, panels[0][-1], folder / "performance-roofline.png")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks import tables
 from benchmarks.machine import ROOT
-from benchmarks.verdicts import Verdict, verdicts
+from benchmarks.rivals import ROADIE
+from benchmarks.verdicts import Verdict, of_workload, verdicts
 
 DOCS = ROOT / "docs"
 Record = dict[str, Any]
@@ -103,11 +104,32 @@ def _measurements(entries: list[dict[str, Any]]) -> Iterator[str]:
     yield tables.rotations(entries)
     yield "## Bytes kept for backward beyond the frozen modules', for each element of the adapted outputs\n"
     yield tables.kept(entries)
-    yield "## A Llama of 162 million parameters, all linear layers adapted\n"
+    yield _fixed(entries)
+    yield f"## A Llama of {_millions(entries)} million parameters, all linear layers adapted\n"
     yield _image("model", "Time over the frozen model, and activations kept")
     yield from tables.models(entries)
     yield "## Peak memory of a training step, a process for each rival\n"
     yield tables.peaks(entries)
+
+
+def _fixed(entries: list[dict[str, Any]]) -> str:
+    """What the table of kept bytes leaves out."""
+    amounts = [
+        amount["fixed"]
+        for entry in of_workload(entries, "kept")
+        for name, amount in entry["bytes"].items()
+        if name.startswith(ROADIE)
+    ]
+    largest = max(amounts, default=0) / 1024
+    return (
+        "Counted are whole storages, each once, without parameters, at two numbers of tokens; the table has what grows with "
+        f"the tokens. What does not (tables made of the parameters) is at most {largest:.0f} KiB for roadie here."
+    )
+
+
+def _millions(entries: list[dict[str, Any]]) -> str:
+    counts = {entry["parameters"] for entry in of_workload(entries, "model")}
+    return f"{max(counts, default=0) / 1e6:.3g}"
 
 
 def _image(name: str, text: str) -> str:

@@ -150,7 +150,7 @@ def layer_of(
     holder.add_module("linear", linear)
     model = adapt(holder, rival, ["linear"], precision, variant)
     layer = holder.linear
-    assert all(base.weight is weight for base in _layers(layer, nn.Linear) if base.weight.shape == weight.shape)
+    assert any(base.weight is weight for base in _layers(layer, nn.Linear)), f"{rival} has a weight of its own"
     return layer, trained(model)
 
 
@@ -159,8 +159,8 @@ def sharing_copy(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def random_weight(out_features: int, in_features: int, dtype: torch.dtype) -> nn.Parameter:
+def random_weight(out_features: int, in_features: int, dtype: torch.dtype, device: str = "cpu") -> nn.Parameter:
     """A frozen weight ``[out, in]`` drawn from N(0, 1/in); equal for equal sizes."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
-    return nn.Parameter(weight.to(dtype), requires_grad=False)
+    return nn.Parameter(weight.to(device, dtype), requires_grad=False)

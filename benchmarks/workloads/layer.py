@@ -36,22 +36,28 @@ class LayerCase:
     in_features: int = 4096
 
 
-def run(case: LayerCase, budget: Budget, names: tuple[str, ...] = RIVALS) -> dict[str, Any]:
+def run(
+    case: LayerCase,
+    budget: Budget,
+    names: tuple[str, ...] = RIVALS,
+    device: str = "cpu",
+    synchronise: Run | None = None,
+) -> dict[str, Any]:
     """Time the rivals on one thread; the first of `names` must be the frozen layer."""
     assert names[0] == FROZEN
     with threads(1):
-        rounds = measure(runs(case, names), budget)
+        rounds = measure(runs(case, names, device), budget, synchronise)
         itemsize = PRECISIONS[case.precision].base.itemsize
         moved = PASSES[case.mode] * case.tokens * case.out_features * itemsize
         return entry("layer", asdict(case), rounds, base=FROZEN, ours=ROADIE, bytes_moved=moved)
 
 
-def runs(case: LayerCase, names: tuple[str, ...]) -> dict[str, Run]:
+def runs(case: LayerCase, names: tuple[str, ...], device: str = "cpu") -> dict[str, Run]:
     """What each rival does once."""
     precision = PRECISIONS[case.precision]
-    weight = random_weight(case.out_features, case.in_features, precision.base)
-    x_TI = torch.randn(1, case.tokens, case.in_features).to(precision.base)
-    grad_TO = torch.randn(1, case.tokens, case.out_features).to(precision.base)
+    weight = random_weight(case.out_features, case.in_features, precision.base, device)
+    x_TI = torch.randn(1, case.tokens, case.in_features, device=device).to(precision.base)
+    grad_TO = torch.randn(1, case.tokens, case.out_features, device=device).to(precision.base)
     make = forward if case.mode == FORWARD else lambda *layer: training(*layer, grad_TO)
     return {name: make(*layer_of(weight, name, precision), x_TI) for name in names}
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Budget, Run, measure
 from benchmarks.memory import bytes_kept
 from benchmarks.rivals import FROZEN, PRECISIONS, RIVALS, ROADIE, adapt, sharing_copy, trained
 from benchmarks.workloads import entry
+from benchmarks.workloads.decoding import static_step
 from benchmarks.workloads.layer import FORWARD, PASSES
 from benchmarks.workloads.layer import TRAINING as LAYER_TRAINING
 
@@ -38,6 +39,7 @@ class ModelSize:
     heads: int = 12
     intermediate: int = 3072
     vocabulary: int = 32000
+    kv_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,34 +54,48 @@ class ModelCase:
     size: ModelSize = ModelSize()
 
 
-def llama(size: ModelSize, dtype: torch.dtype) -> Any:
+def llama(size: ModelSize, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A LlamaForCausalLM with random weights; equal for equal sizes."""
     config = LlamaConfig(
         hidden_size=size.hidden,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         intermediate_size=size.intermediate,
+        num_key_value_heads=size.kv_heads or size.heads,
         vocab_size=size.vocabulary,
         max_position_embeddings=4096,
     )
-    with torch.random.fork_rng(devices=[]):
+    # Made on the device and in the dtype at once: eight billion float32 weights would not fit beside anything.
+    with torch.random.fork_rng(), torch.device(device), _default_dtype(dtype):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return LlamaForCausalLM(config).eval()
 
 
-def rivals_of(case: ModelCase, names: tuple[str, ...] = RIVALS) -> dict[str, nn.Module]:
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def rivals_of(case: ModelCase, names: tuple[str, ...] = RIVALS, device: str = "cpu") -> dict[str, nn.Module]:
     """The models that are compared, over the same base weights."""
     precision = PRECISIONS[case.precision]
-    base = llama(case.size, precision.base)
+    base = llama(case.size, precision.base, device)
     return {name: adapt(sharing_copy(base), name, TARGETS, precision, case.variant) for name in names}
 
 
-def run(case: ModelCase, budget: Budget, models: dict[str, nn.Module] | None = None) -> dict[str, Any]:
+def run(
+    case: ModelCase, budget: Budget, models: dict[str, nn.Module], synchronise: Run | None = None
+) -> dict[str, Any]:
     """Time the models with torch's default number of threads; for a training step also count the bytes kept."""
-    models = models or rivals_of(case)
-    rounds = measure({name: once(model, case) for name, model in models.items()}, budget)
+    rounds = measure({name: once(model, case) for name, model in models.items()}, budget, synchronise)
     moved = bytes_moved(case, models[FROZEN])
     result = entry("model", asdict(case), rounds, base=FROZEN, ours=ROADIE, bytes_moved=moved)
+    result["parameters"] = sum(parameter.numel() for parameter in models[FROZEN].parameters())
     if case.mode == TRAINING:
         result["bytes"] = {name: activations_kept(model, case) for name, model in models.items()}
     return result
@@ -92,7 +108,7 @@ def once(model: nn.Module, case: ModelCase) -> Run:
 
 def prefill(model: Any, case: ModelCase) -> Run:
     """A forward over B x T tokens that fills a cache; logits of the last token alone."""
-    tokens_BT = _tokens(case, case.tokens)
+    tokens_BT = _tokens(model, case)
 
     def once() -> Tensor:
         with torch.no_grad():
@@ -103,18 +119,7 @@ def prefill(model: Any, case: ModelCase) -> Run:
 
 def decode(model: Any, case: ModelCase) -> Run:
     """A forward over one token a row, with T tokens in the cache, which is as long again afterwards."""
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(input_ids=_tokens(case, case.tokens), past_key_values=cache, logits_to_keep=1)
-    token_B1 = _tokens(case, 1)
-
-    def once() -> Tensor:
-        with torch.no_grad():
-            logits = model(input_ids=token_B1, past_key_values=cache).logits
-        cache.crop(-1)
-        return logits
-
-    return once
+    return static_step(model, case.rows, case.tokens)
 
 
 def training_step(model: Any, case: ModelCase) -> Run:
@@ -131,7 +136,7 @@ def training_step(model: Any, case: ModelCase) -> Run:
 
 def forward_with_loss(model: Any, case: ModelCase) -> Tensor:
     """The mean cross-entropy over B x T random tokens."""
-    tokens_BT = _tokens(case, case.tokens)
+    tokens_BT = _tokens(model, case)
     return model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
 
 
@@ -164,6 +169,7 @@ def bytes_moved(case: ModelCase, frozen: nn.Module) -> int:
     return passes * tokens * outputs * PRECISIONS[case.precision].base.itemsize
 
 
-def _tokens(case: ModelCase, count: int) -> Tensor:
+def _tokens(model: nn.Module, case: ModelCase) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(case.size.vocabulary, (case.rows, count), generator=generator)
+    tokens_BT = torch.randint(case.size.vocabulary, (case.rows, case.tokens), generator=generator)
+    return tokens_BT.to(next(model.parameters()).device)

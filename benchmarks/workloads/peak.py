@@ -19,32 +19,33 @@ from benchmarks.workloads.layer import LayerCase
 from benchmarks.workloads.model import ModelCase, ModelSize, rivals_of, training_step
 
 
-def run(case: ModelCase, layers: list[LayerCase], names: tuple[str, ...] = RIVALS) -> list[dict[str, Any]]:
-    """The record's entries: bytes by rival, of the model's training step and of each layer's forward and backward."""
-    peaks = {name: _in_a_process(case, layers, name) for name in names}
-    entries = [{"workload": "peak", "case": asdict(case), "bytes": {name: peaks[name][0] for name in names}}]
-    for index, one in enumerate(layers, start=1):
-        case_of_layer = {"what": "layer", **asdict(one)}
-        found = {name: peaks[name][index] for name in names}
-        entries.append({"workload": "peak", "case": case_of_layer, "bytes": found})
-    return entries
+def run(models: list[ModelCase], layers: list[LayerCase], names: tuple[str, ...] = RIVALS) -> list[dict[str, Any]]:
+    """The record's entries: bytes by rival, of each layer's forward and backward and of each model's training step."""
+    cases = [{"what": "layer", **asdict(one)} for one in layers] + [{"what": "model", **asdict(one)} for one in models]
+    peaks = {name: _in_a_process(cases, name) for name in names}
+    return [
+        {"workload": "peak", "case": case, "bytes": {name: peaks[name][index] for name in names}}
+        for index, case in enumerate(cases)
+    ]
 
 
-def _in_a_process(case: ModelCase, layers: list[LayerCase], rival: str) -> list[int]:
-    order = {"rival": rival, "model": asdict(case), "layers": [asdict(one) for one in layers]}
-    command = [sys.executable, "-m", "benchmarks.workloads.peak", json.dumps(order)]
+def _in_a_process(cases: list[dict[str, Any]], rival: str) -> list[int]:
+    command = [sys.executable, "-m", "benchmarks.workloads.peak", json.dumps({"rival": rival, "cases": cases})]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring the peak of {rival} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peaks_here(order: dict[str, Any]) -> list[int]:
-    """The peaks of one rival in this process: the layers' first, while the process is small; given after the model's."""
+def peaks_here(rival: str, cases: list[dict[str, Any]]) -> list[int]:
+    """The peaks of one rival in this process, one case after the other; freed memory is given back in between."""
+    return [_peak(rival, **case) for case in cases]
 
-    peaks = [_layer_peak(LayerCase(**one), order["rival"]) for one in order["layers"]]
-    case = ModelCase(**{**order["model"], "size": ModelSize(**order["model"]["size"])})
-    return [_model_peak(case, order["rival"]), *peaks]
+
+def _peak(rival: str, what: str, **case: Any) -> int:
+    if what == "layer":
+        return _layer_peak(LayerCase(**case), rival)
+    return _model_peak(ModelCase(**{**case, "size": ModelSize(**case["size"])}), rival)
 
 
 def _layer_peak(case: LayerCase, rival: str) -> int:
@@ -60,4 +61,4 @@ def _model_peak(case: ModelCase, rival: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(peaks_here(json.loads(sys.argv[1]))) + "\n")
+    sys.stdout.write(json.dumps(peaks_here(**json.loads(sys.argv[1]))) + "\n")

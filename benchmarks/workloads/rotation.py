@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks.harness import Budget, Run, measure, threads
 from benchmarks.rivals import GROUP_SIZE, PRECISIONS, ROADIE, Precision
 from benchmarks.workloads import entry
-from roadie.rotation import Rotation, from_parameters, rotate
+from roadie.kernels import rotate_
+from roadie.rotation import from_parameters
 
 COPY, PEFT_APPLY, PEFT_APPLY_FP32 = "copy", "PEFT _apply_road", "PEFT _apply_road, fp32 adapter"
 
@@ -51,22 +52,12 @@ def runs(case: RotationCase) -> dict[str, Run]:
     ours, source, target = x.clone(), x.clone(), x.clone()
     rivals: dict[str, Run] = {
         COPY: lambda: target.copy_(source),
-        ROADIE: lambda: rotate_in_place(ours, rotation),
+        ROADIE: lambda: rotate_(ours, rotation),
         PEFT_APPLY: peft_rotation(x, theta, precision),
     }
     if precision.base == torch.bfloat16:
         rivals[PEFT_APPLY_FP32] = peft_rotation(x, theta, PRECISIONS["bf16, fp32 adapter"])
     return rivals
-
-
-def rotate_in_place(x: Tensor, rotation: Rotation) -> Tensor:
-    """x <- R x, without gradients."""
-    with torch.no_grad():
-        try:
-            from roadie.kernels import rotate_
-        except ImportError:  # TODO: goes when roadie.kernels has rotate_
-            return x.copy_(rotate(x, rotation))
-        return rotate_(x, rotation)
 
 
 def peft_rotation(x: Tensor, theta: Tensor, precision: Precision) -> Run:
