@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 import roadie
 from roadie import embedded
-from roadie.cli.demo import demo
+from roadie.cli.demo import demo, show_continuations, show_exactness, show_losses, show_size, wrapped
 from roadie.training.demo import BASE, QUICK, DemoResult, held_out_rows, run_demo
 
 
@@ -139,3 +142,33 @@ def test_too_little_text_is_refused_before_a_model_is_loaded(monkeypatch: pytest
     monkeypatch.delattr(embedded, "load_model")
     with pytest.raises(roadie.RoadieError, match="needs real text: the standard library at /nowhere"):
         run_demo(QUICK)
+
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def shape(line: str) -> str:
+    """A printed line without its numbers, and without the width of the columns they stand in."""
+    return re.sub(r" +", " ", re.sub(r"\d[\d.,]*(e[-+]\d+)?", "#", line)).strip()
+
+
+def test_the_readme_shows_what_the_demo_prints(result: DemoResult):
+    """Line by line, but for the numbers and the text that was generated."""
+    console = Console(soft_wrap=False, highlight=False, width=80, record=True, file=io.StringIO())
+    for show in (show_size, show_losses, show_exactness, show_continuations):
+        show(console, result)
+    printed = console.export_text().strip().split("\n")
+    block = re.search(r"<!-- demo-output -->\n```text\n(.*?)\n```\n<!-- /demo-output -->", README, flags=re.DOTALL)
+    assert block is not None
+    shown = block[1].split("\n")
+    (heading,) = [index for index, line in enumerate(printed) if line.startswith("One mixed batch")]
+    assert [shape(line) for line in shown[: heading + 1]] == [shape(line) for line in printed[: heading + 1]]
+    generated = [line for line in shown[heading + 1 :] if " │ " in f"{line} "]
+    assert [line.split("│")[0].strip() for line in generated if line.split("│")[0].strip()] == [BASE, *result.kinds]
+    assert max(map(len, shown + printed)) <= 80
+
+
+def test_long_lines_of_generated_text_are_broken():
+    assert wrapped("a\n\n\tb" + " word" * 10, 30)[:3] == ["a", "", "    b word word word word word"]
+    assert wrapped("", 30) == [""]
+    assert wrapped("+" * 50, 30) == ["+" * 30, "+" * 20]

@@ -70,6 +70,10 @@ class RoadLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT does; but where accelerate offloads the base layer, to the device it computes on, not to "meta"."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or _offload_device(self.get_base_layer()))
+
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """Set an adapter to the identity (True), or to random values: theta ~ N(0, 0.5), alpha ~ N(1, 0.5) (False)."""
         theta, alpha = self.road_theta[adapter_name], self.road_alpha[adapter_name]
@@ -260,6 +264,12 @@ def _ordered_rows(tables: tuple[Rotation, ...], group_sizes: list[int]) -> list[
 
 def _requires_grad(slot: SlotParameters) -> bool:
     return slot.theta.requires_grad or slot.alpha.requires_grad
+
+
+def _offload_device(base_layer: nn.Module) -> torch.device | None:
+    """The device on which a layer computes whose weights accelerate keeps elsewhere; None for any other layer."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    return torch.device(hook.execution_device) if getattr(hook, "offload", False) else None
 
 
 def _check_variant(variant: str) -> None:

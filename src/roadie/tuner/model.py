@@ -98,15 +98,12 @@ class RoadModel(BaseTuner):
         return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put `new_module` in the place of `child`; what is unloaded has its weights, and PEFT would set them again.
+        """Put `new_module` in the place of `child`; it has its weights already, and its adapter is where it computes.
 
-        PEFT's way needs `child.weight`, which a whole module that was trained along may lack, and which is no parameter
-        where single tokens were.
+        PEFT would set the weight again from `child.weight`, which a whole module that was trained along may lack, and
+        which is no parameter where single tokens were; and move the adapter of an offloaded layer to the device "meta".
         """
-        if isinstance(new_module, RoadLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
