@@ -16,13 +16,13 @@ Legend: x ``[..., D]``, T rows of x, S slots.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from roadie.errors import InPlaceError
+from roadie.errors import InPlaceError, KernelError
 from roadie.kernels.choice import chosen
 from roadie.kernels.contract import RowRotations
 from roadie.rotation import partner_columns
@@ -113,6 +113,7 @@ def row_rotations(
     if slots is not None:
         slots = slots.contiguous().view(-1)
         repeat = x.numel() // x.shape[-1] // slots.numel()
+    sizes = sizes.contiguous() if sizes is not None else None
     return RowRotations(direct.contiguous(), cross.contiguous(), slots, repeat, sizes, group_size)
 
 
@@ -183,4 +184,13 @@ def of_kept_output(
     return grad_direct.to(direct.dtype), grad_cross.to(cross.dtype)
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
+    raise KernelError(
+        "got a second derivative (create_graph=True, and then backward through it); the kernels have first derivatives; "
+        "use roadie.rotation.rotate, which can be differentiated again"
+    )
+
+
 register_autograd("roadie::rotate_rows", _gradients, setup_context=_keep, lib=_library)
+# Without it torch would warn, and leave this part of a second derivative out.
+register_autograd("roadie::rotate_rows_backward", _no_second_derivative, lib=_library)
