@@ -1,0 +1,208 @@
+"""R^T g together with the sums over rows, which share the reading of g; deterministic, without atomic additions.
+
+`backward_kernel`: a program takes one task (at most ROWS * STEPS rows of one slot) and a block of columns. It adds up its
+rows in registers and leaves one row of partial sums, own and partner, in scratch. `reduce_kernel`: a program takes a slot
+and a block of columns and adds the slot's partial sums in their order; slots that no row uses get 0.
+
+Scratch: ``[M, 2, D]`` float32 with M <= T / N + min(B, S + 1) tasks of N = ROWS * STEPS rows (`tasks`): in bytes at most own
+and partner together, and a row of each for the base, and 8 / N of a float32 batch's (a quarter of it for N = 32, up to 1024
+rows; 1/8 for N = 64; 1/16 for N = 128, from 8193 rows). One task of one slot needs neither scratch nor a second kernel.
+
+Legend: T rows, B runs of `repeat` rows, S slots, M tasks, D out features, P pairs of a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from roadie.kernels.contract import RowRotations
+from roadie.kernels.triton import tiles
+from roadie.kernels.triton.pairs import load_pairs, load_turn, store_pairs, turn
+from roadie.kernels.triton.tasks import tasks_of
+
+TASKS_AT_ONCE = 16
+COLUMNS = 128
+
+
+@triton.jit
+def backward_kernel(
+    grad: tl.tensor,
+    kept: tl.tensor,
+    grad_x: tl.tensor,
+    own: tl.tensor,
+    partner: tl.tensor,
+    direct: tl.tensor,
+    cross: tl.tensor,
+    sizes: tl.tensor,
+    order: tl.tensor,
+    bounds: tl.tensor,
+    ends: tl.tensor,
+    group: tl.tensor,
+    grad_stride: tl.tensor,
+    kept_stride: tl.tensor,
+    grad_x_stride: tl.tensor,
+    own_stride: tl.tensor,
+    num_rows: tl.tensor,
+    num_slots: tl.tensor,
+    num_pairs: tl.tensor,
+    repeat: tl.tensor,
+    HALF: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MIXED: tl.constexpr,
+    WANT_X: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STEPS: tl.constexpr,
+) -> None:
+    """Grid: (tasks M, column blocks). grad, kept, grad_x ``[T, D]``; own, partner ``[M, D]``, rows own_stride apart."""
+    task = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    slot = tl.full([], 0, tl.int64)
+    first_row = task * (ROWS * STEPS)
+    end_row = tl.full([], 0, tl.int64) + num_rows
+    if MIXED:
+        of_group = tl.load(group + task)
+        exists = of_group <= num_slots
+        tasks_before = tl.load(ends + of_group - 1, mask=of_group > 0, other=0)
+        first_row = tl.load(bounds + of_group, mask=exists, other=0) * repeat
+        first_row += (task - tasks_before) * (ROWS * STEPS)
+        end_row = tl.load(bounds + of_group + 1, mask=exists, other=0) * repeat
+        slot = tl.where(exists, of_group - 1, -1)
+    # A task that does not exist has no rows: its first row stays, its end is 0.
+    end_row = tl.minimum(end_row, first_row + ROWS * STEPS)
+    is_base = slot < 0
+    used = tl.maximum(slot, 0)
+    half = HALF
+    if HALF == 0:
+        half = tl.load(sizes + used) // 2
+    direct1, cross1, direct2, cross2 = load_turn(direct, cross, used, block, num_pairs, half, PAIRS, SPLIT)
+    own1 = tl.zeros([ROWS, PAIRS], tl.float32)
+    own2 = tl.zeros([ROWS, PAIRS], tl.float32)
+    partner1 = tl.zeros([ROWS, PAIRS], tl.float32)
+    partner2 = tl.zeros([ROWS, PAIRS], tl.float32)
+    for start in range(first_row, end_row, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        mask = row < end_row
+        if MIXED:  # from virtual rows to rows
+            row = tl.load(order + row // repeat, mask=mask, other=0) * repeat + row % repeat
+        raw1, raw2 = load_pairs(grad + row * grad_stride, mask, block, num_pairs, half, PAIRS, SPLIT)
+        k1, k2 = load_pairs(kept + row * kept_stride, mask, block, num_pairs, half, PAIRS, SPLIT)
+        g1, g2, k1, k2 = raw1.to(tl.float32), raw2.to(tl.float32), k1.to(tl.float32), k2.to(tl.float32)
+        own1 += g1 * k1
+        own2 += g2 * k2
+        partner1 += g1 * k2
+        partner2 += g2 * k1
+        if WANT_X:
+            x1, x2 = turn(g1, g2, direct1, cross1, direct2, cross2, True)
+            x1 = tl.where(is_base, raw1, x1.to(raw1.dtype))
+            x2 = tl.where(is_base, raw2, x2.to(raw2.dtype))
+            store_pairs(grad_x + row * grad_x_stride, mask, x1, x2, block, num_pairs, half, PAIRS, SPLIT)
+    line = tl.full([1, 1], 0, tl.int64) + task * own_stride
+    wanted = tl.full([1, 1], 0, tl.int64) + slot >= 0
+    total1 = tl.sum(own1, 0)[None, :]
+    total2 = tl.sum(own2, 0)[None, :]
+    store_pairs(own + line, wanted, total1, total2, block, num_pairs, half, PAIRS, SPLIT)
+    total1 = tl.sum(partner1, 0)[None, :]
+    total2 = tl.sum(partner2, 0)[None, :]
+    store_pairs(partner + line, wanted, total1, total2, block, num_pairs, half, PAIRS, SPLIT)
+
+
+@triton.jit
+def reduce_kernel(
+    partial: tl.tensor,
+    own: tl.tensor,
+    partner: tl.tensor,
+    ends: tl.tensor,
+    own_stride: tl.tensor,
+    partner_stride: tl.tensor,
+    num_tasks: tl.tensor,
+    width: tl.tensor,
+    MIXED: tl.constexpr,
+    TASKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Grid: (slots, column blocks). partial ``[M, 2, D]`` float32; own, partner ``[S, D]``."""
+    slot = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    first = tl.full([], 0, tl.int64)
+    end = tl.where(slot == 0, num_tasks, 0).to(tl.int64)
+    if MIXED:
+        first = tl.load(ends + slot)
+        end = tl.load(ends + slot + 1)
+    own_sum = tl.zeros([TASKS, COLUMNS], tl.float32)
+    partner_sum = tl.zeros([TASKS, COLUMNS], tl.float32)
+    for start in range(first, end, TASKS):
+        task = start + tl.arange(0, TASKS)[:, None].to(tl.int64)
+        mask = (task < end) & inside[None, :]
+        here = partial + task * (2 * width) + column[None, :]
+        own_sum += tl.load(here, mask=mask, other=0)
+        partner_sum += tl.load(here + width, mask=mask, other=0)
+    tl.store(own + slot * own_stride + column, tl.sum(own_sum, 0), mask=inside)
+    tl.store(partner + slot * partner_stride + column, tl.sum(partner_sum, 0), mask=inside)
+
+
+def backward_with_sums(
+    grad: Tensor, kept: Tensor, grad_x: Tensor | None, turns: RowRotations, own: Tensor, partner: Tensor
+) -> None:
+    """Writes R^T grad into `grad_x` (where wanted) and the sums over rows into own and partner ``[S, D]`` float32."""
+    num_rows, width = grad.shape
+    num_slots = len(own)
+    tile = tiles.backward_tile(num_rows, width // 2)
+    rows_a_task = tile.rows * tile.steps
+    tasks = None if turns.slots is None else tasks_of(turns.slots, turns.repeat, num_slots, rows_a_task)
+    num_tasks = tiles.cdiv(num_rows, rows_a_task) if tasks is None else tasks.number
+    alone = tasks is None and num_tasks == num_slots == 1
+    partial = None if alone else torch.empty(num_tasks, 2, width, dtype=torch.float32, device=grad.device)
+    own_row, partner_row = (own, partner) if partial is None else (partial[:, 0], partial[:, 1])
+    half, split = tiles.halves(turns.group_size, uniform=turns.sizes is None)
+    backward_kernel[(num_tasks, tiles.cdiv(width // 2, tile.pairs))](
+        grad,
+        kept,
+        grad if grad_x is None else grad_x,  # a stand-in: never written
+        own_row,
+        partner_row,
+        turns.direct,
+        turns.cross,
+        turns.direct if turns.sizes is None else turns.sizes,  # a stand-in, as the next four: never read
+        *((turns.direct,) * 4 if tasks is None else tasks),
+        grad.stride(0),
+        kept.stride(0),
+        0 if grad_x is None else grad_x.stride(0),
+        own_row.stride(0),
+        num_rows,
+        num_slots,
+        width // 2,
+        turns.repeat,
+        HALF=half,
+        SPLIT=split,
+        MIXED=tasks is not None,
+        WANT_X=grad_x is not None,
+        ROWS=tile.rows,
+        PAIRS=tile.pairs,
+        STEPS=tile.steps,
+        num_warps=tile.warps,
+        enable_fp_fusion=False,
+    )
+    if partial is not None:
+        _reduce(partial, turns.direct if tasks is None else tasks.ends, own, partner, mixed=tasks is not None)
+
+
+def _reduce(partial: Tensor, ends: Tensor, own: Tensor, partner: Tensor, *, mixed: bool) -> None:
+    num_slots, width = own.shape
+    reduce_kernel[(num_slots, tiles.cdiv(width, COLUMNS))](
+        partial,
+        own,
+        partner,
+        ends,
+        own.stride(0),
+        partner.stride(0),
+        len(partial),
+        width,
+        MIXED=mixed,
+        TASKS=TASKS_AT_ONCE,
+        COLUMNS=COLUMNS,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
