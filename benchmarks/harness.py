@@ -54,8 +54,7 @@ def measure(rivals: Mapping[str, Run], budget: Budget, synchronise: Run | None =
     synchronise: called before the clock is read, for devices that work asynchronously. Raises whatever a rival raises.
     """
     with _undisturbed():
-        fastest_s = min(_warm_up(run, budget.warm_up_calls, synchronise) for run in rivals.values())
-        calls = max(1, math.ceil(budget.shortest_sample_s / fastest_s))
+        calls = _warm_up(rivals, budget, synchronise)
         times_s: dict[str, list[float]] = {name: [] for name in rivals}
         deadline = time.perf_counter() + budget.seconds
         for index, order in enumerate(orders(list(rivals))):
@@ -76,9 +75,15 @@ def orders(names: list[str]) -> Iterator[list[str]]:
                 yield [names[(turn + mirrored * step) % count] for step in steps]
 
 
-def _warm_up(run: Run, calls: int, synchronise: Run | None) -> float:
-    """Seconds of the fastest warm-up call: first calls pay for tables, thread pools and code that is chosen at run time."""
-    return min(_sample_s(run, 1, synchronise) for _ in range(max(1, calls)))
+def _warm_up(rivals: Mapping[str, Run], budget: Budget, synchronise: Run | None) -> int:
+    """Call each rival a few times, and give how many calls make a sample; without warm-up (calls of seconds) one.
+
+    First calls pay for tables, thread pools and code that is chosen at run time.
+    """
+    if not budget.warm_up_calls:
+        return 1
+    fastest_s = min(_sample_s(run, 1, synchronise) for run in rivals.values() for _ in range(budget.warm_up_calls))
+    return max(1, math.ceil(budget.shortest_sample_s / fastest_s))
 
 
 def _sample_s(run: Run, calls: int, synchronise: Run | None) -> float:

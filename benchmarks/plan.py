@@ -93,11 +93,11 @@ def _rotations(
     precisions: tuple[str, ...], tokens: tuple[int, ...], seconds: float, default_threads: bool
 ) -> Iterator[Task]:
     cases = [RotationCase(precision, count) for precision in precisions for count in tokens]
-    if default_threads:
+    if default_threads and torch.get_num_threads() > 1:
         cases += [RotationCase(precision, tokens[-1], threads=torch.get_num_threads()) for precision in precisions]
     for case in cases:
         budget = Budget(seconds if case.tokens < 4096 else 6 * seconds)
-        title = f"rotation alone, {case.precision}, {case.tokens} tokens x {case.out_features}"
+        title = f"rotation alone, {case.precision}, {case.tokens} tokens x {case.out_features}, {case.threads} threads"
         yield Task(title, lambda case=case, budget=budget: [rotation.run(case, budget)])
 
 

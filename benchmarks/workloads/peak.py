@@ -33,7 +33,8 @@ def _in_a_process(cases: list[dict[str, Any]], rival: str) -> list[int]:
     command = [sys.executable, "-m", "benchmarks.workloads.peak", json.dumps({"rival": rival, "cases": cases})]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring the peak of {rival} failed:\n{done.stderr}")
+        sys.stderr.write(done.stderr)
+        raise RuntimeError(f"measuring the peak of {rival} failed: {done.stderr.splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
