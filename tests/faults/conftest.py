@@ -3,8 +3,9 @@
 A check is a function of an `Implementation` that asserts what ought to hold. The fixture `fault` runs it twice: on PEFT's
 own RoAd, where the documented exception (an AssertionError for a silent fault) must come, and on roadie, where none may.
 
-Not here, because the tuner alone cannot show it on a CPU: FSDP1 with PEFT's wrap policy and tensor parallelism (several
-processes and devices), seconds and bytes (benchmarks), memory saved for backward, composition and inspection.
+Not here: FSDP1 with PEFT's wrap policy, a fault that roadie has too (tests/tuner/test_fsdp.py); and what the tuner alone
+cannot show on a CPU: tensor parallelism, seconds and bytes (benchmarks), memory saved for backward, composition and
+inspection.
 """
 
 from __future__ import annotations

@@ -151,9 +151,8 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Targ
     except UnsupportedLayer as error:
         raise UnsupportedLayer(f"Target module {base} is not supported. At {path!r}: {error}") from None
     except ConfigError as error:
-        raise ConfigError(
-            f"{error} Module: {path!r}; or leave it out with exclude_modules, or set adapt_group_size=True."
-        ) from None
+        adapting = "" if out_features % 2 else ", or set adapt_group_size=True"
+        raise ConfigError(f"{error} Module: {path!r}; or leave it out with exclude_modules{adapting}.") from None
     return Target(path, module, resolved, out_features)
 
 
