@@ -17,9 +17,6 @@ from torch import Tensor
 
 from roadie.kernels.contract import Implementation, RowRotations
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cuda", "xpu")  # torch calls AMD's devices cuda, too
-
 
 class TritonImplementation(Implementation):
     """Triton kernels for float32, bfloat16 and float16 on GPUs; see the package."""
@@ -28,22 +25,18 @@ class TritonImplementation(Implementation):
 
     def refusal(self, device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype) -> str | None:
         """Why Triton cannot rotate such tensors here, or None where it can."""
-        if dtype not in DTYPES:
-            return f"it computes in float32, for float32, bfloat16 and float16, and got {dtype}; float64 would lose digits"
-        if table_dtype not in (torch.float32, dtype):
-            return f"it takes tables in float32 or in the dtype of the activations, {dtype}, and got {table_dtype}"
         try:
             from roadie.kernels.triton import runtime
         except ImportError as error:
             return f"triton cannot be imported ({error}); pip install triton"
-        return runtime.refusal(device, dtype)
+        return runtime.refusal_of(device, dtype, table_dtype)
 
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """R x into out; see the contract."""
         from roadie.kernels.triton import rotation
 
         if x.numel():
-            with _current(x.device):
+            with current_device(x.device):
                 rotation.rotate(x, out, turns)
 
     def backward(
@@ -63,7 +56,7 @@ class TritonImplementation(Implementation):
                 if total is not None:
                     total.zero_()
             return
-        with _current(grad.device):
+        with current_device(grad.device):
             if kept is not None:
                 assert own is not None
                 assert partner is not None
@@ -72,8 +65,8 @@ class TritonImplementation(Implementation):
                 rotation.rotate(grad, grad_x, turns, transposed=True)
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
+def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     if device.type == "cpu":
         return nullcontext()
-    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]
+    return torch.get_device_module(device).device(device)

@@ -56,20 +56,21 @@ def backward_kernel(
     STEPS: tl.constexpr,
 ) -> None:
     """Grid: (tasks M, column blocks). grad, kept, grad_x ``[T, D]``; own, partner ``[M, D]``, rows own_stride apart."""
-    task = tl.program_id(0).to(tl.int64)
+    # Rows are counted in 32 bits, which divide fast; only offsets need 64.
+    task = tl.program_id(0)
     block = tl.program_id(1)
     slot = tl.full([], 0, tl.int64)
     first_row = task * (ROWS * STEPS)
-    end_row = tl.full([], 0, tl.int64) + num_rows
+    end_row = num_rows
     if MIXED:
         of_group = tl.load(group + task)
         exists = of_group <= num_slots
-        tasks_before = tl.load(ends + of_group - 1, mask=of_group > 0, other=0)
-        first_row = tl.load(bounds + of_group, mask=exists, other=0) * repeat
+        tasks_before = tl.load(ends + of_group - 1, mask=of_group > 0, other=0).to(tl.int32)
+        first_row = tl.load(bounds + of_group, mask=exists, other=0).to(tl.int32) * repeat
         first_row += (task - tasks_before) * (ROWS * STEPS)
-        end_row = tl.load(bounds + of_group + 1, mask=exists, other=0) * repeat
+        end_row = tl.load(bounds + of_group + 1, mask=exists, other=0).to(tl.int32) * repeat
         slot = tl.where(exists, of_group - 1, -1)
-    # A task that does not exist has no rows: its first row stays, its end is 0.
+    # A task that does not exist has no rows: its end is 0, and its first row is not before that.
     end_row = tl.minimum(end_row, first_row + ROWS * STEPS)
     is_base = slot < 0
     used = tl.maximum(slot, 0)
@@ -82,10 +83,11 @@ def backward_kernel(
     partner1 = tl.zeros([ROWS, PAIRS], tl.float32)
     partner2 = tl.zeros([ROWS, PAIRS], tl.float32)
     for start in range(first_row, end_row, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        mask = row < end_row
-        if MIXED:  # from virtual rows to rows
-            row = tl.load(order + row // repeat, mask=mask, other=0) * repeat + row % repeat
+        virtual = start + tl.arange(0, ROWS)[:, None]
+        mask = virtual < end_row
+        row = virtual.to(tl.int64)
+        if MIXED:
+            row = tl.load(order + virtual // repeat, mask=mask, other=0) * repeat + virtual % repeat
         raw1, raw2 = load_pairs(grad + row * grad_stride, mask, block, num_pairs, half, PAIRS, SPLIT)
         k1, k2 = load_pairs(kept + row * kept_stride, mask, block, num_pairs, half, PAIRS, SPLIT)
         g1, g2, k1, k2 = raw1.to(tl.float32), raw2.to(tl.float32), k1.to(tl.float32), k2.to(tl.float32)
@@ -98,7 +100,7 @@ def backward_kernel(
             x1 = tl.where(is_base, raw1, x1.to(raw1.dtype))
             x2 = tl.where(is_base, raw2, x2.to(raw2.dtype))
             store_pairs(grad_x + row * grad_x_stride, mask, x1, x2, block, num_pairs, half, PAIRS, SPLIT)
-    line = tl.full([1, 1], 0, tl.int64) + task * own_stride
+    line = tl.full([1, 1], 0, tl.int64) + task.to(tl.int64) * own_stride
     wanted = tl.full([1, 1], 0, tl.int64) + slot >= 0
     total1 = tl.sum(own1, 0)[None, :]
     total2 = tl.sum(own2, 0)[None, :]

@@ -8,12 +8,21 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from roadie.kernels.triton.rotation import rotate_kernel
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cuda", "xpu")  # torch calls AMD's devices cuda, too
 OLDEST_FOR_BFLOAT16 = (8, 0)  # compute capability of NVIDIA's A100, the first with bfloat16
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why kernels cannot run on `device`, or None where they can."""
+def refusal_of(device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype) -> str | None:
+    """Why kernels cannot work on such tensors on `device`, or None where they can."""
+    if dtype not in DTYPES:
+        return f"it computes in float32, for float32, bfloat16 and float16, and got {dtype}; float64 would lose digits"
+    if table_dtype not in (torch.float32, dtype):
+        return f"it takes tables in float32 or in the dtype of the activations, {dtype}, and got {table_dtype}"
+    return _refusal_of_device(device, dtype)
+
+
+def _refusal_of_device(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         if is_interpreted():
             return None
