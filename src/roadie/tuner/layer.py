@@ -268,7 +268,7 @@ def _requires_grad(slot: SlotParameters) -> bool:
 
 def _offload_device(base_layer: nn.Module) -> torch.device | None:
     """The device on which a layer computes whose weights accelerate keeps elsewhere; None for any other layer."""
-    hook = getattr(base_layer, "_hf_hook", None)
+    hook: Any = getattr(base_layer, "_hf_hook", None)
     return torch.device(hook.execution_device) if getattr(hook, "offload", False) else None
 
 
