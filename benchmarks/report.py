@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
+from benchmarks.losses import losses
 from benchmarks.machine import ROOT
 from benchmarks.rivals import ROADIE
 from benchmarks.verdicts import Verdict, of_workload, verdicts
@@ -49,6 +50,7 @@ def text_of(record: Record, gpu: Record | None) -> str:
         _HEAD,
         _provenance(record),
         _losses(verdicts(record), record),
+        _loss_table(record),
         _verdict_table(verdicts(record)),
         _HOW,
         *_measurements(record["entries"]),
@@ -83,6 +85,15 @@ def _losses(found: list[Verdict], record: Record) -> str:
     lines += [f"- {failure['task']} failed: {failure['error']}" for failure in record["failures"]]
     said = "\n".join(lines) if lines else "Every bound below is met."
     return f"## What falls short\n\n{len(found) - len(missed)} of {len(found)} bounds are met.\n\n{said}"
+
+
+def _loss_table(record: Record) -> str:
+    found = losses(record)
+    if not found:
+        return "No rival is faster than roadie outside its interval, and none needs fewer bytes."
+    rows = [[loss.what, loss.rival, loss.share] for loss in found]
+    about = "Where a rival is faster than roadie outside the interval, or needs fewer bytes (its share of roadie's):"
+    return f"{about}\n\n{tables.markdown(['what', 'rival', 'share'], rows)}"
 
 
 def _verdict_table(found: list[Verdict]) -> str:

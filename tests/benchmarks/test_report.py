@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from benchmarks import plan, record, report, run
 from benchmarks.harness import Budget
+from benchmarks.losses import losses
 from benchmarks.machine import machine_name, slug
 from benchmarks.rivals import FROZEN, PEFT_IA3, PEFT_LORA, PEFT_ROAD, RIVALS, ROADIE
 from benchmarks.verdicts import inverted, verdicts
@@ -70,7 +71,7 @@ def synthetic() -> dict[str, Any]:
         timed("model", model, rivals, bytes=amounts, parameters=162_000_000),
         {"workload": "kept", "case": what, "bytes": of_silu},
         {"workload": "kept", "case": {**what, "mode": kept.PARTITIONED}, "bytes": of_silu},
-        {"workload": "peak", "case": {"what": "model", "precision": "fp32"}, "bytes": amounts},
+        {"workload": "peak", "case": {"what": "model", **model}, "bytes": amounts},
     ]
     machine = {
         "name": "some-cpu-2-cores",
@@ -145,6 +146,18 @@ def test_a_run_that_takes_too_long_and_cases_that_failed_are_said() -> None:
     made = {**synthetic(), "duration_s": 901.0, "failures": [{"task": "the case", "error": "ValueError: why"}]}
     assert by_line(made)[7] == [False]
     assert "the case failed: ValueError: why" in report.text_of(made, None)
+
+
+def test_a_rival_that_is_faster_or_leaner_is_named_even_where_no_bound_speaks_of_it() -> None:
+    assert losses(synthetic()) == []
+    made = change(synthetic(), 0, "case", "tokens", value=1)
+    made = change(made, 0, "rivals", PEFT_IA3, "ratio_to_roadie", value=as_interval((0.9, 0.8, 0.99)))
+    made = change(made, 4, "bytes", f"{ROADIE} road_1", "per_element", value=4.0)
+    made = change(made, 6, "bytes", PEFT_LORA, value=60)
+    found = losses(made)
+    assert [loss.rival for loss in found] == [PEFT_IA3, PEFT_LORA, PEFT_LORA]
+    assert [loss.share for loss in found] == ["0.900 (0.800 to 0.990)", "0.625", "0.500"]
+    assert "| time: forward, bf16, 1 tokens x 4096 " in report.text_of(made, None)
 
 
 def test_an_inverted_interval() -> None:
