@@ -15,6 +15,7 @@ from torch import nn
 
 import roadie
 from roadie.testing import assert_as_accurate_as, randomise, stock_peft
+from roadie.testing.accuracy import assert_within
 from roadie.testing.models import linear_chain
 from roadie.testing.reference import dense_rotation
 from roadie.testing.rival import is_stock
@@ -58,10 +59,9 @@ def dense(model: Any) -> torch.Tensor:
 @every_case
 def test_forward_and_gradients(variant: str, group_size: int, dtype: torch.dtype, bias: bool) -> None:
     ours, stock = pair(variant, group_size, dtype, bias)
+    ours.base_model.set_kept_for_backward("input")  # which loses nothing; what road_1 keeps has a test of its own below
     results = []
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(6, 32, generator=generator).to(dtype)
-    probe = torch.randn(6, 64, generator=generator).to(dtype)
+    x, probe = batch(dtype)
     for model in (ours, stock):
         inputs = x.clone().requires_grad_()
         output = model(inputs)
@@ -73,6 +73,36 @@ def test_forward_and_gradients(variant: str, group_size: int, dtype: torch.dtype
         floor = 16 * torch.finfo(torch.float32).eps if got.dtype == torch.float32 else 0.0
         if not floor or float((got.double() - exact).norm() / exact.norm()) > floor:
             assert_as_accurate_as(got, rival, exact, slack=1.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group_size", [2, 4, 16, 64])
+def test_gradients_from_the_kept_output_are_off_by_its_rounding(group_size: int, dtype: torch.dtype) -> None:
+    """With z = alpha e^(i theta) h a pair, dL/dalpha = sum of <g, z> / alpha and dL/dtheta = sum of <g, J z>: the relative
+    error of z, half a step of its dtype, goes into each term; and a float32 rounding for each of a dozen operations."""
+    ours, _ = pair("road_1", group_size, dtype, bias=True)
+    x, probe = batch(dtype)
+    theta, alpha = layer(ours).road_theta["default"], layer(ours).road_alpha["default"]
+    output = ours(x)
+    got = torch.autograd.grad((output * probe).sum(), [theta, alpha])
+    truth = truth_of(ours, x, probe)[2:]
+    g1, g2 = pairs_of(probe.abs().double(), group_size)
+    z1, z2 = pairs_of(output.detach().abs().double(), group_size)
+    step = torch.finfo(dtype).eps / 2 + 12 * torch.finfo(torch.float32).eps
+    assert_within(got[0], truth[0], step * (g1 * z2 + g2 * z1).sum(0), "theta")
+    assert_within(got[1], truth[1], step * (g1 * z1 + g2 * z2).sum(0) / alpha.detach().abs().double(), "alpha")
+
+
+def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs, and what outputs are multiplied with to make a loss that rotations change."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 32, generator=generator).to(dtype), torch.randn(6, 64, generator=generator).to(dtype)
+
+
+def pairs_of(y: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, D] -> the first and the second members of all pairs, each [T, D/2]."""
+    groups = y.reshape(len(y), -1, 2, group_size // 2)
+    return groups[:, :, 0].flatten(1), groups[:, :, 1].flatten(1)
 
 
 def truth_of(model: Any, x: torch.Tensor, probe: torch.Tensor) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ one computes. torch only.
 
 from __future__ import annotations
 
-from roadie.kernels.api import Keep, RotationTable, rotate, rotate_, rotate_rows, rotate_rows_
+from roadie.kernels.api import Keep, RotationTable, can_rotate_in_place, rotate, rotate_, rotate_rows, rotate_rows_
 from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, RowRotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "Keep",
     "RotationTable",
     "RowRotations",
+    "can_rotate_in_place",
     "refusals",
     "rotate",
     "rotate_",

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from roadie.errors import AdapterError, ConfigError, RoutingError
 from roadie.kernels import schema
 from roadie.kernels.choice import chosen
+from roadie.kernels.eager import composed
 from roadie.rotation import Rotation, check_group_size
 
 
@@ -76,9 +79,16 @@ def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: 
     """
     arguments = _checked(x, table, slots)
     keep_output = Keep.OUTPUT is _keep(keep)
-    if not torch.compiler.is_compiling() and not _needs_gradient(x, table):
+    if _must_be_seen_through(x):
+        return composed(*arguments)
+    if _is_plain(x) and not _needs_gradient(x, table):
         return schema.forward(*arguments)
     return torch.ops.roadie.rotate_rows(*arguments, keep_output)
+
+
+def can_rotate_in_place(x: Tensor, table: RotationTable) -> bool:
+    """Whether `rotate_rows_` may be used: nothing here needs a gradient, and nobody traces what is computed."""
+    return not _must_be_seen_through(x) and _is_plain(x) and not _needs_gradient(x, table)
 
 
 def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tensor:
@@ -110,6 +120,33 @@ def _keep(keep: Keep | str) -> Keep:
         return Keep(keep)
     except ValueError:
         raise ConfigError(f"got keep={keep!r}; wanted 'input' or 'output'") from None
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is memory and nothing else, and no mode of torch wants to see what is done with it."""
+    return (
+        not torch.compiler.is_compiling()
+        and (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _must_be_seen_through(x: Tensor) -> bool:
+    """Whether torch needs plain operations instead of ours: for export, tracing, torch.func, and tensors made of tensors."""
+    return (
+        _is_exporting()
+        or _is_made_of_tensors(x)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _is_made_of_tensors(x: Any) -> bool:
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # from torch 2.7 on
 
 
 def _needs_gradient(x: Tensor, table: RotationTable) -> bool:

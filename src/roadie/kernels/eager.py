@@ -13,10 +13,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from roadie.errors import KernelError
 from roadie.kernels.contract import Implementation, RowRotations
 from roadie.rotation import partner_columns, swap_unsigned
 
 ELEMENTS_A_PIECE = 1 << 18  # 1 MiB in float32
+
+
+def composed(
+    x: Tensor, direct: Tensor, cross: Tensor, slots: Tensor | None, sizes: Tensor | None, group_size: int
+) -> Tensor:
+    """R x ``[..., D]`` as differentiable tensor operations on the whole of x at once: where torch must see what is computed.
+
+    direct, cross: ``[S, D]``; slots: in the shape of x's first dimensions, or None; sizes: int32 ``[S]``, or None.
+    """
+    chosen = _chosen(RowRotations(direct, cross, slots, 1, sizes, group_size), slots, x.dim() - 1)
+    return chosen.turned(x).to(x.dtype)
 
 
 class EagerImplementation(Implementation):
@@ -30,8 +42,9 @@ class EagerImplementation(Implementation):
 
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """R x into out; see the contract."""
+        _check(turns, x.shape[1])
         for piece in _pieces(x, turns):
-            out[piece.rows].view(piece.shape).copy_(piece.turned(x[piece.rows].view(piece.shape)))
+            piece.of(out).copy_(piece.chosen.turned(piece.of(x)))
 
     def backward(
         self,
@@ -43,27 +56,22 @@ class EagerImplementation(Implementation):
         partner: Tensor | None,
     ) -> None:
         """R^T grad into grad_x, and the sums over rows; see the contract."""
+        _check(turns, grad.shape[1])
         sums = [total.zero_() for total in (own, partner) if total is not None]
         for piece in _pieces(grad, turns):
-            g = grad[piece.rows].view(piece.shape)
             if kept is not None:
-                _add(sums, piece, g, kept[piece.rows].view(piece.shape))
+                _add(sums, piece.chosen, piece.of(grad), piece.of(kept))
             if grad_x is not None:
-                grad_x[piece.rows].view(piece.shape).copy_(piece.turned_back(g))
+                piece.of(grad_x).copy_(piece.chosen.turned_back(piece.of(grad)))
 
 
-class _Piece(NamedTuple):
-    """Some rows of the batch, ``[b, r, D]``: b routed rows, and what they need of the table, ``[b, 1, D]``.
+class _Chosen(NamedTuple):
+    """What some rows need of the table, so that it broadcasts with them: ``[b, ..., D]``, all dimensions between 1."""
 
-    A batch that is not routed is one routed row of slot 0.
-    """
-
-    rows: slice
-    shape: tuple[int, int, int]
     direct: Tensor
     cross: Tensor
-    slots: Tensor | None  # int64 [b]
-    group_size: int | Tensor  # of all rows, or of each: [b, 1, 1]
+    slots: Tensor | None  # int64 [b, ..., 1]
+    group_size: int | Tensor  # of all rows, or of each: [b, ..., 1]
 
     def turned(self, x: Tensor) -> Tensor:
         """R x, in the dtype of arithmetic."""
@@ -78,7 +86,7 @@ class _Piece(NamedTuple):
         return self._but_the_base(g, direct * value + self.partners(self.signed(cross)) * self.partners(value))
 
     def _but_the_base(self, x: Tensor, z: Tensor) -> Tensor:
-        return z if self.slots is None else torch.where(self.slots.view(-1, 1, 1) < 0, x.to(z.dtype), z)
+        return z if self.slots is None else torch.where(self.slots < 0, x.to(z.dtype), z)
 
     def partners(self, x: Tensor) -> Tensor:
         """Each element's partner in its place: ``[b, ..., D]``."""
@@ -91,40 +99,69 @@ class _Piece(NamedTuple):
         return partner_columns(self.group_size, x)[1] * x
 
 
+class _Piece(NamedTuple):
+    """Some rows of the batch: as ``[b, r, D]``, b routed rows; a batch that is not routed is one routed row of slot 0."""
+
+    rows: slice
+    shape: tuple[int, int, int]
+    chosen: _Chosen
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """These rows of a matrix ``[T, D]``."""
+        return matrix[self.rows].view(self.shape)
+
+
 def _pieces(x: Tensor, turns: RowRotations) -> Iterator[_Piece]:
     """The batch in pieces of about `ELEMENTS_A_PIECE`, each of whole routed rows."""
     num_rows, width = x.shape
-    if turns.slots is None:
-        size = turns.group_size if turns.sizes is None else turns.sizes[:1].view(1, 1, 1)
-        step = max(1, ELEMENTS_A_PIECE // max(1, width))
-        for start in range(0, num_rows, step):
-            end = min(start + step, num_rows)
-            direct, cross = (table[:1].unsqueeze(1) for table in (turns.direct, turns.cross))
-            yield _Piece(slice(start, end), (1, end - start, width), direct, cross, None, size)
-        return
     step = max(1, ELEMENTS_A_PIECE // max(1, width * turns.repeat))
-    for start in range(0, len(turns.slots), step):
-        slots = turns.slots[start : start + step]
-        chosen = slots.clamp(min=0)
-        size = turns.group_size if turns.sizes is None else turns.sizes[chosen].view(-1, 1, 1)
-        rows = slice(start * turns.repeat, (start + len(slots)) * turns.repeat)
-        direct, cross = (table[chosen].unsqueeze(1) for table in (turns.direct, turns.cross))
-        yield _Piece(rows, (len(slots), turns.repeat, width), direct, cross, slots, size)
+    for start in range(0, num_rows // turns.repeat, step):
+        rows = slice(start * turns.repeat, min((start + step) * turns.repeat, num_rows))
+        slots = None if turns.slots is None else turns.slots[start : start + step]
+        shape = (1, rows.stop - rows.start, width) if slots is None else (len(slots), turns.repeat, width)
+        yield _Piece(rows, shape, _chosen(turns, slots, 2))
 
 
-def _add(sums: list[Tensor], piece: _Piece, g: Tensor, kept: Tensor) -> None:
+def _chosen(turns: RowRotations, slots: Tensor | None, dims: int) -> _Chosen:
+    """The rows of the table for `slots` (None: slot 0), with `dims` dimensions before the last."""
+    if slots is None:
+        size = turns.group_size if turns.sizes is None else turns.sizes[:1]
+        return _Chosen(turns.direct[0], turns.cross[0], None, size)
+    index, ones = slots.clamp(min=0), (1,) * (dims - slots.dim())
+    direct, cross = (table[index].view(*slots.shape, *ones, -1) for table in (turns.direct, turns.cross))
+    size = turns.group_size if turns.sizes is None else turns.sizes[index].view(*slots.shape, *ones, 1)
+    return _Chosen(direct, cross, slots.view(*slots.shape, *ones, 1), size)
+
+
+def _add(sums: list[Tensor], chosen: _Chosen, g: Tensor, kept: Tensor) -> None:
     """Adds the piece's rows to own and partner; the order of additions depends on shapes and slots alone."""
     own, partner = sums
     g, kept = g.to(own.dtype), kept.to(own.dtype)
-    terms = (g * kept).sum(1), (g * piece.partners(kept)).sum(1)
-    if piece.slots is None:
+    terms = (g * kept).sum(1), (g * chosen.partners(kept)).sum(1)
+    if chosen.slots is None:
         own[0] += terms[0][0]
         partner[0] += terms[1][0]
         return
-    used = piece.slots >= 0
+    slots = chosen.slots.view(-1)
+    used = slots >= 0
     for total, term in zip(sums, terms, strict=True):
-        # index_put_ sorts before it adds; index_add_ would use atomic additions on GPUs.
-        total.index_put_((piece.slots[used],), term[used], accumulate=True)
+        if total.device.type == "cpu":
+            total.index_add_(0, slots[used], term[used])
+        else:  # sorts before it adds, where index_add_ uses atomic additions (on CPUs it is the other way round)
+            total.index_put_((slots[used],), term[used], accumulate=True)
+
+
+def _check(turns: RowRotations, width: int) -> None:
+    """Refuse what the compiled kernel refuses; only on CPUs, since elsewhere a look would wait for the device."""
+    if turns.slots is None or turns.slots.device.type != "cpu" or not turns.slots.numel():
+        return
+    lowest, highest = (int(bound) for bound in torch.aminmax(turns.slots))
+    if lowest < -1 or highest >= len(turns.direct):
+        raise KernelError(f"got slots from {lowest} to {highest}; wanted -1 (the base) to {len(turns.direct) - 1}")
+    if turns.sizes is not None and highest >= 0:
+        sizes = turns.sizes[turns.slots[turns.slots >= 0]]
+        if bool(((sizes < 2) | (sizes % 2 != 0)).any()) or bool((width % sizes.clamp(min=1)).any()):
+            raise KernelError(f"got group sizes {sizes.unique().tolist()}; wanted even ones that divide {width}")
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ from roadie.tuner.layer import Linear, RoadLayer
 from roadie.tuner.loading import allow_pickle
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.model import RoadModel
+from roadie.tuner.output import KeptForBackward
 from roadie.tuner.registry import is_registered, register, unregister
 from roadie.tuner.routing import rows
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExactUnmerge",
+    "KeptForBackward",
     "Linear",
     "PeftModel",
     "RoadConfig",

@@ -19,10 +19,12 @@ from peft.utils.quantization_utils import QuantizationBackend, quantization_extr
 from torch import Tensor, nn
 
 from roadie.errors import ConfigError, MergeError, RoutingError, UnsupportedLayer
-from roadie.rotation import Rotation, Variant, check_group_size, parameter_size, rotate, to_dense
+from roadie.kernels import RotationTable
+from roadie.rotation import Rotation, Variant, check_group_size, from_parameters, parameter_size, to_dense
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.merging import ExactUnmerge, combined
-from roadie.tuner.routing import BASE, Routing, adapter_rows
+from roadie.tuner.output import KeptForBackward, gives_fresh_memory, one_rotation, rotated
+from roadie.tuner.routing import Routing, adapter_rows
 from roadie.tuner.table import SlotParameters, TableCache, build_table
 from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
 
@@ -49,6 +51,7 @@ class RoadLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = linear_features(self.get_base_layer(), backend)
         self.exact_unmerge = ExactUnmerge.HALF
+        self.kept_for_backward = KeptForBackward.AUTO
         self._merges: list[Merge] = []
         self._tables = TableCache()
         self._routing = Routing()
@@ -91,8 +94,12 @@ class RoadLayer(BaseTunerLayer):
 
     def rotation(self, adapter: str) -> Rotation:
         """What an adapter does to this layer: direct and cross ``[D]`` in float32 or wider; differentiable."""
-        (table,) = build_table([self._slot(adapter)], self.out_features)
-        return _row(table, 0)
+        slot = self._slot(adapter)
+        if slot is None:
+            raise ConfigError(
+                f"got adapter {adapter!r}, which this layer does not have; it has {sorted(self.road_theta)}"
+            )
+        return from_parameters(*slot)
 
     def clear_cache(self) -> None:
         """Forget rotations computed from the parameters; needed only after writing to ``.data`` of frozen GPU parameters."""
@@ -109,21 +116,46 @@ class RoadLayer(BaseTunerLayer):
         parameters = self.road_theta[adapter], self.road_alpha[adapter]
         return SlotParameters(*parameters, self.variant[adapter], self.group_size[adapter])
 
-    def _output_rotations(self, y: Tensor) -> tuple[Rotation, ...]:
-        """The rotations to apply to y, one after the other, shaped to broadcast with it."""
-        if self._routing.slots is None:
-            active = tuple(name for name in self.active_adapters if name in self.road_theta)
-            tables = self._table(active, None)
-            return combined(_ordered_rows(tables, [self.group_size[name] for name in active]))
-        rows = self._routing.rows_of(y)
-        tables = self._table((*self._routing.names, BASE), self._routing.batch)
-        return tuple(Rotation(t.direct[rows], t.cross[rows], t.group_size) for t in tables)
+    def _rotated(self, y: Tensor) -> Tensor:
+        """The base layer's output, each row rotated by the adapter that is in force for it."""
+        is_fresh = gives_fresh_memory(self.base_layer)
+        if self._routing.slots is not None:
+            names = self._routing.names
+            table = self._table(names, self._routing.batch)
+            return y if table is None else self._turned(y, table, self._routing.slots_of(y), names, is_fresh)
+        for names in self._runs():
+            table = self._table(names, None)
+            if table is not None:
+                y = self._turned(y, one_rotation(table), None, names, is_fresh)
+        return y
 
-    def _table(self, names: tuple[str, ...], batch: object) -> tuple[Rotation, ...]:
+    def _turned(
+        self, y: Tensor, table: RotationTable, slots: Tensor | None, names: Sequence[str], is_fresh: bool
+    ) -> Tensor:
+        keep = self.kept_for_backward.of({self.variant[name] for name in names if name in self.variant})
+        return rotated(y, table, slots, keep, is_fresh=is_fresh)
+
+    def _runs(self) -> list[tuple[str, ...]]:
+        """The active adapters of this layer, in order; neighbours of one group size, which compose, stand together."""
+        runs: list[tuple[str, ...]] = []
+        for name in self.active_adapters:
+            if name not in self.road_theta:
+                continue
+            if runs and self.group_size[runs[-1][0]] == self.group_size[name]:
+                runs[-1] = (*runs[-1], name)
+            else:
+                runs.append((name,))
+        return runs
+
+    def _table(self, names: tuple[str, ...], batch: object) -> RotationTable | None:
+        if not torch.compiler.is_compiling():
+            entry = self._tables.checked(names, batch)
+            if entry is not None and not torch.is_grad_enabled():
+                return entry.table
         slots = tuple(self._slot(name) for name in names)
         if torch.compiler.is_compiling():
             return build_table(slots, self.out_features)
-        if torch.is_grad_enabled() and any(s is not None and _requires_grad(s) for s in slots):
+        if torch.is_grad_enabled() and any(slot is not None and slot.requires_grad for slot in slots):
             self._tables.clear()
             return build_table(slots, self.out_features)
         return self._tables.get(names, slots, self.out_features, batch)
@@ -162,8 +194,7 @@ class Linear(nn.Module, RoadLayer):
         if self.disable_adapters or self.merged:
             self._check_not_routed()
             return y
-        rotations = self._output_rotations(y)
-        return rotate(y, *rotations) if rotations else y
+        return self._rotated(y)
 
     def _check_not_routed(self) -> None:
         if self.merged and self._routing.slots is not None:
@@ -252,24 +283,13 @@ class Linear(nn.Module, RoadLayer):
         return "road." + super().__repr__()
 
 
-def _row(table: Rotation, index: int) -> Rotation:
-    return Rotation(table.direct[index], table.cross[index], table.group_size)
-
-
-def _ordered_rows(tables: tuple[Rotation, ...], group_sizes: list[int]) -> list[Rotation]:
-    """Row k of the table of its own group size, for each adapter k in order."""
-    by_size = {table.group_size: table for table in tables}
-    return [_row(by_size[size], index) for index, size in enumerate(group_sizes)]
-
-
-def _requires_grad(slot: SlotParameters) -> bool:
-    return slot.theta.requires_grad or slot.alpha.requires_grad
-
-
 def _offload_device(base_layer: nn.Module) -> torch.device | None:
-    """The device on which a layer computes whose weights accelerate keeps elsewhere; None for any other layer."""
-    hook: Any = getattr(base_layer, "_hf_hook", None)
-    return torch.device(hook.execution_device) if getattr(hook, "offload", False) else None
+    """Where accelerate's hook has an offloaded layer compute; None for any other."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    if not getattr(hook, "offload", False):
+        return None
+    device = getattr(hook, "execution_device", None)
+    return None if device is None else torch.device(device)
 
 
 def _check_variant(variant: str) -> None:

@@ -24,6 +24,7 @@ from roadie.tuner.injection import (
 from roadie.tuner.layer import Linear, RoadLayer, linear_features
 from roadie.tuner.loading import check_new_values, check_weights_source
 from roadie.tuner.merging import ExactUnmerge
+from roadie.tuner.output import KeptForBackward
 from roadie.tuner.routing import adapter_rows, shared_routing
 
 
@@ -56,6 +57,7 @@ class RoadModel(BaseTuner):
             check_weights_source(config, plan)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._share_routing(model)
+            self._spare_in_place_modules(model)
             mark_shared_weights(model)
 
     def _share_routing(self, model: nn.Module) -> None:
@@ -63,6 +65,14 @@ class RoadModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, RoadLayer):
                 module._routing = routing
+
+    def _spare_in_place_modules(self, model: nn.Module) -> None:
+        """Where modules such as ReLU(inplace=True) may follow, layers keep what such a module cannot change."""
+        if not any(getattr(module, "inplace", False) is True for module in model.modules()):
+            return
+        for module in model.modules():
+            if isinstance(module, RoadLayer) and module.kept_for_backward is KeptForBackward.AUTO:
+                module.kept_for_backward = KeptForBackward.INPUT
 
     def _create_and_replace(
         self,
@@ -198,6 +208,16 @@ class RoadModel(BaseTuner):
         """
         for layer in self._layers():
             layer.exact_unmerge = ExactUnmerge(exact)
+
+    def set_kept_for_backward(self, kept: KeptForBackward | str) -> None:
+        """Say which tensor adapted layers keep for backward: "input", "output" or "auto" (default); see `KeptForBackward`.
+
+        "input" is for models that change a layer's output in place, or whose road_1 adapters may reach alpha = 0; it is what
+        "auto" becomes where the model has modules such as ReLU(inplace=True) when it is adapted. "output" saves the memory
+        for road_2 and road_4 too, at a loss of accuracy that grows with the condition number of the rotations.
+        """
+        for layer in self._layers():
+            layer.kept_for_backward = KeptForBackward(kept)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -37,11 +37,10 @@ class Routing:
     expansion: int = 1
     batch: object = None
 
-    def rows_of(self, y: Tensor) -> Tensor:
-        """The slots for a layer's output y ``[B, ..., D]``, shaped to index a table and broadcast: ``[B, 1, ...]``."""
+    def slots_of(self, y: Tensor) -> Tensor:
+        """The slots for a layer's output y ``[B, ..., D]``: int64, in the shape of y's first dimensions."""
         assert self.slots is not None
-        slots = _expanded(self.slots, y, self.expansion)
-        return slots.to(y.device).reshape(slots.shape + (1,) * (y.dim() - 1 - slots.dim()))
+        return _expanded(self.slots, y, self.expansion).to(y.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
         copy = memo[id(self)] = Routing()

@@ -1,7 +1,7 @@
 """The rotations of one layer's adapters as a table with a row an adapter, made in a handful of operations.
 
-One adapter is a table of one row; a mixed batch gathers rows of the table. The number of operations depends on how
-many variants and group sizes there are, never on how many adapters.
+One adapter is a table of one row; each row of a mixed batch names the row of the table it uses. The number of operations
+depends on how many variants and group sizes there are, never on how many adapters.
 
 Legend: S slots (adapters, in the order asked for), D out features, n parameters.
 """
@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from roadie.rotation import Rotation, from_parameters
+from roadie.kernels import RotationTable
+from roadie.rotation import from_parameters
+
+ANY_SIZE = 2  # of an identity row: it pairs nothing
 
 
 class SlotParameters(NamedTuple):
@@ -26,36 +29,29 @@ class SlotParameters(NamedTuple):
     variant: str
     group_size: int
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is trained."""
+        return self.theta.requires_grad or self.alpha.requires_grad
 
-def build_table(slots: Sequence[SlotParameters | None], out_features: int) -> tuple[Rotation, ...]:
-    """Tables ``[S, D]``, one for each group size among the slots; None is the identity.
 
-    Two group sizes share no pair, so each has a table of its own, in which the rows of the other sizes are the identity;
-    applying all tables one after the other rotates every row exactly once. Differentiable. Empty if every slot is None.
-    """
-    members: dict[int, dict[str, list[int]]] = {}
+def build_table(slots: Sequence[SlotParameters | None], out_features: int) -> RotationTable | None:
+    """The table ``[S, D]`` of the slots; a slot that is None is the identity. None where every slot is. Differentiable."""
+    members: dict[tuple[str, int], list[int]] = {}
     for index, slot in enumerate(slots):
         if slot is not None:
-            members.setdefault(slot.group_size, {}).setdefault(slot.variant, []).append(index)
-    return tuple(_table_of_size(slots, size, by_variant, out_features) for size, by_variant in sorted(members.items()))
-
-
-def _table_of_size(
-    slots: Sequence[SlotParameters | None], group_size: int, by_variant: dict[str, list[int]], out_features: int
-) -> Rotation:
-    parts = [_rows_of_variant(slots, indices, variant, group_size) for variant, indices in sorted(by_variant.items())]
-    order = [index for _, indices in sorted(by_variant.items()) for index in indices]
+            members.setdefault((slot.variant, slot.group_size), []).append(index)
+    if not members:
+        return None
+    parts = [_rows_of_kind(slots, indices, *kind) for kind, indices in sorted(members.items())]
+    order = [index for _, indices in sorted(members.items()) for index in indices]
     direct, cross = (torch.cat(vectors) if len(vectors) > 1 else vectors[0] for vectors in zip(*parts, strict=True))
-    if order == list(range(len(slots))):
-        return Rotation(direct, cross, group_size)
-    one = torch.ones(1, out_features, dtype=direct.dtype, device=direct.device)
-    direct, cross = torch.cat((direct, one)), torch.cat((cross, torch.zeros_like(one)))
-    position = {slot: row for row, slot in enumerate(order)}
-    rows = torch.tensor([position.get(slot, len(order)) for slot in range(len(slots))], device=direct.device)
-    return Rotation(direct.index_select(0, rows), cross.index_select(0, rows), group_size)
+    if order != list(range(len(slots))):
+        direct, cross = _in_order(direct, cross, order, len(slots))
+    return RotationTable(direct, cross, _group_sizes(slots, direct.device))
 
 
-def _rows_of_variant(
+def _rows_of_kind(
     slots: Sequence[SlotParameters | None], indices: list[int], variant: str, group_size: int
 ) -> tuple[Tensor, Tensor]:
     chosen = [slots[index] for index in indices]
@@ -64,15 +60,56 @@ def _rows_of_variant(
     return rotation.direct, rotation.cross
 
 
+def _in_order(direct: Tensor, cross: Tensor, order: list[int], num_slots: int) -> tuple[Tensor, Tensor]:
+    """Row k of the result is the row that stands for slot order[k]; slots that are not in `order` get the identity."""
+    one = torch.ones(1, direct.shape[1], dtype=direct.dtype, device=direct.device)
+    direct, cross = torch.cat((direct, one)), torch.cat((cross, torch.zeros_like(one)))
+    position = {slot: row for row, slot in enumerate(order)}
+    rows = torch.tensor([position.get(slot, len(order)) for slot in range(num_slots)], device=direct.device)
+    return direct.index_select(0, rows), cross.index_select(0, rows)
+
+
+def _group_sizes(slots: Sequence[SlotParameters | None], device: torch.device) -> int | Tensor:
+    sizes = {slot.group_size for slot in slots if slot is not None}
+    if len(sizes) == 1:
+        return sizes.pop()
+    each = [slot.group_size if slot is not None else ANY_SIZE for slot in slots]
+    return torch.tensor(each, dtype=torch.int32, device=device)
+
+
 @dataclass
 class _Entry:
+    """A table, and everything that was true of the parameters it was made from."""
+
     slots: tuple[SlotParameters | None, ...]
-    versions: tuple[int, ...]
-    addresses: tuple[int, ...]
-    storages: tuple[torch.UntypedStorage, ...]  # kept, so that an address cannot come back as another's
+    parameters: list[Tensor]
+    versions: list[int]
+    addresses: list[int]
+    storages: list[torch.UntypedStorage]  # kept, so that an address cannot come back as another's
     content: Tensor | None  # of the parameters on the CPU, one after the other
-    tables: tuple[Rotation, ...]
+    table: RotationTable | None
     checked_for: object
+
+    def is_current(self, slots: tuple[SlotParameters | None, ...], batch: object) -> bool:
+        if len(slots) != len(self.slots) or not all(map(_same_slot, slots, self.slots)):
+            return False
+        if not self.is_unwritten() or [p.data_ptr() for p in self.parameters] != self.addresses:
+            return False
+        if (batch is None or self.checked_for is not batch) and not self._has_same_content():
+            return False
+        self.checked_for = batch
+        return True
+
+    def is_unwritten(self) -> bool:
+        """Whether no parameter was written to by an operation that torch counts."""
+        return [p._version for p in self.parameters] == self.versions
+
+    def _has_same_content(self) -> bool:
+        if self.content is None:
+            return True
+        with torch.no_grad():
+            content = _content_on_cpu(self.parameters)
+        return content is not None and torch.equal(content, self.content)
 
 
 @dataclass
@@ -93,17 +130,21 @@ class TableCache:
         """Forget every table."""
         self.entries.clear()
 
+    def checked(self, key: tuple[str, ...], batch: object) -> _Entry | None:
+        """The entry that was found true for this batch before, if no parameter was written to since."""
+        entry = self.entries.get(key) if batch is not None else None
+        return entry if entry is not None and entry.checked_for is batch and entry.is_unwritten() else None
+
     def get(
         self, key: tuple[str, ...], slots: tuple[SlotParameters | None, ...], out_features: int, batch: object
-    ) -> tuple[Rotation, ...]:
-        """The tables of `slots`, from memory if they are still true. `batch` marks one set of rows being routed."""
+    ) -> RotationTable | None:
+        """The table of `slots`, from memory if it is still true. `batch` marks one set of rows being routed."""
+        entry = self.entries.get(key)
+        if entry is not None and entry.is_current(slots, batch):
+            return entry.table
         parameters = [tensor for slot in slots if slot is not None for tensor in slot[:2]]
         if not all(_can_be_kept(tensor) for tensor in parameters):
             return build_table(slots, out_features)
-        entry = self.entries.get(key)
-        if entry is not None and _is_current(entry, slots, parameters, batch):
-            entry.checked_for = batch
-            return entry.tables
         return self._make(key, slots, parameters, out_features, batch)
 
     def _make(
@@ -113,41 +154,30 @@ class TableCache:
         parameters: list[Tensor],
         out_features: int,
         batch: object,
-    ) -> tuple[Rotation, ...]:
+    ) -> RotationTable | None:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training later
-            tables = build_table(slots, out_features)
+            table = build_table(slots, out_features)
             content = _content_on_cpu(parameters)
-        storages = tuple(tensor.untyped_storage() for tensor in parameters)
+        self.entries.pop(key, None)
         while len(self.entries) >= self.limit:
             del self.entries[next(iter(self.entries))]
-        self.entries.pop(key, None)
         self.entries[key] = _Entry(
-            slots, _versions(parameters), _addresses(parameters), storages, content, tables, batch
+            slots,
+            parameters,
+            [tensor._version for tensor in parameters],
+            [tensor.data_ptr() for tensor in parameters],
+            [tensor.untyped_storage() for tensor in parameters],
+            content,
+            table,
+            batch,
         )
-        return tables
+        return table
 
     def __deepcopy__(self, memo: dict[int, object]) -> TableCache:
         return TableCache()
 
     def __reduce__(self) -> tuple[type[TableCache], tuple[()]]:
         return TableCache, ()
-
-
-def _is_current(
-    entry: _Entry, slots: tuple[SlotParameters | None, ...], parameters: list[Tensor], batch: object
-) -> bool:
-    same = len(entry.slots) == len(slots) and all(_same_slot(a, b) for a, b in zip(entry.slots, slots, strict=True))
-    if not same or entry.versions != _versions(parameters):
-        return False
-    if entry.addresses != _addresses(parameters):
-        return False
-    if batch is not None and entry.checked_for is batch:
-        return True
-    if entry.content is None:
-        return True
-    with torch.no_grad():
-        content = _content_on_cpu(parameters)
-    return content is not None and torch.equal(entry.content, content)
 
 
 def _content_on_cpu(parameters: list[Tensor]) -> Tensor | None:
@@ -159,14 +189,6 @@ def _same_slot(old: SlotParameters | None, new: SlotParameters | None) -> bool:
     if old is None or new is None:
         return old is new
     return old.theta is new.theta and old.alpha is new.alpha and old[2:] == new[2:]
-
-
-def _versions(parameters: list[Tensor]) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in parameters)
-
-
-def _addresses(parameters: list[Tensor]) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for tensor in parameters)
 
 
 def _can_be_kept(tensor: Tensor) -> bool:

@@ -1,0 +1,72 @@
+"""The output of a base layer on its way through the rotation: in place where nobody can tell, and what backward keeps.
+
+Legend: B rows of the batch, D out features, S slots.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import reduce
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from roadie.kernels import Keep, RotationTable, can_rotate_in_place, rotate_rows, rotate_rows_
+from roadie.rotation import Rotation, Variant, compose
+
+
+class KeptForBackward(str, Enum):
+    """Which tensor an adapted layer keeps for backward: one, of the output's size and dtype, and no more.
+
+    OUTPUT is what the layer returns, which the next operation often keeps anyway; it must not be changed in place before
+    backward, and no block of the rotation may be singular (alpha = 0). INPUT is the base layer's output, which nobody else
+    keeps. AUTO keeps the output where all adapters in use are road_1, whose gradients lose nothing by it, and the input of
+    road_2 and road_4, whose blocks may be badly conditioned.
+    """
+
+    AUTO = "auto"
+    INPUT = "input"
+    OUTPUT = "output"
+
+    def of(self, variants: set[str]) -> Keep:
+        """What is kept for a table of adapters of these variants."""
+        if self is KeptForBackward.AUTO:
+            return Keep.OUTPUT if variants <= {Variant.ROAD_1.value} else Keep.INPUT
+        return Keep(self.value)
+
+
+def one_rotation(table: RotationTable) -> RotationTable:
+    """The product of a table's rows, the first applied first, as a table of one row; all rows have one group size."""
+    if len(table.direct) == 1:
+        return table
+    size = table.uniform_size
+    rows = [Rotation(direct, cross, size) for direct, cross in zip(table.direct, table.cross, strict=True)]
+    product = reduce(lambda inner, outer: compose(outer, inner), rows)
+    return RotationTable(product.direct.unsqueeze(0), product.cross.unsqueeze(0), size)
+
+
+def rotated(y: Tensor, table: RotationTable, slots: Tensor | None, keep: Keep, *, is_fresh: bool) -> Tensor:
+    """y ``[B, ..., D]`` rotated by the table, each row by its slot; into y itself where it `is_fresh` and no gradient is needed.
+
+    is_fresh: nobody but the caller holds y.
+    """
+    if is_fresh and can_rotate_in_place(y, table):
+        return rotate_rows_(y, table, slots)
+    return rotate_rows(y, table, slots, keep=keep)
+
+
+def gives_fresh_memory(layer: nn.Module) -> bool:
+    """Whether a base layer returns a new tensor each time, which nobody else holds: of a known kind, and without hooks."""
+    return (
+        _is_of_a_known_kind(type(layer))
+        and not layer._forward_hooks
+        and "forward" not in layer.__dict__  # accelerate's hooks stand there
+        and not nn.modules.module._global_forward_hooks
+        and type(layer.weight.data) is Tensor  # a subclass decides itself what it returns
+    )
+
+
+def _is_of_a_known_kind(kind: type[nn.Module]) -> bool:
+    if kind in (nn.Linear, Conv1D):
+        return True
+    return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in ("Linear4bit", "Linear8bitLt")
