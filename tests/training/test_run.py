@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -335,3 +336,9 @@ def test_the_embedded_model_is_the_default(texts, tmp_path):
     result = train(texts, tmp_path / "adapter", recipe=Recipe(max_steps=1, batch_size=4, max_length=32))
     assert result.model == str(roadie.embedded.model_path())
     assert os.fspath(result.output) == os.fspath(tmp_path / "adapter")
+
+
+def test_a_single_step_learns(texts, tiny_path, tmp_path):
+    """A warm-up begins with a rate of 0: in a run of one step nothing would be learnt."""
+    result = train(texts, tmp_path / "adapter", model=str(tiny_path), recipe=replace(QUICK, max_steps=1))
+    assert result.loss_after != result.loss_before

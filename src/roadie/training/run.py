@@ -221,7 +221,7 @@ def _arguments(recipe: Recipe, corpus: _Corpus, folder: Path) -> TrainingArgumen
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
+        warmup_steps=min(math.ceil(recipe.warmup_ratio * steps), steps - 1),  # a first warm-up step has a rate of 0
         bf16=training_dtype(recipe.precision) is torch.bfloat16,
         seed=recipe.seed,
         data_seed=recipe.seed,
