@@ -83,6 +83,7 @@ def _losses(found: list[Verdict], record: Record) -> str:
     missed = [verdict for verdict in found if not verdict.met]
     lines = [f"- {v.about}: {v.bound}, measured {v.measured} ({v.interval})" for v in missed]
     lines += [f"- {failure['task']} failed: {failure['error']}" for failure in record["failures"]]
+    lines += [f"- {title}: left out, the time was over" for title in record["left_out"]]
     said = "\n".join(lines) if lines else "Every bound below is met."
     return f"## What falls short\n\n{len(found) - len(missed)} of {len(found)} bounds are met.\n\n{said}"
 

@@ -47,14 +47,21 @@ def write_document() -> int:
     return 0
 
 
-def measure_all(tasks: Iterable[plan.Task], quick: bool) -> dict[str, Any]:
-    """The record of running all tasks, one after the other; one that raises is in "failures", the others go on."""
+def measure_all(tasks: Iterable[plan.Task], quick: bool, deadline_s: float = plan.DEADLINE_S) -> dict[str, Any]:
+    """The record of running all tasks, one after the other; one that raises is in "failures", the others go on.
+
+    Tasks that have not begun after `deadline_s` are not run, and named in "left_out".
+    """
     start = time.perf_counter()
     result = record.start(record.CPU, describe(), now(), commit(), quick)
     speeds = result["machine"]["copy_bytes_per_s"]
     failures: list[dict[str, str]] = []
+    left_out: list[str] = []
     for task in tasks:
         began = time.perf_counter()
+        if began - start > deadline_s:
+            left_out.append(task.title)
+            continue
         try:
             torch.manual_seed(0)
             result["entries"] += [with_limit(entry, speeds) for entry in task.run()]
@@ -63,7 +70,8 @@ def measure_all(tasks: Iterable[plan.Task], quick: bool) -> dict[str, Any]:
             failures.append({"task": task.title, "error": f"{type(error).__name__}: {error}"})
         _say(f"{time.perf_counter() - start:6.1f} s  {time.perf_counter() - began:5.1f} s  {task.title}")
     load = [round(value, 2) for value in os.getloadavg()]
-    return {**result, "load_average_end": load, "duration_s": time.perf_counter() - start, "failures": failures}
+    end = {"load_average_end": load, "duration_s": time.perf_counter() - start}
+    return {**result, **end, "failures": failures, "left_out": left_out}
 
 
 def _parse(arguments: list[str] | None) -> Any:

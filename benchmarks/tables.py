@@ -26,9 +26,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def layers(entries: list[Entry]) -> Iterator[str]:
     """A table for each mode and size: precision and tokens down, rivals across."""
     found = of_workload(entries, "layer")
-    sizes = dict.fromkeys((e["case"]["mode"], e["case"]["in_features"], e["case"]["out_features"]) for e in found)
-    for mode, in_features, out_features in sizes:
-        of_size = [e for e in found if (e["case"]["mode"], e["case"]["out_features"]) == (mode, out_features)]
+    for mode, in_features, out_features in dict.fromkeys(_size(entry) for entry in found):
+        of_size = [entry for entry in found if _size(entry) == (mode, in_features, out_features)]
         names = list(dict.fromkeys(name for entry in of_size for name in entry["rivals"]))
         rows = [
             [entry["case"]["precision"], str(entry["case"]["tokens"]), *timed(entry, names), *_last(entry)]
@@ -36,6 +35,11 @@ def layers(entries: list[Entry]) -> Iterator[str]:
         ]
         header = ["precision", "tokens", *_headings(names), "limit", "rounds"]
         yield f"### {mode}, {in_features} to {out_features}\n\n{markdown(header, rows)}"
+
+
+def _size(entry: Entry) -> tuple[str, int, int]:
+    case = entry["case"]
+    return case["mode"], case["in_features"], case["out_features"]
 
 
 def _headings(names: Sequence[str]) -> list[str]:
@@ -154,11 +158,25 @@ def _amounts(amounts: dict[str, int], names: Sequence[str]) -> list[str]:
 def gpu(record: dict[str, Any]) -> Iterator[str]:
     """The tables of a GPU's record."""
     entries = record["entries"]
-    yield f"{record['machine']['name']}, commit {record['commit']}, {record['date']}.\n"
+    speed = record["machine"]["device_copy_bytes_per_s"] / 1e9
+    yield f"{record['machine']['name']}, commit {record['commit']}, {record['date']}, copying at {speed:.0f} GB/s.\n"
+    yield from (f"- {failure['task']} failed: {failure['error']}\n" for failure in record["failures"])
     yield "![Tokens a second against adapters in the batch](images/performance-gpu-adapters.png)\n"
-    for workload in dict.fromkeys(entry["workload"] for entry in entries):
-        found = of_workload(entries, workload)
-        names = list(dict.fromkeys(name for entry in found for name in entry["rivals"]))
-        keys = [key for key, value in found[0]["case"].items() if not isinstance(value, dict)]
-        rows = [[*(str(entry["case"].get(key)) for key in keys), *timed(entry, names)] for entry in found]
-        yield f"### {workload}\n\n{markdown([*keys, *_headings(names)], rows)}"
+    yield from _by_case(of_workload(entries, "adapters"), "Decoding a batch with different adapters", ["adapters"])
+    yield from _by_case(of_workload(entries, "graphs"), "Decoding, eager and as a CUDA graph", ["graph"])
+    yield from layers(entries)
+    yield "### Decoder layers\n"
+    yield from models(entries)
+    for entry in (entry for entry in entries if "peak_bytes" in entry):
+        names = list(entry["peak_bytes"])
+        yield "Peak memory of the training step above what was allocated, MiB (over the frozen model's):\n"
+        yield markdown(names, [_amounts(entry["peak_bytes"], names)])
+
+
+def _by_case(entries: list[Entry], title: str, keys: list[str]) -> Iterator[str]:
+    """A table with the named parts of the cases down, and the rivals across."""
+    if not entries:
+        return
+    names = list(entries[0]["rivals"])
+    rows = [[*(str(entry["case"][key]) for key in keys), *timed(entry, names)] for entry in entries]
+    yield f"### {title}, {entries[0]['case']['rows']} rows\n\n{markdown([*keys, *_headings(names)], rows)}"

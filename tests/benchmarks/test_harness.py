@@ -55,7 +55,8 @@ def test_the_time_is_kept_but_there_are_a_few_rounds_at_least_and_not_endlessly_
 def test_short_calls_are_repeated_and_reported_by_the_call() -> None:
     rounds = measure({"a": lambda: None}, Budget(0, min_rounds=3, shortest_sample_s=1e-3))
     assert rounds.calls > 100
-    assert max(rounds.times_s["a"]) < 1e-4
+    # A sample takes a millisecond or so; a call of nothing a microsecond at the most.
+    assert min(rounds.times_s["a"]) < 1e-6
 
 
 def test_what_is_waited_for_is_waited_for_before_and_after_each_sample() -> None:

@@ -85,7 +85,14 @@ def synthetic() -> dict[str, Any]:
         "copy_bytes_per_s": {"1": 4e10, "2": 6e10},
     }
     head = record.start(record.CPU, machine, "2026-01-02T03:04:05Z", {"commit": "abc", "dirty": False}, quick=False)
-    return {**head, "entries": entries, "load_average_end": [1.0, 1.0, 1.0], "duration_s": 840.0, "failures": []}
+    return {
+        **head,
+        "entries": entries,
+        "load_average_end": [1.0, 1.0, 1.0],
+        "duration_s": 840.0,
+        "failures": [],
+        "left_out": [],
+    }
 
 
 def by_line(made: dict[str, Any]) -> dict[int, list[bool]]:
@@ -212,6 +219,13 @@ def test_a_task_that_raises_is_recorded_and_the_others_go_on(capsys: pytest.Capt
     assert len(made["entries"]) == 1
     assert {"limit_ms", "rivals"} <= set(made["entries"][0])
     assert "ValueError: why" in capsys.readouterr().err
+
+
+def test_what_has_not_begun_when_the_time_is_over_is_left_out_and_said() -> None:
+    made = run.measure_all([plan.Task("too late", list)], quick=True, deadline_s=-1)
+    assert made["left_out"] == ["too late"]
+    assert made["entries"] == made["failures"] == []
+    assert "- too late: left out" in report.text_of({**synthetic(), "left_out": ["too late"]}, None)
 
 
 def test_plots_are_drawn_of_whatever_is_there(tmp_path: Path) -> None:
