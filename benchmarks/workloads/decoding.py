@@ -9,17 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import StaticCache, __version__
+from transformers.cache_utils import StaticLayer
 
 from benchmarks.harness import Run
+
+# Older transformers do not keep the length in the cache, as a tensor that can be set back.
+CAN_STEP_BACK = "cumulative_length" in StaticLayer.__annotations__
 
 
 def static_step(model: Any, rows: int, context: int, **arguments: Any) -> Run:
     """A forward over one token a row with `context` tokens in the cache, which is as long again afterwards.
 
     arguments: go to the model (adapter_names). Positions and mask are given, not derived, since deriving them may ask the
-    device how long the cache is, which a graph cannot.
+    device how long the cache is, which a graph cannot. Raises RuntimeError for transformers that are too old for it.
     """
+    if not CAN_STEP_BACK:
+        raise RuntimeError(
+            f"got transformers {__version__}, whose StaticLayer has no cumulative_length; try constraints.txt"
+        )
     device = next(model.parameters()).device
     cache = StaticCache(config=model.config, max_cache_len=context + 1)
     token_B1 = torch.ones(rows, 1, dtype=torch.long, device=device)
