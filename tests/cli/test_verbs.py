@@ -220,3 +220,22 @@ def test_what_is_refused_is_said(roadie_cli, tmp_path, monkeypatch, arguments, s
     assert said in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_info_of_the_runtime_says_which_kernel_rotates_what_and_why_not_another(roadie_cli):
+    result = roadie_cli("info", "--runtime", "--json")
+    here = json.loads(result.stdout)
+    used = {choice["dtype"]: choice for choice in here["choices"] if choice["device"] == "cpu"}
+    assert used["float64"]["used"] == "eager"
+    assert "float64" in used["float64"]["refused"]["cpu"]
+    assert here["versions"]["torch"] == torch.__version__
+    shown = roadie_cli("info", "--runtime").stdout
+    assert "float64" in shown
+    assert used["float64"]["refused"]["cpu"] in shown
+
+
+@pytest.mark.parametrize("arguments", [(), ("somewhere", "--runtime")])
+def test_info_wants_an_adapter_or_the_runtime(roadie_cli, arguments):
+    result = roadie_cli("info", *arguments)
+    assert result.exit_code == 2
+    assert "either" in result.output

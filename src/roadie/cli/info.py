@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 def info(
     path: Annotated[
-        str,
+        str | None,
         typer.Argument(metavar="PATH", help="An adapter: a folder, or a repository of the hub.", show_default=False),
-    ],
+    ] = None,
+    runtime: Annotated[
+        bool, typer.Option("--runtime", help="Show which kernels rotate here, and why not others; no PATH then.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
@@ -29,13 +32,38 @@ def info(
     Examples:
       roadie info my-adapter
       roadie info my-adapter --json
+      roadie info --runtime
     """
+    if runtime == (path is not None):
+        raise typer.BadParameter("wanted either the PATH of an adapter or --runtime")
+    if path is None:
+        print_runtime(as_json)
+        return
     from roadie.training.adapters import adapter_folder
     from roadie.training.summary import summarise
 
     with adapter_folder(path, allow_pickle=allow_pickle) as folder:
         summary = summarise(folder)
     typer.echo(json.dumps(summary.to_mapping(), indent=2) if as_json else show(summary, path))
+
+
+def print_runtime(as_json: bool) -> None:
+    """What computes here, as tables or JSON."""
+    from roadie.training.runtime import inspect_runtime
+    from roadie.training.table import pairs, table
+
+    here = inspect_runtime()
+    if as_json:
+        typer.echo(json.dumps(here.to_mapping(), indent=2))
+        return
+    facts = [("roadie", here.roadie), ("Python", here.python), ("threads", f"{here.threads}")]
+    facts += [(name, version or "not installed") for name, version in here.versions.items()]
+    rows = [(choice.device, choice.dtype, choice.used) for choice in here.choices]
+    typer.echo(pairs(facts) + "\n\n" + table(rows, head=("device", "dtype", "kernel")))
+    reasons = {(c.device, name, reason): None for c in here.choices for name, reason in c.refused.items()}
+    typer.echo("")
+    for device, name, reason in reasons:
+        typer.echo(f"{name} on {device}: {reason}")
 
 
 def show(summary: AdapterSummary, path: str) -> str:

@@ -133,9 +133,10 @@ def _is_plain(x: Tensor) -> bool:
 
 def _must_be_seen_through(x: Tensor) -> bool:
     """Whether torch needs plain operations instead of ours: for export, tracing, torch.func, and tensors made of tensors."""
+    if torch.compiler.is_compiling():  # compilers take our operation as it is
+        return _is_exporting()
     return (
-        _is_exporting()
-        or _is_made_of_tensors(x)
+        _is_made_of_tensors(x)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )

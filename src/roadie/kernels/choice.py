@@ -20,9 +20,11 @@ from roadie.errors import KernelError
 from roadie.kernels.contract import Implementation
 from roadie.kernels.cpu import CpuImplementation
 from roadie.kernels.eager import EagerImplementation
+from roadie.kernels.triton import TritonImplementation
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    implementation.name: implementation for implementation in (CpuImplementation(), EagerImplementation())
+    implementation.name: implementation
+    for implementation in (TritonImplementation(), CpuImplementation(), EagerImplementation())
 }
 
 _asked_for: ContextVar[str | None] = ContextVar("roadie_kernel", default=None)
