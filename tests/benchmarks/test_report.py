@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.machine import machine_name, slug
 from benchmarks.rivals import FROZEN, PEFT_IA3, PEFT_LORA, PEFT_ROAD, RIVALS, ROADIE
 from benchmarks.verdicts import inverted, verdicts
 from benchmarks.workloads import kept, with_limit
+from benchmarks.workloads.model import ModelSize
 from benchmarks.workloads.rotation import COPY, PEFT_APPLY
 
 DOCUMENT = report.DOCS / "performance.md"
@@ -63,7 +65,7 @@ def synthetic() -> dict[str, Any]:
         PEFT_LORA: {"per_element": 2.5, "fixed": 0},
     }
     what = {"what": kept.SILU, "precision": "fp32", "mode": "eager"}
-    model = {"mode": "training step", "precision": "fp32", "rows": 2, "tokens": 256}
+    model = {"mode": "training step", "precision": "fp32", "rows": 2, "tokens": 256, "size": asdict(ModelSize())}
     entries = [
         timed("layer", {"mode": "forward", "precision": "bf16", **sizes}, rivals),
         timed("layer", {"mode": "forward+backward", "precision": "bf16", **sizes}, rivals),
