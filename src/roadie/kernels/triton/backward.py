@@ -93,7 +93,7 @@ def backward_kernel(
         g1, g2, k1, k2 = raw1.to(tl.float32), raw2.to(tl.float32), k1.to(tl.float32), k2.to(tl.float32)
         own1 += g1 * k1
         own2 += g2 * k2
-        partner1 += g1 * k2
+        partner1 += g1 * k2  # the kept value of the other member
         partner2 += g2 * k1
         if WANT_X:
             x1, x2 = turn(g1, g2, direct1, cross1, direct2, cross2, True)
