@@ -81,7 +81,9 @@ def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: 
     keep_output = Keep.OUTPUT is _keep(keep)
     if _must_be_seen_through(x):
         return composed(*arguments)
-    if _is_plain(x) and not _needs_gradient(x, table):
+    if _is_plain(x):
+        if _needs_gradient(x, table):
+            return schema.EagerRotation.apply(*arguments, keep_output)
         return schema.forward(*arguments)
     return torch.ops.roadie.rotate_rows(*arguments, keep_output)
 

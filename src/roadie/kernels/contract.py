@@ -74,3 +74,11 @@ class Implementation(ABC):
         grad, kept, grad_x: ``[T, D]`` in one dtype; own, partner: ``[S, D]``, float32 (float64 where grad is); every element is
         written, also for slots that no row uses. kept is None where own and partner are.
         """
+
+    @abstractmethod
+    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
+        """Turn the sums ``[S, D]`` into the gradients of direct and cross, in place.
+
+        With M = sum of g input^T a pair: grad_direct is M's diagonal, grad_cross_i = -M_ik, grad_cross_k = M_ki. of_output: the
+        sums are over the rotation's output, sum of g output^T = M R^T, and M comes from solving for it; R must not be singular.
+        """

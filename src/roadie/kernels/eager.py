@@ -64,6 +64,34 @@ class EagerImplementation(Implementation):
             if grad_x is not None:
                 piece.of(grad_x).copy_(piece.chosen.turned_back(piece.of(grad)))
 
+    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
+        """From sums to gradients of direct and cross, in place; see the contract."""
+        size = turns.group_size if turns.sizes is None else turns.sizes.unsqueeze(-1)
+        of_table = of_kept_output if of_output else of_kept_input
+        grad_direct, grad_cross = of_table(own, partner, turns.direct, turns.cross, size)
+        own.copy_(grad_direct), partner.copy_(grad_cross)
+
+
+def of_kept_input(
+    own: Tensor, partner: Tensor, direct: Tensor, cross: Tensor, group_size: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of direct and cross ``[S, D]``, in the dtype of the sums, from sums over the rotation's input."""
+    _, sign = partner_columns(group_size, own)
+    return own, sign * partner
+
+
+def of_kept_output(
+    own: Tensor, partner: Tensor, direct: Tensor, cross: Tensor, group_size: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of direct and cross ``[S, D]`` from sums over the rotation's output: M R^-T, pair by pair."""
+    column, sign = partner_columns(group_size, own)
+    d, c = direct.to(own.dtype), cross.to(own.dtype)
+    other_d, other_c = d.gather(-1, column), c.gather(-1, column)
+    determinant = d * other_d + c * other_c
+    grad_direct = (own * other_d - sign * partner * c) / determinant
+    grad_cross = (own * other_c + sign * partner * d) / determinant
+    return grad_direct, grad_cross
+
 
 class _Chosen(NamedTuple):
     """What some rows need of the table, so that it broadcasts with them: ``[b, ..., D]``, all dimensions between 1."""

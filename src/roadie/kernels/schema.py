@@ -20,12 +20,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import Library, register_autograd, register_fake
 
 from roadie.errors import InPlaceError, KernelError
 from roadie.kernels.choice import chosen
 from roadie.kernels.contract import RowRotations
-from roadie.rotation import partner_columns
+from roadie.kernels.eager import of_kept_input, of_kept_output
 
 # What is kept alive here stays registered.
 _library = Library("roadie", "DEF")
@@ -141,17 +142,46 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """What compilers see of the gradient."""
     kept, direct, cross, slots, sizes = _kept(ctx)
     grad_x, own, partner = torch.ops.roadie.rotate_rows_backward(
         grad, kept, direct, cross, slots, sizes, ctx.group_size, ctx.needs_input_grad[0]
     )
-    rest = (None,) * 4
-    if kept is None:
-        return grad_x, None, None, *rest
-    size = ctx.group_size if sizes is None else sizes.unsqueeze(-1)
-    of_table = of_kept_output if ctx.keep_output else of_kept_input
-    grad_direct, grad_cross = of_table(own, partner, direct, cross, size)
-    return grad_x if ctx.needs_input_grad[0] else None, grad_direct, grad_cross, *rest
+    of_table: tuple[Tensor | None, Tensor | None] = (None, None)
+    if kept is not None:
+        size = ctx.group_size if sizes is None else sizes.unsqueeze(-1)
+        solve = of_kept_output if ctx.keep_output else of_kept_input
+        grad_direct, grad_cross = solve(own, partner, direct, cross, size)
+        of_table = grad_direct.to(direct.dtype), grad_cross.to(cross.dtype)
+    return grad_x if ctx.needs_input_grad[0] else None, *of_table, *(None,) * 4
+
+
+class EagerRotation(torch.autograd.Function):
+    """The same operation where nothing is traced: without torch's dispatcher on the way, which takes longer than the work.
+
+    Forward and backward of a layer of 4096 outputs and 8 tokens: 60 us less of 160.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """See `forward` of this module."""
+        z = forward(*inputs)
+        _keep(ctx, inputs, z)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `backward` of this module."""
+        kept, direct, cross, slots, sizes = _kept(ctx)
+        table = direct, cross, slots, sizes, ctx.group_size
+        grad_x, own, partner = backward(grad, kept, *table, ctx.needs_input_grad[0])
+        of_table: tuple[Tensor | None, Tensor | None] = (None, None)
+        if kept is not None:
+            turns = row_rotations(own, *table)
+            chosen(grad.device, grad.dtype, direct.dtype).gradient(own, partner, turns, ctx.keep_output)
+            of_table = own.to(direct.dtype), partner.to(cross.dtype)
+        return grad_x if ctx.needs_input_grad[0] else None, *of_table, *(None,) * 4
 
 
 def _kept(ctx: Any) -> tuple[Any, ...]:
@@ -161,27 +191,6 @@ def _kept(ctx: Any) -> tuple[Any, ...]:
         if ctx.keep_output and "modified by an inplace operation" in str(error):
             raise InPlaceError(f"{error} What happened: {IN_PLACE_ADVICE}.") from None
         raise
-
-
-def of_kept_input(
-    own: Tensor, partner: Tensor, direct: Tensor, cross: Tensor, group_size: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of direct and cross ``[S, D]`` from sums over the rotation's input."""
-    _, sign = partner_columns(group_size, own)
-    return own.to(direct.dtype), (sign * partner).to(cross.dtype)
-
-
-def of_kept_output(
-    own: Tensor, partner: Tensor, direct: Tensor, cross: Tensor, group_size: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of direct and cross ``[S, D]`` from sums over the rotation's output: M R^-T, pair by pair."""
-    column, sign = partner_columns(group_size, own)
-    d, c = direct.to(own.dtype), cross.to(own.dtype)
-    other_d, other_c = d.gather(-1, column), c.gather(-1, column)
-    determinant = d * other_d + c * other_c
-    grad_direct = (own * other_d - sign * partner * c) / determinant
-    grad_cross = (own * other_c + sign * partner * d) / determinant
-    return grad_direct.to(direct.dtype), grad_cross.to(cross.dtype)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:

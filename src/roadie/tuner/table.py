@@ -55,7 +55,10 @@ def _rows_of_kind(
     slots: Sequence[SlotParameters | None], indices: list[int], variant: str, group_size: int
 ) -> tuple[Tensor, Tensor]:
     chosen = [slots[index] for index in indices]
-    theta, alpha = (torch.stack([getattr(slot, name) for slot in chosen]) for name in ("theta", "alpha"))
+    if len(chosen) == 1:
+        theta, alpha = (tensor.unsqueeze(0) for tensor in chosen[0][:2])  # type: ignore[index]
+    else:
+        theta, alpha = (torch.stack([getattr(slot, name) for slot in chosen]) for name in ("theta", "alpha"))
     rotation = from_parameters(theta, alpha, variant, group_size)
     return rotation.direct, rotation.cross
 

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ class CpuImplementation(Implementation):
         threads = _threads(3 * grad.numel() * grad.element_size())
         _check(_loaded().backward(_job(grad, kept, grad_x, turns, own, partner, threads)))
 
+    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
+        """From sums to gradients of direct and cross, in place; see the contract."""
+        _check(_loaded().gradient(_job(own, None, None, turns._replace(slots=None), own, partner, 1), int(of_output)))
+
 
 def _job(
     x: Tensor,
@@ -93,7 +98,7 @@ def _job(
         repeat,
         direct.shape[0],
         group_size,
-        _TYPES[x.dtype],
+        _TYPES[direct.dtype if x is own else x.dtype],
         _TYPES[direct.dtype],
         threads,
     )
@@ -120,9 +125,11 @@ class _Library:
         self.problem: str | None = None
         self.rotate: Callable[[bytes], int]
         self.backward: Callable[[bytes], int]
+        self.gradient: Callable[[bytes, int], int]
         try:
             library = ctypes.CDLL(str(path))
             self.rotate, self.backward = (self._function(library, f"roadie_{name}") for name in ("rotate", "backward"))
+            self.gradient = self._function(library, "roadie_gradient", ctypes.c_int)
             if library.roadie_job_bytes() != _JOB.size:
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
         except (OSError, AttributeError) as error:
@@ -132,9 +139,9 @@ class _Library:
             )
 
     @staticmethod
-    def _function(library: ctypes.CDLL, name: str) -> Callable[[bytes], int]:
+    def _function(library: ctypes.CDLL, name: str, *more: Any) -> Callable[..., int]:
         function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+        function.argtypes, function.restype = [ctypes.c_char_p, *more], ctypes.c_int
         return function
 
 

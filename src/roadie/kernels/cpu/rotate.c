@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define INLINE static inline
+#include "element.h"
 #include "spans.h"
 
 #if defined(_MSC_VER)
@@ -82,6 +84,13 @@ static int64_t bytes_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
 
 static const void *row_at(const void *base, int64_t row, int64_t stride, int64_t type) {
     return (const char *)base + row * stride * bytes_of(type);
+}
+
+static double table_value(const Job *job, const void *table, int64_t slot, int64_t column) {
+    int64_t place = slot * job->width + column;
+    if (job->table_type == FLOAT32) return ((const float *)table)[place];
+    uint16_t value = ((const uint16_t *)table)[place];
+    return job->table_type == BFLOAT16 ? read_bf16(value) : read_f16(value);
 }
 
 /* Columns start to end of one row of x, turned into the same columns of z. */
@@ -280,6 +289,33 @@ EXPORT int roadie_backward(const Job *job) {
     if (!status) status = make_plan(job, &plan);
     if (!status) status = run_plan(job, &plan);
     release(&plan);
+    return status;
+}
+
+/* Columns i and k of one slot: from sums to gradients of direct and cross. Where the output was kept, sum of g output^T =
+ * M R^T, and M is what is wanted. */
+static void gradient_of_pair(const Job *job, int64_t slot, int64_t i, int64_t k, int of_output) {
+    float *own = job->own + slot * job->width, *partner = job->partner + slot * job->width;
+    double ii = own[i], ik = partner[i], ki = partner[k], kk = own[k];
+    if (of_output) {
+        double d1 = table_value(job, job->direct, slot, i), d2 = table_value(job, job->direct, slot, k);
+        double c1 = table_value(job, job->cross, slot, i), c2 = table_value(job, job->cross, slot, k);
+        double scale = 1.0 / (d1 * d2 + c1 * c2), m_ii = ii, m_ki = ki;
+        ii = (m_ii * d2 + ik * c1) * scale, ik = (ik * d1 - m_ii * c2) * scale;
+        ki = (m_ki * d2 + kk * c1) * scale, kk = (kk * d1 - m_ki * c2) * scale;
+    }
+    own[i] = (float)ii, own[k] = (float)kk;
+    partner[i] = (float)-ik, partner[k] = (float)ki;
+}
+
+/* Turns the sums own and partner into the gradients of direct and cross, in place. */
+EXPORT int roadie_gradient(const Job *job, int of_output) {
+    int status = check(job);
+    for (int64_t slot = 0; !status && slot < job->num_slots; slot++) {
+        int64_t group = group_of(job, slot), half = group / 2;
+        for (int64_t start = 0; start < job->width; start += group)
+            for (int64_t j = start; j < start + half; j++) gradient_of_pair(job, slot, j, j + half, of_output);
+    }
     return status;
 }
 

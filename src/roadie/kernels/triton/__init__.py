@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.eager import EagerImplementation
 
 
 class TritonImplementation(Implementation):
@@ -63,6 +64,10 @@ class TritonImplementation(Implementation):
                 backward.backward_with_sums(grad, kept, grad_x, turns, own, partner)
             elif grad_x is not None:
                 rotation.rotate(grad, grad_x, turns, transposed=True)
+
+    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
+        """From sums to gradients of direct and cross, in place: of a table's size, so in plain operations."""
+        EagerImplementation().gradient(own, partner, turns, of_output)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:
