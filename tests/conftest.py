@@ -24,6 +24,9 @@ os.environ.update(
     MKL_NUM_THREADS="1",
 )
 
+# Triton's kernels are interpreted, on the CPU; TRITON_INTERPRET=0 compiles them, for tests/gpu.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile(
     "roadie",
     derandomize=True,
