@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import Library, register_autograd, register_fake
 
 from roadie.errors import InPlaceError, KernelError
@@ -170,9 +169,10 @@ class EagerRotation(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `backward` of this module."""
+        if torch.is_grad_enabled():  # create_graph: the operation refuses the second derivative, on every path to it
+            return _gradients(ctx, grad)
         kept, direct, cross, slots, sizes = _kept(ctx)
         table = direct, cross, slots, sizes, ctx.group_size
         grad_x, own, partner = backward(grad, kept, *table, ctx.needs_input_grad[0])
