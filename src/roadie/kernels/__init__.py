@@ -6,16 +6,28 @@ one computes. torch only.
 
 from __future__ import annotations
 
-from roadie.kernels.api import Keep, RotationTable, can_rotate_in_place, rotate, rotate_, rotate_rows, rotate_rows_
+from roadie.kernels.api import (
+    Keep,
+    RotationTable,
+    can_rotate_in_place,
+    prepare_rotation,
+    rotate,
+    rotate_,
+    rotate_rows,
+    rotate_rows_,
+)
 from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.cpu.prepared import PreparedRotation
 
 __all__ = [
     "Implementation",
     "Keep",
+    "PreparedRotation",
     "RotationTable",
     "RowRotations",
     "can_rotate_in_place",
+    "prepare_rotation",
     "refusals",
     "rotate",
     "rotate_",

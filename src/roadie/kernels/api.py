@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from roadie.errors import AdapterError, ConfigError, RoutingError
 from roadie.kernels import schema
 from roadie.kernels.choice import chosen
+from roadie.kernels.cpu.prepared import PreparedRotation, prepare
 from roadie.kernels.eager import composed
 from roadie.rotation import Rotation, check_group_size
 
@@ -81,7 +82,7 @@ def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: 
     keep_output = Keep.OUTPUT is _keep(keep)
     if _must_be_seen_through(x):
         return composed(*arguments)
-    if _is_plain(x):
+    if _is_plain(x, table):
         if _needs_gradient(x, table):
             return schema.EagerRotation.apply(*arguments, keep_output)
         return schema.forward(*arguments)
@@ -90,7 +91,7 @@ def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: 
 
 def can_rotate_in_place(x: Tensor, table: RotationTable) -> bool:
     """Whether `rotate_rows_` may be used: nothing here needs a gradient, and nobody traces what is computed."""
-    return not _must_be_seen_through(x) and _is_plain(x) and not _needs_gradient(x, table)
+    return not _must_be_seen_through(x) and _is_plain(x, table) and not _needs_gradient(x, table)
 
 
 def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tensor:
@@ -100,13 +101,29 @@ def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tenso
         raise AdapterError(
             "got tensors that need a gradient; rotating in place would lose it; use rotate_rows, or torch.no_grad()"
         )
+    if _must_be_seen_through(x) or not _is_plain(x, table):
+        return x.copy_(rotate_rows(x, table, slots))
     if x.numel():
         rows = schema.matrix(x)
         turns = schema.row_rotations(*arguments)
         chosen(x.device, x.dtype, table.direct.dtype).rotate(rows, rows, turns)
         if rows.data_ptr() != x.data_ptr():  # rows are a copy
             x.copy_(rows.view(x.shape))
+        elif not x.is_inference():  # so that autograd sees the change of what it saved
+            torch.autograd.graph.increment_version(x)
     return x
+
+
+def prepare_rotation(
+    y: Tensor, table: RotationTable, slots: Tensor | None, watched: tuple[Tensor, Tensor] | None = None
+) -> PreparedRotation | None:
+    """`rotate_rows_` of tensors like y, made ready to be called many times; None where that would win nothing.
+
+    watched: two tensors on the CPU, of equal size, that the table was made from; when they hold something else, the result
+    refuses to rotate.
+    """
+    routed_shape = tuple(slots.shape) if slots is not None else ()
+    return prepare(schema.row_rotations(*_checked(y, table, slots)), routed_shape, y, watched)
 
 
 def _table_of_one(rotation: Rotation) -> RotationTable:
@@ -124,23 +141,29 @@ def _keep(keep: Keep | str) -> Keep:
         raise ConfigError(f"got keep={keep!r}; wanted 'input' or 'output'") from None
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether x is memory and nothing else, and no mode of torch wants to see what is done with it."""
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain(x: Tensor, table: RotationTable) -> bool:
+    """Whether all are memory and nothing else, and no mode of torch wants to see what is done with it."""
     return (
         not torch.compiler.is_compiling()
-        and (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and type(x) in _PLAIN
+        and type(table.direct) in _PLAIN
+        and type(table.cross) in _PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
 def _must_be_seen_through(x: Tensor) -> bool:
-    """Whether torch needs plain operations instead of ours: for export, tracing, torch.func, and tensors made of tensors."""
+    """Whether torch needs plain operations: for export, tracing, torch.func, forward mode, and tensors made of tensors."""
     if torch.compiler.is_compiling():  # compilers take our operation as it is
         return _is_exporting()
     return (
         _is_made_of_tensors(x)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
@@ -166,6 +189,11 @@ def _checked(
             f"got x {tuple(x.shape)}, direct {tuple(direct.shape)} and cross {tuple(cross.shape)}; wanted x [..., D] and "
             "two tables [S, D] of the same D, with at least one slot"
         )
+    if direct.dtype != cross.dtype or direct.device != x.device or cross.device != x.device:
+        raise AdapterError(
+            f"got x on {x.device}, direct {direct.dtype} on {direct.device} and cross {cross.dtype} on {cross.device}; "
+            "wanted one device, and tables of one dtype"
+        )
     if isinstance(table.group_sizes, int):
         if width % table.group_sizes or table.group_sizes % 2:
             check_group_size(table.group_sizes, width)
@@ -173,9 +201,14 @@ def _checked(
         raise AdapterError(
             f"got group_sizes {table.group_sizes.dtype} {tuple(table.group_sizes.shape)}; wanted int32 [{len(direct)}]"
         )
-    if slots is not None and (slots.dtype != torch.int64 or x.shape[: slots.dim()] != slots.shape or not slots.dim()):
+    if slots is not None and (
+        slots.dtype != torch.int64
+        or not 0 < slots.dim() < x.dim()
+        or x.shape[: slots.dim()] != slots.shape
+        or slots.device != x.device
+    ):
         raise RoutingError(
-            f"got slots {slots.dtype} {tuple(slots.shape)} for x {tuple(x.shape)}; wanted int64 in the shape of x's "
-            "first dimensions: one slot for each row, or for each token"
+            f"got slots {slots.dtype} {tuple(slots.shape)} on {slots.device} for x {tuple(x.shape)} on {x.device}; wanted "
+            "int64 on x's device, in the shape of x's first dimensions: one slot for each row, or for each token"
         )
     return x, direct, cross, slots, table.sizes, table.uniform_size

@@ -46,9 +46,14 @@ def using(name: str) -> Iterator[None]:
         _asked_for.reset(token)
 
 
+def asked_for() -> str | None:
+    """The implementation that `using` asks for here, if any."""
+    return _asked_for.get()
+
+
 def chosen(device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype) -> Implementation:
     """The implementation for activations of `dtype` on `device`; raises `KernelError` where one was asked for and cannot."""
-    name = _asked_for.get()
+    name = asked_for()
     if name is None:
         return _best(device, dtype, table_dtype)
     reason = IMPLEMENTATIONS[name].refusal(device, dtype, table_dtype)

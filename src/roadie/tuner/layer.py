@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ from peft.utils.quantization_utils import QuantizationBackend, quantization_extr
 from torch import Tensor, nn
 
 from roadie.errors import ConfigError, MergeError, RoutingError, UnsupportedLayer
-from roadie.kernels import RotationTable
+from roadie.kernels import RotationTable, can_rotate_in_place, prepare_rotation, rotate_rows, rotate_rows_
 from roadie.rotation import Rotation, Variant, check_group_size, from_parameters, parameter_size, to_dense
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.merging import ExactUnmerge, combined
-from roadie.tuner.output import KeptForBackward, gives_fresh_memory, one_rotation, rotated
+from roadie.tuner.output import KeptForBackward, gives_fresh_memory, one_rotation
 from roadie.tuner.routing import Routing, adapter_rows
-from roadie.tuner.table import SlotParameters, TableCache, build_table
+from roadie.tuner.table import LastRotation, SlotParameters, TableCache, build_table
 from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
 
 
@@ -118,6 +119,8 @@ class RoadLayer(BaseTunerLayer):
 
     def _rotated(self, y: Tensor) -> Tensor:
         """The base layer's output, each row rotated by the adapter that is in force for it."""
+        if not torch.compiler.is_compiling() and self._is_rotated_as_before(y):
+            return y
         is_fresh = gives_fresh_memory(self.base_layer)
         if self._routing.slots is not None:
             names = self._routing.names
@@ -130,10 +133,32 @@ class RoadLayer(BaseTunerLayer):
         return y
 
     def _turned(
-        self, y: Tensor, table: RotationTable, slots: Tensor | None, names: Sequence[str], is_fresh: bool
+        self, y: Tensor, table: RotationTable, slots: Tensor | None, names: tuple[str, ...], is_fresh: bool
     ) -> Tensor:
+        if is_fresh and can_rotate_in_place(y, table):
+            z = rotate_rows_(y, table, slots)
+            self._remember(z, table, slots, names)
+            return z
         keep = self.kept_for_backward.of({self.variant[name] for name in names if name in self.variant})
-        return rotated(y, table, slots, keep, is_fresh=is_fresh)
+        return rotate_rows(y, table, slots, keep=keep)
+
+    def _is_rotated_as_before(self, y: Tensor) -> bool:
+        """Whether nothing has changed since the last rotation in place, and y was rotated so; y is untouched if not."""
+        last = self._tables.last
+        if last is None or torch.is_grad_enabled() or not gives_fresh_memory(self.base_layer):
+            return False
+        return last.is_in_force(self) and last.prepared.rotate_(y)
+
+    def _remember(self, y: Tensor, table: RotationTable, slots: Tensor | None, names: tuple[str, ...]) -> None:
+        """Get ready to rotate in the same way the next time, where all that the table was made from can be watched."""
+        entry, is_routed = self._tables.entries.get(names), slots is not None
+        active = self._active_adapter
+        if entry is None or not (is_routed or active in (names[0], [names[0]])):
+            return
+        watched = None if is_routed else (entry.parameters[0], entry.parameters[1])
+        prepared = prepare_rotation(y, table, slots, watched)
+        if prepared is not None:
+            self._tables.last = LastRotation(prepared, self._routing.batch, copy(active), entry)
 
     def _runs(self) -> list[tuple[str, ...]]:
         """The active adapters of this layer, in order; neighbours of one group size, which compose, stand together."""

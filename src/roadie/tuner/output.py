@@ -11,7 +11,7 @@ from functools import reduce
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from roadie.kernels import Keep, RotationTable, can_rotate_in_place, rotate_rows, rotate_rows_
+from roadie.kernels import Keep, RotationTable
 from roadie.rotation import Rotation, Variant, compose
 
 
@@ -43,16 +43,6 @@ def one_rotation(table: RotationTable) -> RotationTable:
     rows = [Rotation(direct, cross, size) for direct, cross in zip(table.direct, table.cross, strict=True)]
     product = reduce(lambda inner, outer: compose(outer, inner), rows)
     return RotationTable(product.direct.unsqueeze(0), product.cross.unsqueeze(0), size)
-
-
-def rotated(y: Tensor, table: RotationTable, slots: Tensor | None, keep: Keep, *, is_fresh: bool) -> Tensor:
-    """y ``[B, ..., D]`` rotated by the table, each row by its slot; into y itself where it `is_fresh` and no gradient is needed.
-
-    is_fresh: nobody but the caller holds y.
-    """
-    if is_fresh and can_rotate_in_place(y, table):
-        return rotate_rows_(y, table, slots)
-    return rotate_rows(y, table, slots, keep=keep)
 
 
 def gives_fresh_memory(layer: nn.Module) -> bool:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from roadie.kernels import RotationTable
+from roadie.kernels import PreparedRotation, RotationTable
 from roadie.rotation import from_parameters
 
 ANY_SIZE = 2  # of an identity row: it pairs nothing
@@ -81,7 +81,7 @@ def _group_sizes(slots: Sequence[SlotParameters | None], device: torch.device) -
 
 
 @dataclass
-class _Entry:
+class TableEntry:
     """A table, and everything that was true of the parameters it was made from."""
 
     slots: tuple[SlotParameters | None, ...]
@@ -116,6 +116,34 @@ class _Entry:
 
 
 @dataclass
+class LastRotation:
+    """The last rotation in place of a layer: when it may be done again, and how.
+
+    batch: the set of rows it was for, or None for a plain batch, of which `active` were the active adapters.
+    """
+
+    prepared: PreparedRotation
+    batch: object
+    active: str | list[str]
+    entry: TableEntry
+
+    def is_in_force(self, layer: Any) -> bool:
+        """Whether the same rows or the same adapters are asked for, and their parameters are the same tensors."""
+        routing = layer._routing
+        if routing.slots is not None or self.batch is not None:
+            return routing.batch is self.batch and routing.slots is not None and self.entry.is_unwritten()
+        if layer._active_adapter != self.active:
+            return False
+        name = self.active if isinstance(self.active, str) else self.active[0]
+        modules, slot = layer._modules, self.entry.slots[0]
+        return slot is not None and (
+            modules["road_theta"]._parameters.get(name) is slot.theta
+            and modules["road_alpha"]._parameters.get(name) is slot.alpha
+            and layer.group_size.get(name) == slot.group_size
+        )
+
+
+@dataclass
 class TableCache:
     """Tables that are kept while the parameters they were made from stay what they were.
 
@@ -126,14 +154,16 @@ class TableCache:
     writes to their ``.data`` calls `clear`.
     """
 
-    entries: dict[tuple[str, ...], _Entry] = field(default_factory=dict)
+    entries: dict[tuple[str, ...], TableEntry] = field(default_factory=dict)
+    last: LastRotation | None = None
     limit: int = 16
 
     def clear(self) -> None:
         """Forget every table."""
         self.entries.clear()
+        self.last = None
 
-    def checked(self, key: tuple[str, ...], batch: object) -> _Entry | None:
+    def checked(self, key: tuple[str, ...], batch: object) -> TableEntry | None:
         """The entry that was found true for this batch before, if no parameter was written to since."""
         entry = self.entries.get(key) if batch is not None else None
         return entry if entry is not None and entry.checked_for is batch and entry.is_unwritten() else None
@@ -164,7 +194,7 @@ class TableCache:
         self.entries.pop(key, None)
         while len(self.entries) >= self.limit:
             del self.entries[next(iter(self.entries))]
-        self.entries[key] = _Entry(
+        self.entries[key] = TableEntry(
             slots,
             parameters,
             [tensor._version for tensor in parameters],

@@ -22,8 +22,8 @@ from roadie.kernels.contract import Implementation, RowRotations
 LIBRARY = Path(__file__).with_name("_rotate.so")
 BYTES_A_THREAD = 1 << 20  # 20 us or more of work; less takes longer to share out than to do
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_JOB = struct.Struct("@9P11q")  # the struct Job of rotate.c: nine pointers, eleven integers
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+JOB = struct.Struct("@13P12q")  # the struct Job of rotate.c: thirteen pointers, twelve integers
 _FAILURES = {
     1: "there was not enough memory for partial sums",
     2: "the tensors are of a dtype that the compiled kernel does not know",
@@ -41,16 +41,16 @@ class CpuImplementation(Implementation):
         """Why the kernel cannot work on such tensors, or None."""
         if device.type != "cpu":
             return f"it computes on the CPU, and the tensors are on {device.type}"
-        if dtype not in _TYPES:
+        if dtype not in TYPES:
             return f"it knows float32, bfloat16 and float16, and got {dtype}"
         if table_dtype not in (torch.float32, dtype):
             return f"it wants tables in float32 or {dtype}, and got {table_dtype}"
-        return _loaded().problem
+        return loaded().problem
 
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """R x into out; see the contract."""
-        threads = _threads(2 * x.numel() * x.element_size())
-        _check(_loaded().rotate(_job(x, None, out, turns, None, None, threads)))
+        threads = threads_for(2 * x.numel() * x.element_size())
+        _check(loaded().rotate(_job(x, None, out, turns, None, None, threads)))
 
     def backward(
         self,
@@ -62,12 +62,12 @@ class CpuImplementation(Implementation):
         partner: Tensor | None,
     ) -> None:
         """R^T grad into grad_x, and the sums over rows; see the contract."""
-        threads = _threads(3 * grad.numel() * grad.element_size())
-        _check(_loaded().backward(_job(grad, kept, grad_x, turns, own, partner, threads)))
+        threads = threads_for(3 * grad.numel() * grad.element_size())
+        _check(loaded().backward(_job(grad, kept, grad_x, turns, own, partner, threads)))
 
     def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
         """From sums to gradients of direct and cross, in place; see the contract."""
-        _check(_loaded().gradient(_job(own, None, None, turns._replace(slots=None), own, partner, 1), int(of_output)))
+        _check(loaded().gradient(_job(own, None, None, turns._replace(slots=None), own, partner, 1), int(of_output)))
 
 
 def _job(
@@ -80,7 +80,7 @@ def _job(
     threads: int,
 ) -> bytes:
     direct, cross, slots, repeat, sizes, group_size = turns
-    return _JOB.pack(
+    return JOB.pack(
         x.data_ptr(),
         kept.data_ptr() if kept is not None else 0,
         z.data_ptr() if z is not None else 0,
@@ -90,6 +90,7 @@ def _job(
         sizes.data_ptr() if sizes is not None else 0,
         own.data_ptr() if own is not None else 0,
         partner.data_ptr() if partner is not None else 0,
+        *(0,) * 5,
         x.shape[0],
         x.shape[1],
         x.stride(0),
@@ -98,13 +99,13 @@ def _job(
         repeat,
         direct.shape[0],
         group_size,
-        _TYPES[direct.dtype if x is own else x.dtype],
-        _TYPES[direct.dtype],
+        TYPES[direct.dtype if x is own else x.dtype],
+        TYPES[direct.dtype],
         threads,
     )
 
 
-def _threads(nbytes: int) -> int:
+def threads_for(nbytes: int) -> int:
     """As many threads as torch uses, but none for less than `BYTES_A_THREAD`."""
     if nbytes < 2 * BYTES_A_THREAD:
         return 1
@@ -130,7 +131,7 @@ class _Library:
             library = ctypes.CDLL(str(path))
             self.rotate, self.backward = (self._function(library, f"roadie_{name}") for name in ("rotate", "backward"))
             self.gradient = self._function(library, "roadie_gradient", ctypes.c_int)
-            if library.roadie_job_bytes() != _JOB.size:
+            if library.roadie_job_bytes() != JOB.size:
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
         except (OSError, AttributeError) as error:
             self.problem = (
@@ -146,6 +147,6 @@ class _Library:
 
 
 @cache
-def _loaded() -> _Library:
+def loaded() -> _Library:
     # After torch, so that an object built with OpenMP takes the threads of torch's own runtime.
     return _Library(LIBRARY)

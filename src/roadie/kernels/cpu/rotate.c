@@ -42,7 +42,7 @@ static const Spans *spans(void) {
 }
 
 enum { SHORT = 16, TASK_ROWS = 128, TASK_COLUMNS = 1024 };
-enum { DONE = 0, OUT_OF_MEMORY = 1, UNKNOWN_TYPE = 2, UNKNOWN_SLOT = 3, ODD_GROUP = 4 };
+enum { DONE = 0, OUT_OF_MEMORY = 1, UNKNOWN_TYPE = 2, UNKNOWN_SLOT = 3, ODD_GROUP = 4, CHANGED = 5 };
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 /* The same fields, in the same order, as roadie.kernels.cpu.Job. Strides are in elements. */
@@ -56,6 +56,9 @@ typedef struct {
     const int32_t *sizes;   /* [slots], or NULL: all slots have group_size */
     float *own;             /* [slots, width], backward only, or NULL */
     float *partner;         /* [slots, width], backward only, or NULL */
+    const void *now[2];     /* what the table was made from, ... */
+    const void *then[2];    /* ... and what it was then; rotate does nothing where they differ */
+    int64_t watched;        /* bytes of each of the two, or 0 */
     int64_t rows, width, x_stride, kept_stride, z_stride, repeat, num_slots, group_size;
     int64_t type;           /* of x, kept and z */
     int64_t table_type;     /* of direct and cross: FLOAT32, or that of x */
@@ -155,8 +158,14 @@ static void prefer_huge_pages(const Job *job) {
 #endif
 }
 
+static int has_changed(const Job *job) {
+    for (int i = 0; i < 2; i++)
+        if (job->watched && memcmp(job->now[i], job->then[i], (size_t)job->watched)) return 1;
+    return 0;
+}
+
 EXPORT int roadie_rotate(const Job *job) {
-    int status = check(job);
+    int status = has_changed(job) ? CHANGED : check(job);
     if (status) return status;
     TurnSpan *turn = spans()->turn[job->type][is_narrow(job)];
     prefer_huge_pages(job);

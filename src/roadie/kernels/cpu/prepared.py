@@ -1,0 +1,101 @@
+"""A rotation that is ready to be applied in place again and again: for decoding, where everything around it counts.
+
+After a base layer has streamed its weight through the caches, Python runs several times slower than in a loop of its own: the
+general way to the kernel takes 150 us there, this one 40 (4096 outputs, 8 rows, bfloat16), and the base layer 2 ms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from roadie.kernels import choice
+from roadie.kernels.contract import RowRotations
+from roadie.kernels.cpu import BYTES_A_THREAD, JOB, TYPES, CpuImplementation, loaded, threads_for
+
+
+class PreparedRotation:
+    """A table, the slots of the rows, and tensors that the table was made from, with what they held.
+
+    `rotate_` computes only where that is all it takes: it answers False, and leaves its argument alone, where a watched
+    tensor has changed, y is not of the expected kind, or some mode of torch wants to see what is done.
+    """
+
+    __slots__ = (
+        *("_content", "_dtype", "_function", "_head", "_routed", "_routed_shape", "_tail", "_turns"),
+        *("_watched", "_watched_bytes", "_width"),
+    )
+
+    def __init__(
+        self,
+        turns: RowRotations,
+        routed_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        watched: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        direct, cross, slots, _, sizes, group_size = turns
+        self._routed_shape = routed_shape
+        self._turns, self._dtype, self._width = turns, dtype, direct.shape[1]
+        self._watched = watched
+        self._content = tuple(tensor.detach().clone() for tensor in watched or ())
+        self._watched_bytes = self._content[0].nbytes if watched else 0
+        self._function = loaded().rotate
+        self._routed = slots.numel() if slots is not None else 1
+        pointers = [
+            direct.data_ptr(),
+            cross.data_ptr(),
+            *(t.data_ptr() if t is not None else 0 for t in (slots, sizes)),
+        ]
+        self._head = (*pointers, 0, 0)
+        self._tail = (direct.shape[0], group_size, TYPES[dtype], TYPES[direct.dtype])
+
+    def rotate_(self, y: Tensor) -> bool:
+        """R y in place, y ``[..., D]`` contiguous, in the dtype that was prepared for; whether it was done."""
+        if (
+            type(y) is not Tensor
+            or y.dtype is not self._dtype
+            or y.shape[-1] != self._width
+            or y.shape[: len(self._routed_shape)] != self._routed_shape
+            or not y.is_contiguous()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or torch.autograd.forward_ad._current_level >= 0
+            or choice.asked_for() is not None
+        ):
+            return False
+        width, address = self._width, y.data_ptr()
+        rows = y.numel() // width // self._routed if self._routed else 0
+        if not rows:
+            return False
+        nbytes = 2 * y.nbytes
+        threads = 1 if nbytes < 2 * BYTES_A_THREAD else threads_for(nbytes)
+        sizes = (self._watched_bytes, rows * self._routed, width, width, 0, width, rows)
+        return not self._function(
+            JOB.pack(address, 0, address, *self._head, *self._state(), *sizes, *self._tail, threads)
+        )
+
+    def _state(self) -> tuple[int, int, int, int]:
+        """Where the watched tensors are now (their memory may have been replaced), and where what they held is."""
+        if self._watched is None:
+            return 0, 0, 0, 0
+        (first, second), (first_then, second_then) = self._watched, self._content
+        return first.data_ptr(), second.data_ptr(), first_then.data_ptr(), second_then.data_ptr()
+
+
+def prepare(
+    turns: RowRotations, routed_shape: tuple[int, ...], y: Tensor, watched: tuple[Tensor, Tensor] | None
+) -> PreparedRotation | None:
+    """For outputs like y, whose first dimensions are `routed_shape`.
+
+    None where the compiled kernel cannot be used, or something watched is not plain CPU memory.
+    """
+    if CpuImplementation().refusal(y.device, y.dtype, turns.direct.dtype) is not None:
+        return None
+    if watched is not None and not all(_can_be_watched(tensor, watched[0]) for tensor in watched):
+        return None
+    return PreparedRotation(turns, routed_shape, y.dtype, watched)
+
+
+def _can_be_watched(tensor: Tensor, like: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes == like.nbytes
