@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from roadie.errors import AdapterError, ConfigError, RoutingError
 from roadie.kernels import schema
 from roadie.kernels.choice import chosen
+from roadie.kernels.cpu.prepared import PreparedRotation, prepare
 from roadie.kernels.eager import composed
 from roadie.rotation import Rotation, check_group_size
 
@@ -111,6 +112,18 @@ def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tenso
         elif not x.is_inference():  # so that autograd sees the change of what it saved
             torch.autograd.graph.increment_version(x)
     return x
+
+
+def prepare_rotation(
+    y: Tensor, table: RotationTable, slots: Tensor | None, watched: tuple[Tensor, Tensor] | None = None
+) -> PreparedRotation | None:
+    """`rotate_rows_` of tensors like y, made ready to be called many times; None where that would win nothing.
+
+    watched: two tensors on the CPU, of equal size, that the table was made from; when they hold something else, the result
+    refuses to rotate.
+    """
+    routed_shape = tuple(slots.shape) if slots is not None else ()
+    return prepare(schema.row_rotations(*_checked(y, table, slots)), routed_shape, y, watched)
 
 
 def _table_of_one(rotation: Rotation) -> RotationTable:
