@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA or HIP device", allow_module_level=True)
 
 from tests.kernels import cases
-from tests.kernels.test_triton import CHECKS, SHAPES
+from tests.kernels.test_triton import CHECKS, SHAPES, check_gradient
 from tests.kernels.test_triton_matmul import LAYERS, layer, reach_of, truth_of
 
 from roadie.kernels.contract import Implementation, RowRotations
@@ -76,6 +76,11 @@ class Elsewhere(Implementation):
             if here is not None:
                 here.copy_(result)
 
+    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
+        there = moved(own), moved(partner)
+        TRITON.gradient(*there, on_gpu(turns), of_output)
+        own.copy_(there[0]), partner.copy_(there[1])
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -88,6 +93,11 @@ def test_it_is_the_truth_within_rounding(check: Callable, shape: str, dtype: tor
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_turns_as_the_reference_does_bit_for_bit(shape: str, dtype: torch.dtype) -> None:
     cases.check_same_bits(Elsewhere(), EAGER, cases.batch(**SHAPES[shape], dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_become_gradients_as_in_the_reference(shape: str) -> None:
+    check_gradient(Elsewhere(), cases.batch(**SHAPES[shape]))
 
 
 @settings(max_examples=30)

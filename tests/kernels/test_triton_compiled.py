@@ -74,6 +74,13 @@ def reduction_of(target: tuple[Any, ...]) -> str:
     return compiled(backward.reduce_kernel, "fp32", target, constants, enable_fp_fusion=False)
 
 
+def gradient_of(target: tuple[Any, ...]) -> str:
+    from roadie.kernels.triton import gradient
+
+    constants = {"HALF": 32, "SPLIT": 0, "OF_OUTPUT": True, "PAIRS": gradient.PAIRS}
+    return compiled(gradient.gradient_kernel, "fp32", target, constants, num_warps=1, enable_fp_fusion=False)
+
+
 def product_of(dtype: str, target: tuple[Any, ...], *, mixed: bool = True) -> str:
     import torch
 
@@ -106,6 +113,7 @@ def all_of_them() -> dict[str, str]:
         "backward, mixed": backward_of("fp16", AMPERE, 0, mixed=True),
         "backward, neighbours": backward_of("fp32", AMPERE, 2),
         "reduction": reduction_of(HOPPER),
+        "gradient": gradient_of(HOPPER),
         "product": product_of("bf16", HOPPER),
         "product, float32": product_of("fp32", AMPERE, mixed=False),
         "MI300": rotation_of("bf16", MI300, 64),
@@ -139,7 +147,9 @@ def test_memory_is_moved_in_16_bytes(assembly: dict[str, str], name: str) -> Non
     assert "global.b16" not in code
 
 
-@pytest.mark.parametrize("name", ["in place", "float32", "neighbours", "halves of three", "sizes", "backward"])
+@pytest.mark.parametrize(
+    "name", ["in place", "float32", "neighbours", "halves of three", "sizes", "backward", "gradient"]
+)
 def test_products_and_sums_are_rounded_each_by_itself(assembly: dict[str, str], name: str) -> None:
     assert "fma.rn" not in assembly[name].replace("fma.rn.bf16", "")
     assert "mul.f32" in assembly[name] or "mul.rn.f32" in assembly[name]

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.kernels import cases
-from tests.kernels.test_triton import SHAPES, small_tiles
+from tests.kernels.test_triton import SHAPES, check_gradient, small_tiles
 
-from roadie.kernels.triton import TritonImplementation, backward, matmul, pairs, rotation, tasks
+from roadie.kernels.triton import TritonImplementation, backward, gradient, matmul, pairs, rotation, tasks
 
-PACKAGE = (pairs, tasks, rotation, backward, matmul)
+PACKAGE = (pairs, tasks, rotation, backward, gradient, matmul)
 
 FORWARD, BACKWARD = cases.check_forward, cases.check_backward
 ORDER = "tl.load(order + virtual // repeat, mask=mask, other=0)"
@@ -36,6 +36,8 @@ MISTAKES = {
     "base in the sums": (backward, "first = tl.load(ends + slot)\n", "first = tl.load(ends)\n", BACKWARD, "repeat"),
     "a task forgotten": (backward, "(task < end) &", "(task < end - 1) &", BACKWARD, "slot 0 of two"),
     "rows not in order": (backward, ORDER, "(virtual // repeat)", BACKWARD, "repeat"),
+    "sign of cross": (gradient, "of_cross1 = -partner1", "of_cross1 = partner1", check_gradient, "one rotation"),
+    "solved with R": (gradient, "own1 * cross2 - partner1", "own1 * cross2 + partner1", check_gradient, "sizes"),
     "runs counted as rows": (tasks, "bounds.diff() * repeat", "bounds.diff()", BACKWARD, "repeat"),
 }
 
@@ -63,6 +65,7 @@ def plant(mistake: ModuleType, original: ModuleType, monkeypatch: pytest.MonkeyP
                 monkeypatch.setattr(module, name, vars(mistake)[name])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_caught(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module, before, after, check, shape = MISTAKES[name]

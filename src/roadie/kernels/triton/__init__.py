@@ -1,8 +1,8 @@
 """Rotations on GPUs, written in Triton; imported only when they are used, so that roadie works without Triton.
 
-`rotation` has the kernel for R x and R^T x, `backward` those for the gradient with its sums over rows, `matmul` a matrix
-product that rotates its result before it is written; `tiles` cuts the work into programs, `pairs` reads and writes pairs,
-`tasks` sorts the rows of a mixed batch.
+`rotation` has the kernel for R x and R^T x, `backward` those for R^T g with the sums over rows, `gradient` the one that
+makes the gradients of the table from these sums, `matmul` a matrix product that rotates its result before it is written;
+`tiles` cuts the work into programs, `pairs` reads and writes pairs, `tasks` sorts the rows of a mixed batch.
 
 **On CPUs** the kernels run in Triton's interpreter, for tests, where TRITON_INTERPRET=1 was set before triton was
 imported. It truncates where it should round to half precision: only its float32 results are those of a GPU.
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from roadie.kernels.contract import Implementation, RowRotations
-from roadie.kernels.eager import EagerImplementation
 
 
 class TritonImplementation(Implementation):
@@ -66,8 +65,12 @@ class TritonImplementation(Implementation):
                 rotation.rotate(grad, grad_x, turns, transposed=True)
 
     def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
-        """From sums to gradients of direct and cross, in place: of a table's size, so in plain operations."""
-        EagerImplementation().gradient(own, partner, turns, of_output)
+        """From sums to gradients of direct and cross, in place; see the contract."""
+        from roadie.kernels.triton import gradient
+
+        if own.numel():
+            with current_device(own.device):
+                gradient.sums_to_gradients(own, partner, turns, of_output)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:
