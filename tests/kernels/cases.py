@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from roadie.kernels import Implementation, RowRotations
+from roadie.kernels.cpu import CpuImplementation
 from roadie.rotation import Rotation
 from roadie.testing.accuracy import (
     assert_as_accurate_as,
@@ -221,3 +222,8 @@ def check_sums_within_rounding(implementation: Implementation, other: Implementa
     found, truths, sizes = (turned_back(*p) for p in ((implementation, b), (other, exact), (other, absolute)))
     for value, truth, size in zip(found[1:], truths[1:], sizes[1:], strict=True):
         assert_within(value, truth, (len(b.x) + 1) * unit_roundoff(value.dtype) * size * ROOM, "sums")
+
+
+def no_compiled_kernel() -> str | None:
+    """Why the compiled implementation is missing, or None."""
+    return CpuImplementation().refusal(torch.device("cpu"), torch.float32, torch.float32)

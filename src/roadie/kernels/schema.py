@@ -62,6 +62,19 @@ def forward(
     return out
 
 
+def forward_(
+    x: Tensor, direct: Tensor, cross: Tensor, slots: Tensor | None, sizes: Tensor | None, group_size: int
+) -> Tensor:
+    """R x in place of x, which is returned; without gradient."""
+    if x.numel():
+        rows = matrix(x)
+        turns = row_rotations(x, direct, cross, slots, sizes, group_size)
+        chosen(x.device, x.dtype, direct.dtype).rotate(rows, rows, turns)
+        if rows.data_ptr() != x.data_ptr():  # rows are a copy
+            x.copy_(rows.view(x.shape))
+    return x
+
+
 def backward(
     grad: Tensor,
     kept: Tensor | None,
@@ -142,7 +155,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """What compilers see of the gradient."""
-    kept, direct, cross, slots, sizes = _kept(ctx)
+    kept, direct, cross, slots, sizes = saved_tensors(ctx)
     grad_x, own, partner = torch.ops.roadie.rotate_rows_backward(
         grad, kept, direct, cross, slots, sizes, ctx.group_size, ctx.needs_input_grad[0]
     )
@@ -173,18 +186,34 @@ class EagerRotation(torch.autograd.Function):
         """See `backward` of this module."""
         if torch.is_grad_enabled():  # create_graph: the operation refuses the second derivative, on every path to it
             return _gradients(ctx, grad)
-        kept, direct, cross, slots, sizes = _kept(ctx)
+        kept, direct, cross, slots, sizes = saved_tensors(ctx)
         table = direct, cross, slots, sizes, ctx.group_size
-        grad_x, own, partner = backward(grad, kept, *table, ctx.needs_input_grad[0])
-        of_table: tuple[Tensor | None, Tensor | None] = (None, None)
-        if kept is not None:
-            turns = row_rotations(own, *table)
-            chosen(grad.device, grad.dtype, direct.dtype).gradient(own, partner, turns, ctx.keep_output)
-            of_table = own.to(direct.dtype), partner.to(cross.dtype)
-        return grad_x if ctx.needs_input_grad[0] else None, *of_table, *(None,) * 4
+        return *gradients(grad, kept, *table, ctx.keep_output, ctx.needs_input_grad[0]), *(None,) * 4
 
 
-def _kept(ctx: Any) -> tuple[Any, ...]:
+def gradients(
+    grad: Tensor,
+    kept: Tensor | None,
+    direct: Tensor,
+    cross: Tensor,
+    slots: Tensor | None,
+    sizes: Tensor | None,
+    group_size: int,
+    keep_output: bool,
+    want_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x (None where not wanted) and of direct and cross (None where nothing was kept), without dispatcher."""
+    table = direct, cross, slots, sizes, group_size
+    grad_x, own, partner = backward(grad, kept, *table, want_x)
+    if kept is None:
+        return grad_x if want_x else None, None, None
+    turns = row_rotations(own, *table)
+    chosen(grad.device, grad.dtype, direct.dtype).gradient(own, partner, turns, keep_output)
+    return grad_x if want_x else None, own.to(direct.dtype), partner.to(cross.dtype)
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """`ctx.saved_tensors`; raises `InPlaceError` where the output that was kept has been changed in place."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
