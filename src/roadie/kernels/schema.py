@@ -87,7 +87,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """R^T grad (empty where not wanted) and the sums own and partner ``[S, D]`` (empty where nothing was kept)."""
     grad_x, own, partner = _empty_gradients(grad, kept, direct, want_x)
-    if grad.numel():
+    if grad.numel() and not grad.is_meta:
         turns = row_rotations(grad, direct, cross, slots, sizes, group_size)
         chosen(grad.device, grad.dtype, direct.dtype).backward(
             matrix(grad),
