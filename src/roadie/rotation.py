@@ -146,6 +146,39 @@ def _quarter(stored: Tensor, which: int, group_size: int) -> Tensor:
     return stored.unflatten(-1, (-1, 2, group_size))[..., which, :].flatten(-2)
 
 
+def parameter_gradients(
+    grad_direct: Tensor, grad_cross: Tensor, theta: Tensor, alpha: Tensor, variant: str | Variant, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """The adjoint of `from_parameters`: gradients of theta and alpha ``[..., n]`` from those of direct and cross ``[..., D]``.
+
+    In the dtype of the gradients given. For where a table is kept between steps, which autograd cannot do.
+    """
+    variant = Variant.parse(variant)
+    theta, alpha = theta.to(grad_direct.dtype), alpha.to(grad_direct.dtype)
+    cosine, sine = torch.cos(theta), torch.sin(theta)
+    if variant is Variant.ROAD_4:  # direct and cross have parameters of their own
+        grad_direct, grad_cross = (
+            _interleaved(*parts, group_size)
+            for parts in ((grad_direct, torch.zeros_like(grad_cross)), (torch.zeros_like(grad_direct), grad_cross))
+        )
+    elif variant is Variant.ROAD_1:
+        grad_direct, grad_cross = (_sum_of_both(grad, group_size) for grad in (grad_direct, grad_cross))
+    grad_alpha = torch.addcmul(grad_direct * cosine, grad_cross, sine)
+    grad_angle = torch.addcmul(grad_cross * cosine, grad_direct, sine, value=-1)
+    return grad_angle.mul_(alpha), grad_alpha
+
+
+def _interleaved(direct: Tensor, cross: Tensor, group_size: int) -> Tensor:
+    """Two [..., D] -> [..., 2D] as road_4 stores them: G of one, G of the other."""
+    groups = [vector.unflatten(-1, (-1, group_size)) for vector in (direct, cross)]
+    return torch.stack(groups, dim=-2).flatten(-3)
+
+
+def _sum_of_both(grad: Tensor, group_size: int) -> Tensor:
+    """[..., D] -> [..., P]: what both members of a pair add to the value they share."""
+    return grad.view(*grad.shape[:-1], -1, 2, group_size // 2).sum(-2).view(*grad.shape[:-1], -1)
+
+
 def to_parameters(rotation: Rotation, variant: str | Variant, *, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
     """Parameters (theta in (-pi, pi], alpha >= 0) whose rotation is `rotation`; ``[..., n]`` each.
 

@@ -132,13 +132,13 @@ def test_more_threads_than_rows_or_columns(shape: tuple[int, int], monkeypatch: 
     b = cases.batch(*shape, 8, num_slots=2, slots=[1, *[0] * (shape[0] - 1)])
     wanted = cases.turned(CPU, b), *cases.turned_back(CPU, b)
     for threads in (2, 3, 7):
-        monkeypatch.setattr(cpu, "_threads", lambda nbytes, threads=threads: threads)
+        monkeypatch.setattr(cpu, "threads_for", lambda nbytes, threads=threads: threads)
         for value, expected in zip((cases.turned(CPU, b), *cases.turned_back(CPU, b)), wanted, strict=True):
             assert_same_bits(value, expected, f"{threads} threads")
 
 
 def test_small_work_is_done_by_one_thread() -> None:
-    assert cpu._threads(2 * cpu.BYTES_A_THREAD - 1) == 1
+    assert cpu.threads_for(2 * cpu.BYTES_A_THREAD - 1) == 1
 
 
 def patterns(dtype: torch.dtype) -> Tensor:

@@ -185,9 +185,26 @@ def test_without_gradients_the_rotation_is_in_place(dtype: torch.dtype, mixed: b
         assert y.data_ptr() == addresses[-1]
     with torch.inference_mode(), base_outputs(model) as addresses:
         assert model(x, **arguments).data_ptr() == addresses[-1]
-    with base_outputs(model) as addresses:
-        assert model(x, **arguments).data_ptr() != addresses[-1]
     assert torch.equal(y, with_gradient)
+
+
+@pytest.mark.parametrize(
+    ("variant", "bias", "is_in_place"), [("road_1", False, True), ("road_1", True, False), ("road_2", False, False)]
+)
+def test_in_training_it_is_in_place_where_the_output_is_kept_and_is_no_view(
+    variant: str, bias: bool, is_in_place: bool
+) -> None:
+    """A linear layer with a bias returns a view of three-dimensional batches, which autograd would copy."""
+    layer = nn.Linear(WIDTH, OUT, bias=bias)
+    model = adapted(nn.Sequential(layer), target_modules=["0"], variant=variant)
+    x = torch.randn(2, 4, WIDTH, requires_grad=True)
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    with base_outputs(model) as addresses:
+        y = model(x)
+    assert (y.data_ptr() == addresses[-1]) == is_in_place
+    got = torch.autograd.grad(y.sin().sum(), trained)
+    model.base_model.set_kept_for_backward("input")
+    torch.testing.assert_close(got, torch.autograd.grad(model(x).sin().sum(), trained))
 
 
 def test_a_hook_on_the_base_layer_keeps_what_it_saw() -> None:

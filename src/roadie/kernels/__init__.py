@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from roadie.kernels.api import (
     Keep,
+    RotationStep,
     RotationTable,
     can_rotate_in_place,
     prepare_rotation,
@@ -15,17 +16,22 @@ from roadie.kernels.api import (
     rotate_,
     rotate_rows,
     rotate_rows_,
+    takes_kernels,
 )
 from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.cpu import Watched
 from roadie.kernels.cpu.prepared import PreparedRotation
+from roadie.kernels.schema import saved_tensors
 
 __all__ = [
     "Implementation",
     "Keep",
     "PreparedRotation",
+    "RotationStep",
     "RotationTable",
     "RowRotations",
+    "Watched",
     "can_rotate_in_place",
     "prepare_rotation",
     "refusals",
@@ -33,5 +39,7 @@ __all__ = [
     "rotate_",
     "rotate_rows",
     "rotate_rows_",
+    "saved_tensors",
+    "takes_kernels",
     "using",
 ]

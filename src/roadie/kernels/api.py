@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from roadie.errors import AdapterError, ConfigError, RoutingError
 from roadie.kernels import schema
-from roadie.kernels.choice import chosen
 from roadie.kernels.cpu.prepared import PreparedRotation, prepare
 from roadie.kernels.eager import composed
 from roadie.rotation import Rotation, check_group_size
@@ -91,7 +90,12 @@ def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: 
 
 def can_rotate_in_place(x: Tensor, table: RotationTable) -> bool:
     """Whether `rotate_rows_` may be used: nothing here needs a gradient, and nobody traces what is computed."""
-    return not _must_be_seen_through(x) and _is_plain(x, table) and not _needs_gradient(x, table)
+    return takes_kernels(x, table) and not _needs_gradient(x, table)
+
+
+def takes_kernels(x: Tensor, table: RotationTable) -> bool:
+    """Whether x and the table are memory and nothing else, and nothing of torch looks on: tracers, transforms, modes."""
+    return not _must_be_seen_through(x) and _is_plain(x, table)
 
 
 def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tensor:
@@ -103,15 +107,32 @@ def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tenso
         )
     if _must_be_seen_through(x) or not _is_plain(x, table):
         return x.copy_(rotate_rows(x, table, slots))
-    if x.numel():
-        rows = schema.matrix(x)
-        turns = schema.row_rotations(*arguments)
-        chosen(x.device, x.dtype, table.direct.dtype).rotate(rows, rows, turns)
-        if rows.data_ptr() != x.data_ptr():  # rows are a copy
-            x.copy_(rows.view(x.shape))
-        elif not x.is_inference():  # so that autograd sees the change of what it saved
-            torch.autograd.graph.increment_version(x)
+    schema.forward_(*arguments)
+    if not x.is_inference():  # so that autograd sees the change of what it saved
+        torch.autograd.graph.increment_version(x)
     return x
+
+
+class RotationStep:
+    """Forward and backward of a rotation for an `autograd.Function` that has one inside; only where `takes_kernels`.
+
+    table: ``[S, D]``; slots as in `rotate_rows`; keep: which of y and R y forward's caller saves for backward.
+    """
+
+    def __init__(self, table: RotationTable, slots: Tensor | None, keep: Keep) -> None:
+        self._arguments = table.direct, table.cross, slots, table.sizes, table.uniform_size
+        self.keep_output = keep is Keep.OUTPUT
+
+    def forward(self, y: Tensor, *, into_y: bool) -> Tensor:
+        """R y, in new memory or in place of y."""
+        return schema.forward_(y, *self._arguments) if into_y else schema.forward(y, *self._arguments)
+
+    def backward(self, grad: Tensor, kept: Tensor, *, want_y: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients of y (None where not wanted), and of direct and cross ``[S, D]``."""
+        grad_y, grad_direct, grad_cross = schema.gradients(grad, kept, *self._arguments, self.keep_output, want_y)
+        assert grad_direct is not None
+        assert grad_cross is not None
+        return grad_y, grad_direct, grad_cross
 
 
 def prepare_rotation(

@@ -20,13 +20,22 @@ from peft.utils.quantization_utils import QuantizationBackend, quantization_extr
 from torch import Tensor, nn
 
 from roadie.errors import ConfigError, MergeError, RoutingError, UnsupportedLayer
-from roadie.kernels import RotationTable, can_rotate_in_place, prepare_rotation, rotate_rows, rotate_rows_
+from roadie.kernels import (
+    Keep,
+    RotationTable,
+    can_rotate_in_place,
+    prepare_rotation,
+    rotate_rows,
+    rotate_rows_,
+    takes_kernels,
+)
 from roadie.rotation import Rotation, Variant, check_group_size, from_parameters, parameter_size, to_dense
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.merging import ExactUnmerge, combined
 from roadie.tuner.output import KeptForBackward, gives_fresh_memory, one_rotation
 from roadie.tuner.routing import Routing, adapter_rows
-from roadie.tuner.table import LastRotation, SlotParameters, TableCache, build_table
+from roadie.tuner.table import PLAIN, LastRotation, SlotParameters, TableCache, build_table
+from roadie.tuner.trained import rotated_by_one, trained_table
 from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
 
 
@@ -119,9 +128,13 @@ class RoadLayer(BaseTunerLayer):
 
     def _rotated(self, y: Tensor) -> Tensor:
         """The base layer's output, each row rotated by the adapter that is in force for it."""
-        if not torch.compiler.is_compiling() and self._is_rotated_as_before(y):
-            return y
         is_fresh = gives_fresh_memory(self.base_layer)
+        if not torch.compiler.is_compiling():
+            if is_fresh and self._is_rotated_as_before(y):
+                return y
+            slot = self._trained_slot()
+            if slot is not None:
+                return self._trained(y, slot, is_fresh)
         if self._routing.slots is not None:
             names = self._routing.names
             table = self._table(names, self._routing.batch)
@@ -145,7 +158,7 @@ class RoadLayer(BaseTunerLayer):
     def _is_rotated_as_before(self, y: Tensor) -> bool:
         """Whether nothing has changed since the last rotation in place, and y was rotated so; y is untouched if not."""
         last = self._tables.last
-        if last is None or torch.is_grad_enabled() or not gives_fresh_memory(self.base_layer):
+        if last is None or torch.is_grad_enabled():
             return False
         return last.is_in_force(self) and last.prepared.rotate_(y)
 
@@ -182,8 +195,43 @@ class RoadLayer(BaseTunerLayer):
             return build_table(slots, self.out_features)
         if torch.is_grad_enabled() and any(slot is not None and slot.requires_grad for slot in slots):
             self._tables.clear()
-            return build_table(slots, self.out_features)
+            return trained_table(slots, self.out_features)
         return self._tables.get(names, slots, self.out_features, batch)
+
+    def _trained_slot(self) -> SlotParameters | None:
+        """The one active adapter of a plain batch, where it is being trained."""
+        if not torch.is_grad_enabled() or self._routing.slots is not None:
+            return None
+        entry, active = self._tables.trained, self._active_adapter
+        if entry is not None and active in (entry.name, [entry.name]) and entry.is_of(self):
+            slot = entry.slots[0]
+        else:
+            runs = self._runs()
+            slot = self._slot(runs[0][0]) if len(runs) == 1 and len(runs[0]) == 1 else None
+        return slot if slot is not None and slot.requires_grad else None
+
+    def _trained(self, y: Tensor, slot: SlotParameters, is_fresh: bool) -> Tensor:
+        """y rotated by the adapter that is being trained, in one step of autograd where that is possible."""
+        table = self._kept_table(slot)
+        keep = self.kept_for_backward.of({slot.variant})
+        if table is None or not takes_kernels(y, table):
+            table = build_table([slot], self.out_features)
+            assert table is not None
+            return rotate_rows(y, table, None, keep=keep)
+        into_y = is_fresh and keep is Keep.OUTPUT and not y._is_view()
+        return rotated_by_one(y, slot, table, keep, into_y=into_y)
+
+    def _kept_table(self, slot: SlotParameters) -> RotationTable | None:
+        """The table of one adapter, kept until a training step changes it; None where a parameter is not plain memory."""
+        entry, self._tables.last = self._tables.trained, None
+        if entry is not None and entry.slots[0] is slot and entry.is_unwritten() and entry.has_same_content():
+            return entry.table
+        if not all(type(tensor) in PLAIN for tensor in slot[:2]):
+            return None
+        name = next(name for name, theta in self.road_theta.items() if theta is slot.theta)
+        table = self._tables.get((name,), (slot,), self.out_features, None)
+        self._tables.trained = self._tables.entries.get((name,))
+        return table
 
 
 class Linear(nn.Module, RoadLayer):

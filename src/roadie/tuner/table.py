@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from roadie.kernels import PreparedRotation, RotationTable
+from roadie.kernels import PreparedRotation, RotationTable, Watched
 from roadie.rotation import from_parameters
 
+PLAIN = (Tensor, torch.nn.Parameter)
 ANY_SIZE = 2  # of an identity row: it pairs nothing
 
 
@@ -37,10 +38,7 @@ class SlotParameters(NamedTuple):
 
 def build_table(slots: Sequence[SlotParameters | None], out_features: int) -> RotationTable | None:
     """The table ``[S, D]`` of the slots; a slot that is None is the identity. None where every slot is. Differentiable."""
-    members: dict[tuple[str, int], list[int]] = {}
-    for index, slot in enumerate(slots):
-        if slot is not None:
-            members.setdefault((slot.variant, slot.group_size), []).append(index)
+    members = by_kind(slots)
     if not members:
         return None
     parts = [_rows_of_kind(slots, indices, *kind) for kind, indices in sorted(members.items())]
@@ -51,15 +49,27 @@ def build_table(slots: Sequence[SlotParameters | None], out_features: int) -> Ro
     return RotationTable(direct, cross, _group_sizes(slots, direct.device))
 
 
+def by_kind(slots: Sequence[SlotParameters | None]) -> dict[tuple[str, int], list[int]]:
+    """Variant and group size -> the slots of this kind."""
+    members: dict[tuple[str, int], list[int]] = {}
+    for index, slot in enumerate(slots):
+        if slot is not None:
+            members.setdefault((slot.variant, slot.group_size), []).append(index)
+    return members
+
+
+def stacked(slots: Sequence[SlotParameters | None], indices: list[int]) -> tuple[Tensor, Tensor]:
+    """theta and alpha ``[k, n]`` of k slots."""
+    chosen = [slot for slot in (slots[index] for index in indices) if slot is not None]
+    if len(chosen) == 1:
+        return chosen[0].theta.unsqueeze(0), chosen[0].alpha.unsqueeze(0)
+    return torch.stack([slot.theta for slot in chosen]), torch.stack([slot.alpha for slot in chosen])
+
+
 def _rows_of_kind(
     slots: Sequence[SlotParameters | None], indices: list[int], variant: str, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    chosen = [slots[index] for index in indices]
-    if len(chosen) == 1:
-        theta, alpha = (tensor.unsqueeze(0) for tensor in chosen[0][:2])  # type: ignore[index]
-    else:
-        theta, alpha = (torch.stack([getattr(slot, name) for slot in chosen]) for name in ("theta", "alpha"))
-    rotation = from_parameters(theta, alpha, variant, group_size)
+    rotation = from_parameters(*stacked(slots, indices), variant, group_size)
     return rotation.direct, rotation.cross
 
 
@@ -84,12 +94,13 @@ def _group_sizes(slots: Sequence[SlotParameters | None], device: torch.device) -
 class TableEntry:
     """A table, and everything that was true of the parameters it was made from."""
 
+    name: str  # of the first slot
     slots: tuple[SlotParameters | None, ...]
     parameters: list[Tensor]
     versions: list[int]
     addresses: list[int]
     storages: list[torch.UntypedStorage]  # kept, so that an address cannot come back as another's
-    content: Tensor | None  # of the parameters on the CPU, one after the other
+    watched: Watched
     table: RotationTable | None
     checked_for: object
 
@@ -98,21 +109,26 @@ class TableEntry:
             return False
         if not self.is_unwritten() or [p.data_ptr() for p in self.parameters] != self.addresses:
             return False
-        if (batch is None or self.checked_for is not batch) and not self._has_same_content():
+        if (batch is None or self.checked_for is not batch) and not self.has_same_content():
             return False
         self.checked_for = batch
         return True
+
+    def is_of(self, layer: Any) -> bool:
+        """Whether the adapter of a table of one row is still this one; looked up without the detours of nn.Module."""
+        slot, modules = self.slots[0], layer._modules
+        return slot is not None and (
+            modules["road_theta"]._parameters.get(self.name) is slot.theta
+            and modules["road_alpha"]._parameters.get(self.name) is slot.alpha
+            and layer.group_size.get(self.name) == slot.group_size
+        )
 
     def is_unwritten(self) -> bool:
         """Whether no parameter was written to by an operation that torch counts."""
         return [p._version for p in self.parameters] == self.versions
 
-    def _has_same_content(self) -> bool:
-        if self.content is None:
-            return True
-        with torch.no_grad():
-            content = _content_on_cpu(self.parameters)
-        return content is not None and torch.equal(content, self.content)
+    def has_same_content(self) -> bool:
+        return self.watched.are_unchanged()
 
 
 @dataclass
@@ -132,15 +148,7 @@ class LastRotation:
         routing = layer._routing
         if routing.slots is not None or self.batch is not None:
             return routing.batch is self.batch and routing.slots is not None and self.entry.is_unwritten()
-        if layer._active_adapter != self.active:
-            return False
-        name = self.active if isinstance(self.active, str) else self.active[0]
-        modules, slot = layer._modules, self.entry.slots[0]
-        return slot is not None and (
-            modules["road_theta"]._parameters.get(name) is slot.theta
-            and modules["road_alpha"]._parameters.get(name) is slot.alpha
-            and layer.group_size.get(name) == slot.group_size
-        )
+        return layer._active_adapter == self.active and self.entry.is_of(layer)
 
 
 @dataclass
@@ -156,12 +164,13 @@ class TableCache:
 
     entries: dict[tuple[str, ...], TableEntry] = field(default_factory=dict)
     last: LastRotation | None = None
+    trained: TableEntry | None = None
     limit: int = 16
 
     def clear(self) -> None:
         """Forget every table."""
         self.entries.clear()
-        self.last = None
+        self.last = self.trained = None
 
     def checked(self, key: tuple[str, ...], batch: object) -> TableEntry | None:
         """The entry that was found true for this batch before, if no parameter was written to since."""
@@ -177,7 +186,8 @@ class TableCache:
             return entry.table
         parameters = [tensor for slot in slots if slot is not None for tensor in slot[:2]]
         if not all(_can_be_kept(tensor) for tensor in parameters):
-            return build_table(slots, out_features)
+            with torch.no_grad():
+                return build_table(slots, out_features)
         return self._make(key, slots, parameters, out_features, batch)
 
     def _make(
@@ -190,17 +200,17 @@ class TableCache:
     ) -> RotationTable | None:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training later
             table = build_table(slots, out_features)
-            content = _content_on_cpu(parameters)
         self.entries.pop(key, None)
         while len(self.entries) >= self.limit:
             del self.entries[next(iter(self.entries))]
         self.entries[key] = TableEntry(
+            key[0] if key else "",
             slots,
             parameters,
             [tensor._version for tensor in parameters],
             [tensor.data_ptr() for tensor in parameters],
             [tensor.untyped_storage() for tensor in parameters],
-            content,
+            Watched(parameters),
             table,
             batch,
         )
@@ -213,11 +223,6 @@ class TableCache:
         return TableCache, ()
 
 
-def _content_on_cpu(parameters: list[Tensor]) -> Tensor | None:
-    on_cpu = [tensor for tensor in parameters if tensor.device.type == "cpu"]
-    return torch.cat(on_cpu) if on_cpu else None
-
-
 def _same_slot(old: SlotParameters | None, new: SlotParameters | None) -> bool:
     if old is None or new is None:
         return old is new
@@ -225,6 +230,6 @@ def _same_slot(old: SlotParameters | None, new: SlotParameters | None) -> bool:
 
 
 def _can_be_kept(tensor: Tensor) -> bool:
-    if type(tensor) not in (torch.nn.Parameter, Tensor) or tensor.is_inference() or tensor.device.type == "meta":
+    if type(tensor) not in PLAIN or tensor.is_inference() or tensor.device.type == "meta":
         return False
     return tensor.device.type == "cpu" or not tensor.requires_grad

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,38 @@ class CpuImplementation(Implementation):
         _check(loaded().gradient(_job(own, None, None, turns._replace(slots=None), own, partner, 1), int(of_output)))
 
 
+class Watched:
+    """Tensors, and what they held: to see writes that torch does not count, such as those through ``param.data``."""
+
+    __slots__ = ("_content", "_pairs", "_same", "_tensors")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Of CPU tensors the content is remembered (a copy of each); others are trusted."""
+        self._tensors = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        with torch.no_grad():
+            self._content = _copies(self._tensors)
+        self._pairs = [
+            (tensor, copy.data_ptr(), copy.nbytes) for tensor, copy in zip(self._tensors, self._content, strict=True)
+        ]
+        plain = loaded().problem is None and all(tensor.is_contiguous() for tensor in self._tensors)
+        self._same = loaded().same if plain else None
+
+    def are_unchanged(self) -> bool:
+        """Whether all hold what they held."""
+        same = self._same
+        if same is None:
+            return all(map(torch.equal, self._tensors, self._content))
+        # The tensor's own memory may have been replaced: its address is asked for each time.
+        return all(same(tensor.data_ptr(), address, nbytes) for tensor, address, nbytes in self._pairs)
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """A contiguous copy of each; vectors of one dtype in one operation, however many they are."""
+    if len({tensor.dtype for tensor in tensors}) == 1 and all(tensor.dim() == 1 for tensor in tensors):
+        return list(torch.cat(tensors).split([tensor.numel() for tensor in tensors]))
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+
+
 def _job(
     x: Tensor,
     kept: Tensor | None,
@@ -127,10 +159,13 @@ class _Library:
         self.rotate: Callable[[bytes], int]
         self.backward: Callable[[bytes], int]
         self.gradient: Callable[[bytes, int], int]
+        self.same: Callable[[int, int, int], int]
         try:
             library = ctypes.CDLL(str(path))
             self.rotate, self.backward = (self._function(library, f"roadie_{name}") for name in ("rotate", "backward"))
             self.gradient = self._function(library, "roadie_gradient", ctypes.c_int)
+            self.same = library.roadie_same
+            self.same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
             if library.roadie_job_bytes() != JOB.size:
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
         except (OSError, AttributeError) as error:

@@ -322,11 +322,14 @@ EXPORT int roadie_gradient(const Job *job, int of_output) {
     int status = check(job);
     for (int64_t slot = 0; !status && slot < job->num_slots; slot++) {
         int64_t group = group_of(job, slot), half = group / 2;
+        if (group < 2 || group % 2 || job->width % group) return ODD_GROUP; /* of a slot that no row uses */
         for (int64_t start = 0; start < job->width; start += group)
             for (int64_t j = start; j < start + half; j++) gradient_of_pair(job, slot, j, j + half, of_output);
     }
     return status;
 }
+
+EXPORT int roadie_same(const void *one, const void *other, int64_t bytes) { return !memcmp(one, other, (size_t)bytes); }
 
 /* So that the caller can see that both sides mean the same by a Job. */
 EXPORT int64_t roadie_job_bytes(void) { return (int64_t)sizeof(Job); }

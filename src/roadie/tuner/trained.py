@@ -1,0 +1,91 @@
+"""Rotations that are being trained: parameters, table and rotation as few steps of autograd.
+
+Autograd would record a dozen small operations between theta, alpha and the table, and Python runs them slowly beside a
+large layer (`roadie.kernels.cpu.prepared` says how slowly). Here they are one step, whose adjoint is
+`rotation.parameter_gradients`; for one adapter, the usual case, the rotation is in the same step. For it a table is kept
+until a training step changes the parameters, since gradient accumulation and activation checkpointing ask for it again.
+
+Legend: y ``[..., D]``, S slots, n parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from roadie.kernels import Keep, RotationStep, RotationTable, saved_tensors
+from roadie.rotation import parameter_gradients
+from roadie.tuner.table import PLAIN, SlotParameters, build_table, by_kind, stacked
+
+
+def trained_table(
+    slots: Sequence[SlotParameters | None], out_features: int, kept: RotationTable | None = None
+) -> RotationTable | None:
+    """`build_table` as one step of autograd instead of a dozen; with `kept`, the table that it would give, in none."""
+    parameters = [tensor for slot in slots if slot is not None for tensor in slot[:2]]
+    if not all(type(tensor) in PLAIN for tensor in parameters):
+        return build_table(slots, out_features)
+    with torch.no_grad():
+        table = kept or build_table(slots, out_features)
+    if table is None:
+        return None
+    direct, cross = _TrainedTable.apply(table, tuple(slots), *parameters)
+    return RotationTable(direct, cross, table.group_sizes)
+
+
+class _TrainedTable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, table: RotationTable, slots: tuple[SlotParameters | None, ...], *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.slots = slots
+        ctx.save_for_backward(*parameters)  # to be told where they were changed since
+        return table.direct.detach(), table.cross.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_direct: Tensor, grad_cross: Tensor) -> tuple[Tensor | None, ...]:
+        slots, _ = ctx.slots, ctx.saved_tensors
+        gradients: list[tuple[Tensor, Tensor] | None] = [None] * len(slots)
+        for (variant, group_size), indices in by_kind(slots).items():
+            rows = slice(None) if len(indices) == len(slots) else torch.tensor(indices, device=grad_direct.device)
+            theta, alpha = stacked(slots, indices)
+            of_kind = parameter_gradients(grad_direct[rows], grad_cross[rows], theta, alpha, variant, group_size)
+            for index, *of_slot in zip(indices, *of_kind, strict=True):
+                gradients[index] = (of_slot[0].to(theta.dtype), of_slot[1].to(alpha.dtype))
+        return None, None, *(gradient for pair in gradients if pair is not None for gradient in pair)
+
+
+def rotated_by_one(y: Tensor, slot: SlotParameters, table: RotationTable, keep: Keep, *, into_y: bool) -> Tensor:
+    """R y for the adapter `slot`, whose table ``[1, D]`` is given, on plain tensors; differentiable in y, theta and alpha.
+
+    into_y: in place, for a y that nobody else holds; only where the output is kept.
+    """
+    return _RotatedByOne.apply(y, slot.theta, slot.alpha, RotationStep(table, None, keep), slot, into_y)
+
+
+class _RotatedByOne(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, theta: Tensor, alpha: Tensor, step: RotationStep, slot: SlotParameters, into_y: bool
+    ) -> Tensor:
+        ctx.step, ctx.variant, ctx.group_size, ctx.keep_output = step, slot.variant, slot.group_size, step.keep_output
+        z = step.forward(y, into_y=into_y)
+        if into_y:
+            ctx.mark_dirty(y)
+        ctx.save_for_backward(z if step.keep_output else y, theta, alpha)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, theta, alpha = saved_tensors(ctx)
+        grad_y, *of_table = ctx.step.backward(grad, kept, want_y=ctx.needs_input_grad[0])
+        of_theta, of_alpha = parameter_gradients(
+            of_table[0][0], of_table[1][0], theta, alpha, ctx.variant, ctx.group_size
+        )
+        return grad_y, of_theta.to(theta.dtype), of_alpha.to(alpha.dtype), None, None, None
