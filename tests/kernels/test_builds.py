@@ -1,0 +1,58 @@
+"""Every way to build the compiled kernel gives the same bits: each instruction set, no OpenMP, no optimisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.kernels import builds, cases
+
+from roadie.kernels.cpu import CpuImplementation
+from roadie.kernels.eager import EagerImplementation
+from roadie.testing.accuracy import assert_same_bits
+
+CPU, EAGER = CpuImplementation(), EagerImplementation()
+BUILDS = {
+    "plain": (),
+    "unoptimised": ("-O0",),
+    "x86-64-v3": ("-march=x86-64-v3",),
+    "x86-64-v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+}
+NEEDED = {
+    "x86-64-v3": ("avx2", "fma", "bmi2"),
+    "x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = [
+    pytest.mark.skipif(builds.COMPILER is None, reason="there is no C compiler"),
+    pytest.mark.skipif(cases.no_compiled_kernel() is not None, reason="there is no compiled kernel"),
+]
+
+
+def flags_of_processor() -> set[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_every_build_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    if not flags_of_processor().issuperset(NEEDED.get(name, ())):
+        pytest.skip(f"this processor is not {name}")
+    with builds.instead(builds.build(tmp_path, *BUILDS[name])):
+        found = [results(dtype, size) for dtype in DTYPES for size in (2, 4, 8, 16, 6, 32, 48, 64)]
+    wanted = [results(dtype, size) for dtype in DTYPES for size in (2, 4, 8, 16, 6, 32, 48, 64)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        for value, expected in zip(ours, theirs, strict=True):
+            assert_same_bits(value, expected, name)
+
+
+def results(dtype: torch.dtype, size: int) -> tuple[torch.Tensor, ...]:
+    """Everything that the kernel computes, and what it must be."""
+    b = cases.batch(40, size * 5, size, num_slots=3, slots=[2, -1, 0, 1] * 5, repeat=2, dtype=dtype, padding=3)
+    cases.check_same_bits(CPU, EAGER, b)
+    _, own, partner = turned_back = cases.turned_back(CPU, b)
+    direct, cross = own.clone(), partner.clone()
+    CPU.gradient(direct, cross, b.turns, True)
+    return cases.turned(CPU, b), *turned_back, direct, cross

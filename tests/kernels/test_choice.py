@@ -1,0 +1,140 @@
+"""Which implementation computes: asked for or chosen, never another one than was asked for."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.kernels import builds, cases
+
+from roadie.errors import KernelError
+from roadie.kernels import RotationTable, choice, cpu, refusals, rotate_rows, using
+from roadie.kernels.cpu import CpuImplementation
+from roadie.testing.accuracy import assert_same_bits
+
+HERE = torch.device("cpu")
+compiled = pytest.mark.skipif(cases.no_compiled_kernel() is not None, reason="there is no compiled kernel")
+
+
+@pytest.fixture
+def _fresh_choice() -> Iterator[None]:
+    """What was found once is remembered: forgotten before and after."""
+    for remembered in (cpu.loaded, choice._best):
+        remembered.cache_clear()
+    yield
+    for remembered in (cpu.loaded, choice._best):
+        remembered.cache_clear()
+
+
+def used(dtype: torch.dtype = torch.float32, table_dtype: torch.dtype = torch.float32) -> str:
+    return choice.chosen(HERE, dtype, table_dtype).name
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, RotationTable]:
+    b = cases.batch(3, 8, 4, dtype=dtype)
+    return b.x, RotationTable(b.turns.direct, b.turns.cross, 4)
+
+
+@compiled
+def test_cpus_use_the_compiled_kernel_where_it_can_work() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert used(dtype) == used(dtype, dtype) == "cpu"
+    assert used(torch.float64, torch.float64) == used(torch.float32, torch.float64) == "eager"
+    assert used(torch.bfloat16, torch.float16) == "eager"
+
+
+def test_one_that_was_asked_for_is_used_inside_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = used()
+    with using("eager"):
+        assert used() == "eager"
+        if not cases.no_compiled_kernel():
+            with using("cpu"):
+                assert used() == "cpu"
+        assert used() == "eager"
+    assert used() == before
+    with pytest.raises(ZeroDivisionError), using("eager"):
+        raise ZeroDivisionError
+    assert used() == before
+
+
+def test_another_thread_is_not_affected() -> None:
+    found: list[str] = []
+    before = used()
+    with using("eager"):
+        thread = threading.Thread(target=lambda: found.append(used()))
+        thread.start()
+        thread.join()
+    assert found == [before]
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(KernelError, match="'fast'; wanted one of cpu, eager, triton"), using("fast"):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_one_that_cannot_work_says_why_and_nothing_takes_its_place(dtype: torch.dtype) -> None:
+    with using("cpu"), pytest.raises(KernelError, match=rf"'cpu' for {dtype} .* it knows float32, bfloat16 and float16"):
+        rotate_rows(torch.ones(3, 8, dtype=dtype), batch()[1], None)
+    x, table = batch(torch.bfloat16)
+    half = RotationTable(table.direct.half(), table.cross.half(), 4)
+    with using("cpu"), pytest.raises(KernelError, match=r"tables in float32 or torch\.bfloat16, and got torch\.float16"):
+        rotate_rows(x, half, None)
+
+
+def test_backward_uses_what_is_asked_for_then() -> None:
+    x, table = batch(torch.float64)
+    z = rotate_rows(x.requires_grad_(), table, None)
+    with using("cpu"), pytest.raises(KernelError, match="it knows float32"):
+        z.sum().backward()
+
+
+def test_reasons_are_visible() -> None:
+    reasons = refusals(HERE, torch.float64)
+    assert reasons["eager"] is None
+    assert "it knows float32, bfloat16 and float16, and got torch.float64" in reasons["cpu"]
+    assert "the tensors are on cuda" in refusals(torch.device("cuda"), torch.float32)["cpu"]
+    assert refusals(HERE, torch.int64)["eager"] == "it rotates floating-point tensors, and got torch.int64"
+
+
+@pytest.mark.usefixtures("_fresh_choice")
+@pytest.mark.parametrize("state", ["absent", "text", "cut short", "another library"])
+def test_a_broken_object_leaves_the_reference(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "_rotate.so"
+    if state == "text":
+        path.write_text("not an object")
+    elif state == "cut short":
+        path.write_bytes(b"\x7fELF" + bytes(60))
+    elif state == "another library":
+        if builds.COMPILER is None:
+            pytest.skip("there is no C compiler")
+        (tmp_path / "empty.c").write_text("int nothing;\n")
+        builds.subprocess.run([builds.COMPILER, "-shared", "-fPIC", tmp_path / "empty.c", "-o", path], check=True)
+    monkeypatch.setattr(cpu, "LIBRARY", path)
+    check_reference_takes_over("installed from source")
+
+
+@compiled
+@pytest.mark.usefixtures("_fresh_choice")
+@pytest.mark.skipif(builds.COMPILER is None, reason="there is no C compiler")
+def test_an_object_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(cpu.LIBRARY, tmp_path)
+    made = builds.build_changed(tmp_path, "rotate.c", "(int64_t)sizeof(Job)", "(int64_t)sizeof(Job) + 8")
+    monkeypatch.setattr(cpu, "LIBRARY", made)
+    check_reference_takes_over("another version of roadie; install roadie again")
+
+
+def check_reference_takes_over(why: str) -> None:
+    """The compiled kernel says why it cannot work; what is rotated without a wish is right all the same."""
+    assert why in (CpuImplementation().refusal(HERE, torch.float32, torch.float32) or "")
+    x, table = batch()
+    with using("cpu"), pytest.raises(KernelError, match=why):
+        rotate_rows(x, table, None)
+    assert used() == "eager"
+    with using("eager"):
+        wanted = rotate_rows(x, table, None)
+    assert_same_bits(rotate_rows(x, table, None), wanted, "chosen")
