@@ -78,11 +78,17 @@ def test_an_unknown_name_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
 def test_one_that_cannot_work_says_why_and_nothing_takes_its_place(dtype: torch.dtype) -> None:
-    with using("cpu"), pytest.raises(KernelError, match=rf"'cpu' for {dtype} .* it knows float32, bfloat16 and float16"):
+    with (
+        using("cpu"),
+        pytest.raises(KernelError, match=rf"'cpu' for {dtype} .* it knows float32, bfloat16 and float16"),
+    ):
         rotate_rows(torch.ones(3, 8, dtype=dtype), batch()[1], None)
     x, table = batch(torch.bfloat16)
     half = RotationTable(table.direct.half(), table.cross.half(), 4)
-    with using("cpu"), pytest.raises(KernelError, match=r"tables in float32 or torch\.bfloat16, and got torch\.float16"):
+    with (
+        using("cpu"),
+        pytest.raises(KernelError, match=r"tables in float32 or torch\.bfloat16, and got torch\.float16"),
+    ):
         rotate_rows(x, half, None)
 
 

@@ -261,3 +261,10 @@ for rows, width, size, slots in ((3, 40, 8, None), (300, 1100, 10, None), (260, 
 def test_scratch_memory_is_never_read_before_it_is_written(root: Path) -> None:
     environment = {**os.environ, "MALLOC_PERTURB_": "128"}  # new memory is full of 0x7f: numbers near the largest float
     subprocess.run([sys.executable, "-c", SCRATCH], cwd=root, env=environment, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("size", [0, 3, 16, -2])
+def test_the_size_of_a_slot_that_no_row_uses_is_looked_at_too(size: int) -> None:
+    b = cases.batch(2, 8, (2, size), num_slots=2)
+    with pytest.raises(KernelError, match="group size"):
+        CPU.gradient(torch.zeros(2, 8), torch.zeros(2, 8), b.turns, False)
