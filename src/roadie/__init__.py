@@ -1,8 +1,9 @@
 """RoAd adapters for PEFT: 2D rotary adaptation (Liao & Monz 2024, arXiv 2409.00119).
 
 `import roadie` loads neither torch nor PEFT and changes nothing: a name is looked up in its module when it is used.
-Names of the mathematics (`Rotation`, `rotate`, `compose` ...) load torch alone. Names of the tuner (`RoadConfig`,
-`get_peft_model` ...) load PEFT, and using them routes its ROAD method to roadie; `unregister` restores what was there.
+Names of the mathematics and of the bank (`Rotation`, `rotate`, `AdapterBank` ...) load torch and safetensors at most. Names of
+the tuner (`RoadConfig`, `get_peft_model` ...) load PEFT, and using them routes its ROAD method to roadie; `unregister` restores
+what was there.
 
 Read `roadie/rotation.py` first.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from roadie import checkpoint, embedded, errors, testing
     from roadie.adapter import Adapter, LayerParameters
+    from roadie.bank import AdapterBank, rows
     from roadie.errors import RoadieError
     from roadie.rotation import (
         Rotation,
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
         RoadModel,
         get_peft_model,
         register,
-        rows,
         unregister,
     )
 
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterBank",
     "LayerParameters",
     "Linear",
     "PeftModel",
@@ -75,13 +77,14 @@ __all__ = [
 
 _NAMES = {
     "roadie.adapter": ("Adapter", "LayerParameters"),
+    "roadie.bank": ("AdapterBank", "rows"),
     "roadie.errors": ("RoadieError",),
     "roadie.rotation": (
         *("Rotation", "Variant", "compose", "from_parameters", "identity", "inverse", "rotate", "rotate_weight"),
         *("shard", "to_dense", "to_parameters"),
     ),
     "roadie.tuner": (
-        *("Linear", "PeftModel", "RoadConfig", "RoadLayer", "RoadModel", "get_peft_model", "register", "rows"),
+        *("Linear", "PeftModel", "RoadConfig", "RoadLayer", "RoadModel", "get_peft_model", "register"),
         "unregister",
     ),
 }

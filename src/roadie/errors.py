@@ -6,6 +6,7 @@
         ├── UnsupportedLayer  (TypeError, ValueError)  a targeted module that RoAd cannot adapt
         ├── AdapterError      (ValueError)    adapter parameters of the wrong shape, size or value
         ├── RoutingError      (ValueError)    the rows of a batch and the adapters asked for do not fit
+        ├── BankFull          (RuntimeError)  every slot of a bank is pinned or being read
         ├── MergeError        (ValueError)    a merge or unmerge that was refused; nothing was changed
         ├── CheckpointError   (ValueError)    an adapter file that is missing, corrupt, foreign or unsafe
         │   └── UnsafeCheckpointError         a pickle file, which could run code when read
@@ -38,6 +39,10 @@ class AdapterError(RoadieError, ValueError):
 
 class RoutingError(RoadieError, ValueError):
     """The rows of a batch and the adapters asked for do not fit together."""
+
+
+class BankFull(RoadieError, RuntimeError):
+    """Every slot of a bank is pinned or being read, so that nothing can be admitted."""
 
 
 class MergeError(RoadieError, ValueError):

@@ -13,6 +13,7 @@ import roadie
 
 PUBLIC = [
     "Adapter",
+    "AdapterBank",
     "LayerParameters",
     "Linear",
     "PeftModel",

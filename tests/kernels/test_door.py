@@ -231,3 +231,16 @@ def test_what_torch_func_computes(keep: str) -> None:
     with torch.autograd.forward_ad.dual_level():
         dual = of(torch.autograd.forward_ad.make_dual(t.direct, torch.ones_like(t.direct)))
         assert_same_bits(torch.autograd.forward_ad.unpack_dual(dual).tangent, x, "tangent of a dual number")
+
+
+@pytest.mark.parametrize("name", ["cpu", "eager"])
+def test_a_singular_slot_that_no_row_uses_gets_a_gradient_of_zero(name: str) -> None:
+    direct = torch.tensor([[1.0] * 8, [0.0] * 8], requires_grad=True)
+    cross = torch.zeros(2, 8, requires_grad=True)
+    table = RotationTable(direct, cross, 4)
+    with using(name):
+        z = rotate_rows(torch.ones(3, 8), table, torch.tensor([0, -1, 0]), keep="output")
+        gradients = torch.autograd.grad(z.sum(), (direct, cross))
+    for gradient in gradients:
+        assert gradient[0].any()
+        assert not gradient[1].any()

@@ -80,5 +80,6 @@ class Implementation(ABC):
         """Turn the sums ``[S, D]`` into the gradients of direct and cross, in place.
 
         With M = sum of g input^T a pair: grad_direct is M's diagonal, grad_cross_i = -M_ik, grad_cross_k = M_ki. of_output: the
-        sums are over the rotation's output, sum of g output^T = M R^T, and M comes from solving for it; R must not be singular.
+        sums are over the rotation's output, sum of g output^T = M R^T, and M comes from solving for it; a singular R
+        gives what is not finite, but 0 where all sums of the pair are 0: a slot that no row uses is not spoilt.
         """

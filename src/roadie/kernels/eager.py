@@ -83,11 +83,17 @@ def of_kept_input(
 def of_kept_output(
     own: Tensor, partner: Tensor, direct: Tensor, cross: Tensor, group_size: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of direct and cross ``[S, D]`` from sums over the rotation's output: M R^-T, pair by pair."""
+    """Gradients of direct and cross ``[S, D]`` from sums over the rotation's output: M R^-T, pair by pair.
+
+    Not finite for a singular block, but 0 where its sums are: a slot that no row uses is not spoilt.
+    """
     column, sign = partner_columns(group_size, own)
     d, c = direct.to(own.dtype), cross.to(own.dtype)
     other_d, other_c = d.gather(-1, column), c.gather(-1, column)
     determinant = d * other_d + c * other_c
+    sums = torch.stack((own, partner))
+    is_unused = ((sums == 0) & (sums.gather(-1, column.expand(sums.shape)) == 0)).all(0)
+    determinant = determinant.masked_fill((determinant == 0) & is_unused, 1.0)
     grad_direct = (own * other_d - sign * partner * c) / determinant
     grad_cross = (own * other_c + sign * partner * d) / determinant
     return grad_direct, grad_cross

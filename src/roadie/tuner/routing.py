@@ -19,6 +19,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from roadie.bank.rows import announce
 from roadie.errors import RoutingError
 
 BASE = "__base__"
@@ -103,6 +104,9 @@ def rows(model: nn.Module, slots: Tensor | Sequence[str]) -> Iterator[None]:
         slots = _slots_in(table, _checked_names(model, slots))
     with _route(model, slots, table):
         yield
+
+
+announce(rows)
 
 
 @contextmanager

@@ -309,7 +309,9 @@ static void gradient_of_pair(const Job *job, int64_t slot, int64_t i, int64_t k,
     if (of_output) {
         double d1 = table_value(job, job->direct, slot, i), d2 = table_value(job, job->direct, slot, k);
         double c1 = table_value(job, job->cross, slot, i), c2 = table_value(job, job->cross, slot, k);
-        double scale = 1.0 / (d1 * d2 + c1 * c2), m_ii = ii, m_ki = ki;
+        double determinant = d1 * d2 + c1 * c2, m_ii = ii, m_ki = ki;
+        int is_unused = ii == 0 && ik == 0 && ki == 0 && kk == 0;
+        double scale = is_unused ? 0.0 : 1.0 / determinant;
         ii = (m_ii * d2 + ik * c1) * scale, ik = (ik * d1 - m_ii * c2) * scale;
         ki = (m_ki * d2 + kk * c1) * scale, kk = (kk * d1 - m_ki * c2) * scale;
     }

@@ -46,6 +46,8 @@ def gradient_kernel(
     if OF_OUTPUT:
         direct1, cross1, direct2, cross2 = load_turn(direct, cross, slot, block, num_pairs, half, PAIRS, SPLIT)
         determinant = direct1 * direct2 + cross1 * cross2
+        is_unused = (own1 == 0) & (own2 == 0) & (partner1 == 0) & (partner2 == 0)
+        determinant = tl.where((determinant == 0) & is_unused, 1.0, determinant)
         of_direct1 = tl.div_rn(own1 * direct2 + partner1 * cross1, determinant)
         of_direct2 = tl.div_rn(own2 * direct1 - partner2 * cross2, determinant)
         of_cross1 = tl.div_rn(own1 * cross2 - partner1 * direct1, determinant)

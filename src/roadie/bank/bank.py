@@ -1,0 +1,335 @@
+"""`AdapterBank`: many adapters of one model in memory, every row of a batch its own.
+
+    bank = AdapterBank(model, slots=1000)              # any transformers model; PEFT is not needed
+    bank.admit("legal", "adapters/legal")              # a folder, an Adapter, or a live PEFT adapter
+    with bank.rows(["legal", None, {"legal": 0.5}]):   # a name, the base model, a blend
+        model.generate(**batch)
+
+Every adapted layer has one pair of tables ``[slots, D]``. Writing goes into a slot that nobody reads, and then the name moves to
+it in one step: a forward sees the old adapter or the new one, never half of each.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roadie import checkpoint
+from roadie.adapter import Adapter, check_adapter_name
+from roadie.bank.attachment import Attachment, linear_layers, out_features_of
+from roadie.bank.blends import Blend, Wish, blended, parse
+from roadie.bank.live import live_adapter
+from roadie.bank.routing import BankRouting, Choice, check_slots
+from roadie.bank.rows import serve, stop_serving
+from roadie.bank.slots import SlotBook
+from roadie.bank.table import LayerTable
+from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
+from roadie.rotation import Rotation, check_group_size
+
+
+class AdapterBank:
+    """Adapters in numbered slots, for one model whose rows choose among them; see the module.
+
+    model: any module with linear layers; its paths are those of the adapters. slots: how many adapters (and blends) fit at once.
+    dtype: of the tables: float32, or the model's activation dtype for half the memory, at one rounding of direct and cross
+    (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element). wait_s: how long `replace` and
+    `admit` wait for a slot that is being read.
+
+    One thread may admit, replace and evict while others run the model. `close` (or a with block) takes the bank off the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, slots: int = 64, *, dtype: torch.dtype = torch.float32, wait_s: float = 10.0
+    ) -> None:
+        if slots < 1 or not dtype.is_floating_point:
+            raise ConfigError(f"got slots={slots}, dtype={dtype}; wanted at least one slot and a floating-point dtype")
+        self._model, self._modules = model, linear_layers(model)
+        if not self._modules:
+            raise ConfigError(f"got a {type(model).__name__} without linear layers; wanted a model that RoAd can adapt")
+        self._dtype, self._wait_s = dtype, wait_s
+        self._attached: dict[str, Attachment] = {}
+        self._book = SlotBook(slots + 1)  # one to spare, so that a full bank can replace
+        self._spare = 1
+        self._versions: dict[str, int] = {}
+        self._layers_of: dict[str, frozenset[str]] = {}
+        self._admissions = 0
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._routing = BankRouting()
+        self.storage_version = 0
+        serve(model, self)
+
+    def admit(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> int:
+        """Take an adapter in, validated first; gives its slot. Where the bank is full a blend leaves, or the least
+        recently used adapter.
+
+        source: an `Adapter`, an adapter folder, or ``(peft_model, name)`` for an adapter that is loaded in a PEFT model.
+        Raises `ConfigError` for a name that is taken or not allowed, `AdapterError` (`CheckpointError`) for an adapter that does
+        not fit the model, `BankFull` where every slot is pinned or being read. Nothing is changed then.
+        """
+        check_adapter_name(name)
+        rotations = self._checked(name, source)
+        with self._lock:
+            if name in self._book:
+                raise ConfigError(f"got {name!r}, which is in the bank already; use replace, or evict it first")
+            return self._publish(name, rotations)
+
+    def replace(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> int:
+        """Put another adapter behind a name; gives its new slot. Rows that run now go on with the old one.
+
+        Raises as `admit` does, and `RoutingError` for unknown names; the old adapter stays then.
+        """
+        rotations = self._checked(name, source)
+        with self._lock:
+            self._require(name)
+            return self._publish(name, rotations)
+
+    def evict(self, name: str) -> None:
+        """Let an adapter go, and the blends it is part of; rows that run now go on. Raises `RoutingError` for unknown names."""
+        with self._lock:
+            self._require(name)
+            self._forget(name)
+            self._book.drop(name)
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter from giving way to others. Raises `RoutingError` for unknown names."""
+        with self._lock:
+            self._require(name)
+            self._book.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter give way again. Raises `RoutingError` for unknown names."""
+        with self._lock:
+            self._require(name)
+            self._book.unpin(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in the bank, the least recently used first (blends are not listed)."""
+        with self._lock:
+            return tuple(name for name in self._book if isinstance(name, str))
+
+    def __contains__(self, name: object) -> bool:
+        with self._lock:
+            return isinstance(name, str) and name in self._book
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_slots(self) -> int:
+        """How many adapters and blends fit."""
+        return self._book.num_slots - self._spare
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(attachment.table.nbytes for attachment in self._attached.values())
+
+    @property
+    def bytes_per_adapter(self) -> int:
+        """Bytes that one slot takes over all adapted layers."""
+        return self.nbytes // self._book.num_slots
+
+    def grow(self, slots: int) -> None:
+        """Make room for `slots` adapters in all. The tables move: `storage_version` counts it, and graphs that were captured
+        before (CUDA graphs) go on reading the old tables; capture them again."""
+        with self._lock:
+            if slots <= self.num_slots:
+                raise ConfigError(
+                    f"got slots={slots}; wanted more than the {self.num_slots} there are; a bank does not shrink"
+                )
+            for attachment in self._attached.values():
+                attachment.table.grow(slots + self._spare)
+            self._book.grow(slots + self._spare)
+            self.storage_version += 1
+
+    def slots(self, names: Sequence[Wish]) -> Tensor:
+        """The slot of each row's wish: int64 ``[B]`` on the CPU, -1 for the base model. Blends are made where they are new.
+
+        The slots stay what they are as long as the tensor lives: nothing else is written into them.
+        Raises `RoutingError` for unknown names, `AdapterError` or `ConfigError` for blends that do not exist.
+        """
+        if isinstance(names, (str, Mapping)):
+            raise RoutingError(
+                f"got {names!r}; wanted a sequence of one wish a row: a name, None, or a mapping of weights"
+            )
+        wishes = [parse(wish) for wish in names]
+        with self._lock:
+            of_wish: dict[str | Blend | None, int] = {None: -1}
+            # Names before blends, and each held as soon as it is found: making a blend may let others go.
+            wanted = sorted({wish for wish in wishes if wish is not None}, key=lambda wish: isinstance(wish, Blend))
+            held = [name for wish in wanted for name in (wish.names if isinstance(wish, Blend) else (wish,))]
+            leases = [self._book.lease([self._slot_of(name) for name in dict.fromkeys(held)])]
+            for wish in wanted:
+                of_wish[wish] = slot = self._slot_of(wish)
+                leases.append(self._book.lease((slot,)))
+            slots = torch.tensor([of_wish[wish] for wish in wishes], dtype=torch.int64)
+            slots._roadie_leases = leases  # type: ignore[attr-defined]
+            return slots
+
+    @contextmanager
+    def rows(self, slots: Tensor | Sequence[Wish], *, expansion: int = 1) -> Iterator[None]:
+        """Within the block, row b of every batch uses ``slots[b]``.
+
+        slots: int64 ``[B]``, or ``[B, T]`` for a slot a token (a packed batch is ``[1, T]``), or a sequence of B wishes.
+        expansion: how many consecutive rows generation makes of one (beams, returned sequences).
+        Raises `RoutingError` for what is none of these, or out of range.
+        """
+        if not isinstance(slots, Tensor):
+            slots = self.slots(slots)
+        check_slots(slots, self._book.num_slots)
+        # Layers remember their last choice; the leases hang on the tensor that was given, and end with it.
+        with self._routing.in_force(Choice(slots.view(slots.shape), expansion)):
+            yield
+
+    def close(self) -> None:
+        """Take the bank off the model, which is then what it was."""
+        with self._lock:
+            stop_serving(self._model)
+            for attachment in self._attached.values():
+                attachment.remove()
+            self._attached.clear()
+            self._book = SlotBook(self._book.num_slots)
+
+    def __enter__(self) -> AdapterBank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _checked(self, name: str, source: Any) -> dict[str, Rotation]:
+        """The rotations of a source, by layer, once they fit the model; in the dtype and on the device of their layers."""
+        adapter = self._read(source)
+        problems = [f"{path}: not a linear layer of the model" for path in adapter.layers if path not in self._modules]
+        if problems:
+            raise AdapterError(
+                f"got adapter {name!r} with {'; '.join(problems[:3])}; wanted layers of this model; use the base model that it "
+                f"was trained on ({adapter.base_model_name or 'not named in its config'})"
+            )
+        return {path: self._rotation(name, path, layer) for path, layer in adapter.layers.items()}
+
+    def _read(self, source: Any) -> Adapter:
+        if isinstance(source, Adapter):
+            return source
+        if isinstance(source, tuple):
+            return live_adapter(*source)
+        if isinstance(source, (str, Path)):
+            return checkpoint.load(source)
+        raise AdapterError(
+            f"got a source of type {type(source).__name__}; wanted an Adapter, a folder, or (model, name)"
+        )
+
+    def _rotation(self, name: str, path: str, layer: Any) -> Rotation:
+        wanted = out_features_of(self._modules[path])
+        if layer.out_features != wanted:
+            raise AdapterError(
+                f"got adapter {name!r} with {layer.out_features} outputs for {path!r}; wanted {wanted}; use its own base model"
+            )
+        check_group_size(layer.group_size, wanted)
+        with torch.no_grad():
+            rotation = layer.rotation
+        if not bool(torch.isfinite(rotation.direct).all() and torch.isfinite(rotation.cross).all()):
+            raise AdapterError(f"got adapter {name!r} with values that are not finite in {path!r}; wanted finite ones")
+        device = self._device_of(path)
+        direct, cross = (vector.to(device, self._dtype) for vector in (rotation.direct, rotation.cross))
+        return Rotation(direct, cross, rotation.group_size)
+
+    def _publish(self, name: str | Blend, rotations: Mapping[str, Rotation]) -> int:
+        slot = self._slot_to_write(name)
+        try:
+            with torch.no_grad():
+                self._write(slot, rotations)
+        except BaseException:
+            self._book.give_back(slot)
+            raise
+        if isinstance(name, str):
+            self._forget(name)
+            self._admissions += 1
+            self._versions[name] = self._admissions
+            self._layers_of[name] = frozenset(rotations)
+        self._book.publish(name, slot)
+        return slot
+
+    def _slot_to_write(self, name: str | Blend) -> int:
+        """A slot that nobody reads; lets another name go where the bank is full, and waits where all are being read."""
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            if name in self._book or len(self._book) < self.num_slots or self._let_one_go():
+                slot = self._book.take()
+                if slot is not None:
+                    return slot
+            if time.monotonic() > deadline:
+                raise BankFull(
+                    f"got no free slot within {self._wait_s:g} s: all {self.num_slots} are pinned or being read; unpin some, "
+                    "end the blocks that read them, or use grow"
+                )
+            self._changed.wait(0.001)  # others may read and end meanwhile
+
+    def _let_one_go(self) -> bool:
+        evicted = self._book.evict(is_dispensable=lambda name: isinstance(name, Blend))
+        if isinstance(evicted, str):
+            self._forget(evicted)
+        return evicted is not None
+
+    def _write(self, slot: int, rotations: Mapping[str, Rotation]) -> None:
+        for path in rotations:
+            if path not in self._attached:
+                self._attach(path)
+        for path, attachment in self._attached.items():
+            attachment.table.write(slot, rotations.get(path))
+
+    def _attach(self, path: str) -> None:
+        module = self._modules[path]
+        table = LayerTable(out_features_of(module), self._book.num_slots, self._dtype, self._device_of(path))
+        self._attached[path] = Attachment(module, table, self._routing)
+
+    def _device_of(self, path: str) -> torch.device:
+        return next(self._modules[path].parameters()).device
+
+    def _forget(self, name: str) -> None:
+        """An adapter's blends are not those of the one that comes after it."""
+        self._versions.pop(name, None)
+        self._layers_of.pop(name, None)
+        for wish in [wish for wish in self._book if isinstance(wish, Blend) and name in wish.names]:
+            self._book.drop(wish)
+
+    def _slot_of(self, wish: str | Blend) -> int:
+        if isinstance(wish, str):
+            self._require(wish)
+        else:
+            for name in wish.names:
+                self._require(name)
+            wish = Blend(wish.weights, tuple(self._versions[name] for name in wish.names))
+        slot = self._book.use(wish)
+        if slot is not None:
+            return slot
+        assert isinstance(wish, Blend)
+        return self._publish(wish, self._blend(wish))
+
+    def _blend(self, wish: Blend) -> dict[str, Rotation]:
+        slots = {name: self._book.use(name) for name in wish.names}
+        rotations = {}
+        for path, attachment in self._attached.items():
+            parts = []
+            for name, weight in wish.weights:
+                slot = slots[name]
+                assert slot is not None
+                has_layer = path in self._layers_of[name]
+                parts.append((name, weight, attachment.table.read(slot) if has_layer else None))
+            rotation = blended(path, parts)
+            if rotation is not None:
+                rotations[path] = rotation
+        return rotations
+
+    def _require(self, name: str) -> None:
+        if name not in self._book:
+            known = ", ".join(map(repr, list(self.names)[:8])) or "none"
+            raise RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")

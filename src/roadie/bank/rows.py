@@ -1,0 +1,67 @@
+"""`rows(model, slots)`: whoever rotates the layers of a model, a bank or the tuner, is told what each row wants.
+
+Banks announce themselves here when they are made, and the tuner when it is imported, so that neither needs the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from roadie.errors import ConfigError, RoutingError
+
+
+class Server(Protocol):
+    """What serves a model: an `AdapterBank`."""
+
+    def rows(self, slots: Tensor | Sequence[Any]) -> AbstractContextManager[None]:
+        """Puts the slots of the rows in force for a block."""
+        ...
+
+
+_servers: WeakKeyDictionary[nn.Module, Server] = WeakKeyDictionary()
+_of_tuner: list[Callable[[nn.Module, Any], AbstractContextManager[None]]] = []
+
+
+def serve(model: nn.Module, server: Server) -> None:
+    """From now on `server` serves `model`; raises `ConfigError` where another one does."""
+    if model in _servers:
+        raise ConfigError("got a model that a bank serves already; close that bank first, or admit into it")
+    _servers[model] = server
+
+
+def stop_serving(model: nn.Module) -> None:
+    """The model is served by nobody any more."""
+    _servers.pop(model, None)
+
+
+def announce(rows_of_tuner: Callable[[nn.Module, Any], AbstractContextManager[None]]) -> None:
+    """How the rows of models with RoAd layers are put in force."""
+    _of_tuner[:] = [rows_of_tuner]
+
+
+def rows(model: nn.Module, slots: Tensor | Sequence[Any]) -> AbstractContextManager[None]:
+    """Within the block, row b of every batch uses adapter ``slots[b]``.
+
+    model: one that an `AdapterBank` serves, or a PeftModel or any model with RoAd layers inside, compiled or not. slots: an
+    integer tensor, ``[B]`` for a slot a row or ``[B, T]`` for a slot a token; or a sequence of B wishes: adapter names,
+    "__base__" (or None) for the base model, and, with a bank, mappings of names to weights. In a bank slots are those of
+    `AdapterBank.slots`; in a PeftModel -1 is the base model and k the k-th adapter of ``model.peft_config``.
+
+    Works in training too: each row's gradient goes to its own adapter. In a PeftModel trainable adapters that no row uses get a
+    gradient of zero: the table holds all adapters, so that a compiled model stays one program whatever the rows choose.
+    Raises `RoutingError` for unknown adapters, slots out of range, or a model that nobody serves.
+    """
+    server = _servers.get(model)
+    if server is not None:
+        return server.rows(slots)
+    for of_tuner in _of_tuner:
+        return of_tuner(model, slots)
+    raise RoutingError(
+        f"got a {type(model).__name__} without adapters; wanted one that an AdapterBank serves, or one with RoAd layers; "
+        "make a bank for it, or adapt it with get_peft_model"
+    )
