@@ -187,7 +187,7 @@ class AdapterBank:
             slots = self.slots(slots)
         check_slots(slots, self._book.num_slots)
         # Layers remember their last choice; the leases hang on the tensor that was given, and end with it.
-        with self._routing.in_force(Choice(slots.view(slots.shape), expansion)):
+        with self._routing.in_force(Choice(slots.clone(), expansion)):
             yield
 
     def close(self) -> None:
