@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import Wish
-from roadie.bank.rows import rows
+from roadie.bank.servers import rows
 
 __all__ = ["AdapterBank", "Wish", "rows"]

@@ -27,7 +27,7 @@ from roadie.bank.attachment import Attachment, linear_layers, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.live import live_adapter
 from roadie.bank.routing import BankRouting, Choice, check_slots
-from roadie.bank.rows import serve, stop_serving
+from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
 from roadie.bank.table import LayerTable
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError

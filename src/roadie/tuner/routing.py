@@ -19,7 +19,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from roadie.bank.rows import announce
+from roadie.bank.servers import announce
 from roadie.errors import RoutingError
 
 BASE = "__base__"
