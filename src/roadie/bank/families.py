@@ -1,0 +1,129 @@
+"""Adapters of one shape, their parameters stacked: what is trained at once as a few tensors.
+
+Legend: L layers of one stack, S adapters of a family, n parameters of theta (and of alpha), D out features of a layer. Along
+the second dimension of a stack 0 is theta and 1 alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from roadie.adapter import LayerParameters
+from roadie.errors import AdapterError
+from roadie.rotation import Variant, parameter_size
+
+
+class AdaptedLayer(NamedTuple):
+    """One layer that an adapter adapts, and how."""
+
+    path: str
+    out_features: int
+    variant: Variant
+    group_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The layers of a family that are alike: values and moments of their parameters, ``[L, 2, S, n]`` each, float32.
+
+    exp_avg, exp_avg_sq: the running means of AdamW; gradients: of the last step, None before it.
+    """
+
+    paths: tuple[str, ...]
+    out_features: int
+    variant: Variant
+    group_size: int
+    parameters: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    gradients: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be kept to go on later."""
+        return {"parameters": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+class Family:
+    """Adapters of one shape: their names, in the order of the stacks' rows, and the stacks."""
+
+    def __init__(self, layers: Sequence[AdaptedLayer], device: torch.device) -> None:
+        self.layers = tuple(layers)
+        self.names: list[str] = []
+        self.stacks = [_empty_stack(alike, device) for alike in _by_shape(layers)]
+
+    def add(self, name: str) -> None:
+        """Append the adapter `name`, as the identity, with moments of zero."""
+        self.names.append(name)
+        self.stacks = [_mapped(stack, _appended) for stack in self.stacks]
+        for stack in self.stacks:
+            stack.parameters[:, 1, -1] = 1.0
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Leave only the adapters `names`, in the order they have."""
+        kept = [index for index, name in enumerate(self.names) if name in set(names)]
+        self.names = [self.names[index] for index in kept]
+        self.stacks = [_mapped(stack, lambda tensor: tensor[:, :, kept]) for stack in self.stacks]
+
+    def load(self, names: Sequence[str], tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Replace everything: the adapters `names`, and for each stack what `Stack.tensors` gave."""
+        self.names = list(names)
+        self.stacks = [_loaded(stack, saved, len(names)) for stack, saved in zip(self.stacks, tensors, strict=True)]
+
+    def row(self, name: str) -> list[Tensor]:
+        """A copy of the parameters of one adapter: ``[L, 2, n]`` for each stack."""
+        index = self.names.index(name)
+        return [stack.parameters[:, :, index].clone() for stack in self.stacks]
+
+    def adapter_layers(self, row: Sequence[Tensor]) -> dict[str, LayerParameters]:
+        """The layers that a `row` stands for, in the order of the family's layers."""
+        found = {
+            path: LayerParameters(pair[0].cpu(), pair[1].cpu(), stack.variant, stack.group_size)
+            for stack, of_stack in zip(self.stacks, row, strict=True)
+            for path, pair in zip(stack.paths, of_stack, strict=True)
+        }
+        return {layer.path: found[layer.path] for layer in self.layers}
+
+
+def _by_shape(layers: Sequence[AdaptedLayer]) -> list[list[AdaptedLayer]]:
+    alike: dict[tuple[int, Variant, int], list[AdaptedLayer]] = {}
+    for layer in layers:
+        alike.setdefault(layer[1:], []).append(layer)
+    return list(alike.values())
+
+
+def _empty_stack(alike: Sequence[AdaptedLayer], device: torch.device) -> Stack:
+    _, out_features, variant, group_size = alike[0]
+    shape = (len(alike), 2, 0, parameter_size(variant, out_features))
+    tensors = [torch.zeros(shape, device=device) for _ in range(4)]
+    return Stack(tuple(layer.path for layer in alike), out_features, variant, group_size, *tensors)
+
+
+def _mapped(stack: Stack, change: Callable[[Tensor], Tensor]) -> Stack:
+    changed = {name: change(tensor).contiguous() for name, tensor in stack.tensors.items()}
+    return _with(stack, changed)
+
+
+def _with(stack: Stack, tensors: Mapping[str, Tensor]) -> Stack:
+    gradients = torch.zeros_like(tensors["parameters"])
+    return Stack(stack.paths, stack.out_features, stack.variant, stack.group_size, **tensors, gradients=gradients)
+
+
+def _appended(tensor: Tensor) -> Tensor:
+    return torch.cat((tensor, tensor.new_zeros((*tensor.shape[:2], 1, tensor.shape[3]))), dim=2)
+
+
+def _loaded(stack: Stack, saved: Mapping[str, Tensor], count: int) -> Stack:
+    old = stack.parameters
+    wanted = (*old.shape[:2], count, old.shape[3])
+    for name in stack.tensors:
+        if tuple(saved[name].shape) != wanted:
+            raise AdapterError(
+                f"got {name} {tuple(saved[name].shape)}; wanted {wanted}; use the model it was saved for"
+            )
+    return _with(stack, {name: saved[name].to(old.device, old.dtype).contiguous() for name in stack.tensors})

@@ -1,0 +1,237 @@
+"""Many adapters that are trained at once: their parameters in stacks, and each row of a batch in an adapter of its own.
+
+Adapters of one shape (the same layers with the same variants and group sizes) form a family. The parameters of a family
+lie stacked, so that a step costs a handful of operations a layer however many adapters there are:
+
+    parameters [L, 2, S, n]  --from_parameters-->  a table (direct, cross) [S, D] a layer, a leaf of autograd
+        gradients [L, 2, S, n]  <--parameter_gradients--  the table's gradient, summed over all backward passes of a step
+
+In the forward the output of each adapted layer is rotated by `roadie.kernels`, row by row; a row whose adapter leaves a
+layer alone has slot -1 there. Hooks do this on a plain model, and are taken away at the end of the context.
+
+Legend: as in `roadie.bank.families`; B rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from roadie.bank.families import AdaptedLayer, Family, Stack
+from roadie.errors import RoutingError
+from roadie.kernels import Keep, RotationStep, RotationTable, rotate_rows, saved_tensors, takes_kernels
+from roadie.rotation import Variant, from_parameters, parameter_gradients
+
+
+class TrainableBank:
+    """Adapters that are trained together on one frozen model; see the module.
+
+    keep: what the layers keep for backward; None: the output where all adapters of the layer are road_1, else the input.
+    """
+
+    def __init__(self, device: torch.device, keep: Keep | None = None) -> None:
+        self.families: list[Family] = []
+        self._device = device
+        self._keep = keep
+        self._tables: dict[str, _LayerTable] = {}
+        self._slots: Tensor | None = None
+        self._local: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters in the order of their slots."""
+        return [name for family in self.families for name in family.names]
+
+    def family_of(self, name: str) -> Family:
+        """The family with the adapter `name`; raises `RoutingError` where there is none."""
+        for family in self.families:
+            if name in family.names:
+                return family
+        raise RoutingError(f"got adapter {name!r}; wanted one of {', '.join(self.names) or 'none: the bank is empty'}")
+
+    def join(self, name: str, layers: Sequence[AdaptedLayer]) -> None:
+        """Add an adapter of these layers, as the identity."""
+        self._family(layers).add(name)
+        self._tables.clear()
+
+    def load(
+        self, names: Sequence[str], layers: Sequence[AdaptedLayer], tensors: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Add a whole family as `Stack.tensors` gave it; raises `AdapterError` where it is not of these layers."""
+        self._family(layers).load(names, tensors)
+        self._tables.clear()
+
+    def keep_only(self, names: Sequence[str]) -> None:
+        """Take every other adapter out."""
+        for family in self.families:
+            if not set(family.names) <= set(names):
+                family.keep(names)
+        self.families = [family for family in self.families if family.names]
+        self._tables.clear()
+
+    def _family(self, layers: Sequence[AdaptedLayer]) -> Family:
+        for family in self.families:
+            if family.layers == tuple(layers):
+                return family
+        self.families.append(Family(layers, self._device))
+        return self.families[-1]
+
+    def make_tables(self) -> None:
+        """Make the tables anew from the parameters, with no gradients: once before each training step."""
+        places: dict[str, list[tuple[int, Stack, int]]] = {}
+        for number, family in enumerate(self.families):
+            for stack in family.stacks:
+                for index, path in enumerate(stack.paths):
+                    places.setdefault(path, []).append((number, stack, index))
+        with torch.no_grad():
+            self._tables = {path: _layer_table(parts, self._keep) for path, parts in places.items()}
+
+    def collect_gradients(self) -> list[Tensor]:
+        """Turn the gradients of the tables into `Stack.gradients`; the squares of their norms ``[S]`` for each family."""
+        squares = [torch.zeros(len(family.names), device=self._device) for family in self.families]
+        with torch.no_grad():
+            for family, square in zip(self.families, squares, strict=True):
+                for stack in family.stacks:
+                    for index, path in enumerate(stack.paths):
+                        square += self._tables[path].gradients_into(stack, index)
+        return squares
+
+    @contextmanager
+    def attached(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+        """Within the block the outputs of the modules `paths` are rotated wherever rows are routed (`routed`)."""
+        with ExitStack() as stack:
+            for path in paths:
+                handle = model.get_submodule(path).register_forward_hook(self._hook(path))
+                stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def routed(self, slots: Tensor) -> Iterator[None]:
+        """Within the block row b of a batch uses the adapter at ``slots[b]`` (int64 ``[B]`` or ``[B, T]``); -1: none."""
+        before = self._slots, self._local
+        self._slots, self._local = slots, {}
+        try:
+            yield
+        finally:
+            self._slots, self._local = before
+
+    def _hook(self, path: str) -> Any:
+        def rotated(module: nn.Module, _: Any, y: Tensor) -> Tensor | None:
+            layer = self._tables.get(path)
+            if layer is None or self._slots is None:
+                return None
+            return layer.rotated(y, self._local_slots(layer.families), _gives_fresh_memory(module))
+
+        return rotated
+
+    def _local_slots(self, families: tuple[int, ...]) -> Tensor:
+        """The row of a layer's table for each row of the batch; worked out once for all layers of the same families."""
+        assert self._slots is not None
+        if len(families) == len(self.families):
+            return self._slots
+        if families not in self._local:
+            self._local[families] = self._row_of_slot(families)[self._slots]
+        return self._local[families]
+
+    def _row_of_slot(self, families: tuple[int, ...]) -> Tensor:
+        """Slot -> row of a table of these families, or -1; the last entry is for slot -1."""
+        rows: list[int] = []
+        count = 0
+        for number, family in enumerate(self.families):
+            size = len(family.names)
+            rows += range(count, count + size) if number in families else [-1] * size
+            count += size if number in families else 0
+        return torch.tensor([*rows, -1], device=self._device)
+
+
+@dataclass(frozen=True, eq=False)
+class _LayerTable:
+    """The rotations of one layer: rows of each of `families` in turn, and where these rows begin."""
+
+    table: RotationTable
+    families: tuple[int, ...]
+    stacks: tuple[Stack, ...]
+    begins: tuple[int, ...]
+    keep: Keep
+
+    def rotated(self, y: Tensor, slots: Tensor, is_fresh: bool) -> Tensor:
+        """Each row of y by the row of the table that `slots` names; differentiable in y and the table."""
+        if not torch.is_grad_enabled() or not takes_kernels(y, self.table):
+            return rotate_rows(y, self.table, slots, keep=self.keep)
+        into_y = is_fresh and self.keep is Keep.OUTPUT and not y._is_view()
+        step = RotationStep(self.table, slots, self.keep)
+        return _Rotated.apply(y, self.table.direct, self.table.cross, step, into_y)
+
+    def gradients_into(self, stack: Stack, index: int) -> Tensor:
+        """Write the gradients of layer `index` of `stack`; the squares of their norms ``[S]``."""
+        gradients, parameters = stack.gradients[index], stack.parameters[index]
+        place = next(place for place, one in enumerate(self.stacks) if one is stack)
+        rows = slice(self.begins[place], self.begins[place] + parameters.shape[1])
+        direct, cross = self.table.direct.grad, self.table.cross.grad
+        if direct is None or cross is None:  # the forward did not come by this layer
+            gradients.zero_()
+            return gradients.new_zeros(parameters.shape[1])
+        theta, alpha = parameters
+        of_both = parameter_gradients(direct[rows], cross[rows], theta, alpha, stack.variant, stack.group_size)
+        torch.stack(of_both, out=gradients)
+        return gradients.square().sum(dim=(0, 2))
+
+
+def _layer_table(parts: Sequence[tuple[int, Stack, int]], keep: Keep | None) -> _LayerTable:
+    families, stacks = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
+    rotations = [
+        from_parameters(s.parameters[index, 0], s.parameters[index, 1], s.variant, s.group_size)
+        for _, s, index in parts
+    ]
+    counts = [stack.parameters.shape[2] for stack in stacks]
+    begins = tuple(sum(counts[:place]) for place in range(len(counts)))
+    table = RotationTable(
+        _leaf([rotation.direct for rotation in rotations]),
+        _leaf([rotation.cross for rotation in rotations]),
+        _group_sizes(stacks, counts),
+    )
+    alike = all(stack.variant is Variant.ROAD_1 for stack in stacks)
+    return _LayerTable(table, families, stacks, begins, keep or (Keep.OUTPUT if alike else Keep.INPUT))
+
+
+def _leaf(parts: list[Tensor]) -> Tensor:
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return whole.detach().requires_grad_()
+
+
+def _group_sizes(stacks: Sequence[Stack], counts: Sequence[int]) -> int | Tensor:
+    sizes = [stack.group_size for stack in stacks]
+    if len(set(sizes)) == 1:
+        return sizes[0]
+    each = [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)]
+    return torch.tensor(each, dtype=torch.int32, device=stacks[0].parameters.device)
+
+
+class _Rotated(torch.autograd.Function):
+    """A rotation by a table, in place of a y that nobody else holds where the output is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, direct: Tensor, cross: Tensor, step: RotationStep, into_y: bool) -> Tensor:
+        ctx.step, ctx.keep_output = step, step.keep_output
+        z = step.forward(y, into_y=into_y)
+        if into_y:
+            ctx.mark_dirty(y)
+        ctx.save_for_backward(z if step.keep_output else y)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,) = saved_tensors(ctx)
+        return *ctx.step.backward(grad, kept, want_y=ctx.needs_input_grad[0]), None, None
+
+
+def _gives_fresh_memory(module: nn.Module) -> bool:
+    """Whether nobody but the hook holds the layer's output."""
+    return type(module) is nn.Linear and len(module._forward_hooks) == 1 and type(module.weight.data) is Tensor

@@ -1,0 +1,72 @@
+"""The data of a job: its examples, and which of them each of its steps sees.
+
+The order depends on the job's seed alone: pass e over N examples is a permutation drawn with (seed, e), and step s takes
+the next `batch_size` examples of this endless row. So a step can be found again from its number, and nobody's neighbours
+matter.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from roadie.training.encoding import Example, encode, fingerprint, split
+from roadie.training.many.job import Job
+from roadie.training.text import read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class JobData:
+    """Examples to learn from and held-out ones (maybe none)."""
+
+    train: list[Example]
+    held_out: list[Example]
+    batch_size: int
+    seed: int
+    _order: dict[int, list[int]] = field(default_factory=dict)
+
+    def rows(self, step: int) -> list[Example]:
+        """The examples of the step number `step`, from 0."""
+        first = step * self.batch_size
+        return [self.train[self._place(index)] for index in range(first, first + self.batch_size)]
+
+    def _place(self, index: int) -> int:
+        epoch, place = divmod(index, len(self.train))
+        if epoch not in self._order:
+            order = list(range(len(self.train)))
+            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            self._order = {number: kept for number, kept in self._order.items() if number == epoch - 1}
+            self._order[epoch] = order
+        return self._order[epoch][place]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal examples in the same order."""
+        return fingerprint([*self.train, *self.held_out]) + f":{len(self.held_out)}"
+
+
+def load_data(job: Job, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> JobData:
+    """Read and encode the data of `job`; raises `DataError`, naming file and line, where they cannot be used."""
+    recipe = job.recipe
+    max_length = min(recipe.max_length, context_length or recipe.max_length)
+    examples = encode(read(_sources(job.data)), tokenizer, max_length)
+    if job.eval_data is None:
+        train, held_out = split(examples, recipe.eval_share, recipe.seed)
+    else:
+        train, held_out = examples, encode(read(_sources(job.eval_data)), tokenizer, max_length)
+    return JobData(train, held_out, recipe.batch_size, recipe.seed)
+
+
+def _sources(sources: Any) -> list[str]:
+    return [str(source) for source in sources]
+
+
+def steps_of(job: Job, data: JobData) -> int:
+    """Optimizer steps of a job: as its recipe says, or its epochs over the data."""
+    recipe = job.recipe
+    return recipe.max_steps or math.ceil(recipe.epochs * len(data.train) / recipe.batch_size)

@@ -1,0 +1,111 @@
+"""AdamW for many adapters is torch's AdamW for each, and the schedules are transformers'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from roadie.bank.families import AdaptedLayer, Family
+from roadie.rotation import Variant
+from roadie.training.many import optimiser
+from roadie.training.many.optimiser import Rates
+from roadie.training.many.schedule import learning_rate
+from roadie.training.recipe import Recipe
+
+LAYERS = [
+    AdaptedLayer("a", 16, Variant.ROAD_1, 8),
+    AdaptedLayer("b", 32, Variant.ROAD_1, 8),
+    AdaptedLayer("c", 16, Variant.ROAD_1, 8),
+]
+SETTINGS = [
+    {"lr": 3e-3, "weight_decay": 0.0, "clip": 1.0, "begins": 0},
+    {"lr": 1e-1, "weight_decay": 0.3, "clip": 0.0, "begins": 0},
+    {"lr": 1e-2, "weight_decay": 0.01, "clip": 0.2, "begins": 3},
+]
+STEPS = 12
+
+
+def family() -> Family:
+    made = Family(LAYERS, torch.device("cpu"))
+    for name in "xyz":
+        made.add(name)
+    return made
+
+
+def own_copies(made: Family) -> list[list[torch.nn.Parameter]]:
+    return [[torch.nn.Parameter(tensor.double()) for tensor in made.row(name)] for name in made.names]
+
+
+def test_each_adapter_moves_as_with_torch_alone():
+    made = family()
+    copies = own_copies(made)
+    optimisers = [
+        torch.optim.AdamW(copy, lr=one["lr"], weight_decay=one["weight_decay"])
+        for copy, one in zip(copies, SETTINGS, strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        for stack in made.stacks:
+            stack.gradients.normal_(generator=generator)
+        given = [[stack.gradients[:, :, slot].double() for stack in made.stacks] for slot in range(3)]
+        squares = sum(stack.gradients.square().sum(dim=(0, 1, 3)) for stack in made.stacks)
+        rates = [Rates(s["lr"] * (step >= s["begins"]), step + 1, s["weight_decay"], s["clip"]) for s in SETTINGS]
+        optimiser.step(made, rates, squares)
+        for copy, gradients, rule, one in zip(copies, given, optimisers, SETTINGS, strict=True):
+            for parameter, gradient in zip(copy, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            if one["clip"]:
+                torch.nn.utils.clip_grad_norm_(copy, one["clip"])
+            rule.param_groups[0]["lr"] = one["lr"] * (step >= one["begins"])
+            rule.step()
+    for name, copy in zip(made.names, copies, strict=True):
+        for found, expected in zip(made.row(name), copy, strict=True):
+            assert found.dtype == torch.float32
+            # float32 against float64: each of STEPS steps rounds a few times
+            assert torch.allclose(found.double(), expected.detach(), rtol=0, atol=STEPS * 8 * 2**-24)
+            assert not torch.equal(found[:, 0], torch.zeros_like(found[:, 0]))
+
+
+def test_one_adapter_that_is_not_finite_stays_alone():
+    alone, together = family(), family()
+    for made in (alone, together):
+        for stack in made.stacks:
+            stack.gradients.fill_(0.5)
+    for stack in together.stacks:
+        stack.gradients[:, :, 1] = float("nan")
+    for made in (alone, together):
+        squares = sum(stack.gradients.square().sum(dim=(0, 1, 3)) for stack in made.stacks)
+        optimiser.step(made, [Rates(0.1, 1, 0.1, 1.0)] * 3, squares)
+    for name in "xz":
+        assert all(map(torch.equal, alone.row(name), together.row(name)))
+    assert all(tensor.isnan().all() for tensor in together.row("y"))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("ratio", "steps"), [(0.1, 40), (0.0, 7), (0.99, 5), (0.1, 1)])
+def test_the_learning_rate_is_that_of_transformers(schedule, ratio, steps):
+    recipe = Recipe(schedule=schedule, warmup_ratio=ratio, learning_rate=0.02)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    rule = torch.optim.AdamW([parameter], lr=0.02)
+    warmup = min(-(-int(ratio * steps * 1000) // 1000), steps - 1)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = get_scheduler(name, rule, num_warmup_steps=warmup, num_training_steps=steps)
+    for step in range(steps):
+        assert learning_rate(recipe, step, steps) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        rule.step()
+        theirs.step()
+
+
+def test_leaving_and_joining_keep_the_others():
+    made = family()
+    for stack in made.stacks:
+        for tensor in stack.tensors.values():
+            tensor.normal_()
+    before = {name: made.row(name) for name in "xz"}
+    made.keep(["x", "z"])
+    made.add("new")
+    assert made.names == ["x", "z", "new"]
+    assert all(map(torch.equal, before["z"], made.row("z")))
+    assert all(row[:, 0].eq(0).all() and row[:, 1].eq(1).all() for row in made.row("new"))
+    assert all(stack.exp_avg[:, :, 2].eq(0).all() for stack in made.stacks)
