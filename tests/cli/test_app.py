@@ -17,7 +17,7 @@ from roadie.cli import app as app_module
 from roadie.cli.app import app
 from roadie.errors import CheckpointError
 
-VERBS = ("demo", "generate", "info", "merge", "train")
+VERBS = ("demo", "generate", "info", "merge", "train", "train-many")
 HEAVY = ("torch", "transformers", "peft", "numpy", "rich", "safetensors", "huggingface_hub", "datasets", "roadie.tuner")
 
 
@@ -80,7 +80,7 @@ def examples_of(verb):
     return [line.strip() for line in text.splitlines() if line.strip().startswith("roadie ")]
 
 
-@pytest.mark.parametrize("verb", ["roadie", "generate", "info", "merge", "train"])
+@pytest.mark.parametrize("verb", ["roadie", "generate", "info", "merge", "train", "train-many"])
 def test_the_examples_of_the_help_are_valid(verb):
     examples = examples_of(verb)
     assert len(examples) >= 2

@@ -14,6 +14,7 @@ from roadie.cli.generate import generate
 from roadie.cli.info import info
 from roadie.cli.merge import merge
 from roadie.cli.train import train
+from roadie.cli.train_many import train_many
 from roadie.errors import RoadieError
 
 FAILED = 2
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.command(short_help="Train three adapters, merge them, mix them in one batch; takes a minute.")(demo)
 app.command(short_help="Fine-tune an adapter on texts, with the recipe of the paper.")(train)
+app.command(short_help="Train many adapters of one base model at once.")(train_many)
 app.command(short_help="Continue prompts in one batch, each with its own adapter.")(generate)
 app.command(short_help="Write a whole model with adapters merged into it.")(merge)
 app.command(short_help="Show what is in an adapter file.")(info)
