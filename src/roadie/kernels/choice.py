@@ -28,6 +28,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 _asked_for: ContextVar[str | None] = ContextVar("roadie_kernel", default=None)
+asked_for = (
+    _asked_for.get
+)  # the implementation that `using` asks for here, if any; no function of Python's: see `cpu.prepared`
 
 
 @contextmanager
@@ -44,11 +47,6 @@ def using(name: str) -> Iterator[None]:
         yield
     finally:
         _asked_for.reset(token)
-
-
-def asked_for() -> str | None:
-    """The implementation that `using` asks for here, if any."""
-    return _asked_for.get()
 
 
 def chosen(device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype) -> Implementation:

@@ -129,12 +129,9 @@ class RoadLayer(BaseTunerLayer):
     def _rotated(self, y: Tensor) -> Tensor:
         """The base layer's output, each row rotated by the adapter that is in force for it."""
         is_fresh = gives_fresh_memory(self.base_layer)
-        if not torch.compiler.is_compiling():
-            if is_fresh and self._is_rotated_as_before(y):
-                return y
-            slot = self._trained_slot()
-            if slot is not None:
-                return self._trained(y, slot, is_fresh)
+        slot = self._trained_slot()
+        if slot is not None:
+            return self._trained(y, slot, is_fresh)
         if self._routing.slots is not None:
             names = self._routing.names
             table = self._table(names, self._routing.batch)
@@ -154,13 +151,6 @@ class RoadLayer(BaseTunerLayer):
             return z
         keep = self.kept_for_backward.of({self.variant[name] for name in names if name in self.variant})
         return rotate_rows(y, table, slots, keep=keep)
-
-    def _is_rotated_as_before(self, y: Tensor) -> bool:
-        """Whether nothing has changed since the last rotation in place, and y was rotated so; y is untouched if not."""
-        last = self._tables.last
-        if last is None or torch.is_grad_enabled():
-            return False
-        return last.is_in_force(self) and last.prepared.rotate_(y)
 
     def _remember(self, y: Tensor, table: RotationTable, slots: Tensor | None, names: tuple[str, ...]) -> None:
         """Get ready to rotate in the same way the next time, where all that the table was made from can be watched."""
@@ -200,7 +190,7 @@ class RoadLayer(BaseTunerLayer):
 
     def _trained_slot(self) -> SlotParameters | None:
         """The one active adapter of a plain batch, where it is being trained."""
-        if not torch.is_grad_enabled() or self._routing.slots is not None:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or self._routing.slots is not None:
             return None
         entry, active = self._tables.trained, self._active_adapter
         if entry is not None and active in (entry.name, [entry.name]) and entry.is_of(self):
@@ -258,6 +248,12 @@ class Linear(nn.Module, RoadLayer):
         x: ``[..., in]``; adapter_names: one adapter name for each row of x (usually given to the model, not here).
         Raises `RoutingError` where rows are routed and adapters are merged, or the numbers of rows differ.
         """
+        if not torch.compiler.is_compiling():
+            last = self._tables.last
+            if last is not None and adapter_names is None and not args and not kwargs:
+                y = last.forward(self, x)
+                if y is not None:
+                    return y
         if adapter_names is not None:
             with adapter_rows(self, adapter_names, 1):
                 return self.forward(x, *args, **kwargs)

@@ -52,7 +52,7 @@ def gives_fresh_memory(layer: nn.Module) -> bool:
         and not layer._forward_hooks
         and "forward" not in layer.__dict__  # accelerate's hooks stand there
         and not nn.modules.module._global_forward_hooks
-        and type(layer.weight.data) is Tensor  # a subclass decides itself what it returns
+        and _is_plain(layer._parameters.get("weight"))
     )
 
 
@@ -60,3 +60,8 @@ def _is_of_a_known_kind(kind: type[nn.Module]) -> bool:
     if kind in (nn.Linear, Conv1D):
         return True
     return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def _is_plain(weight: Tensor | None) -> bool:
+    """Whether a weight is no tensor subclass, which decides itself what it returns; bitsandbytes' are known."""
+    return type(weight) is nn.Parameter or (weight is not None and type(weight.data) is Tensor)

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from roadie.kernels import choice
+from roadie.kernels.choice import asked_for
 from roadie.kernels.contract import RowRotations
 from roadie.kernels.cpu import BYTES_A_THREAD, JOB, TYPES, CpuImplementation, loaded, threads_for
+
+# Looked up once: what they are asked for is whether anything in torch wants to see what is done.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
 
 
 class PreparedRotation:
@@ -22,7 +28,7 @@ class PreparedRotation:
     """
 
     __slots__ = (
-        *("_content", "_dtype", "_function", "_head", "_routed", "_routed_shape", "_tail", "_turns"),
+        *("_content", "_dtype", "_function", "_head", "_routed", "_routed_shape", "_tail", "_then", "_turns"),
         *("_watched", "_watched_bytes", "_width"),
     )
 
@@ -39,6 +45,7 @@ class PreparedRotation:
         self._watched = watched
         self._content = tuple(tensor.detach().clone() for tensor in watched or ())
         self._watched_bytes = self._content[0].nbytes if watched else 0
+        self._then = tuple(content.data_ptr() for content in self._content)
         self._function = loaded().rotate
         self._routed = slots.numel() if slots is not None else 1
         pointers = [
@@ -51,36 +58,31 @@ class PreparedRotation:
 
     def rotate_(self, y: Tensor) -> bool:
         """R y in place, y ``[..., D]`` contiguous, in the dtype that was prepared for; whether it was done."""
+        width, routed = self._width, self._routed
         if (
             type(y) is not Tensor
             or y.dtype is not self._dtype
-            or y.shape[-1] != self._width
-            or y.shape[: len(self._routed_shape)] != self._routed_shape
+            or y.shape[-1] != width
             or not y.is_contiguous()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch._C._get_tracing_state() is not None
-            or torch.autograd.forward_ad._current_level >= 0
-            or choice.asked_for() is not None
+            or (self._routed_shape and y.shape[: len(self._routed_shape)] != self._routed_shape)
+            or _dispatch_modes()
+            or _transforms() is not None
+            or _tracing() is not None
+            or forward_ad._current_level >= 0
+            or asked_for() is not None
         ):
             return False
-        width, address = self._width, y.data_ptr()
-        rows = y.numel() // width // self._routed if self._routed else 0
-        if not rows:
+        rows, address = y.numel() // width, y.data_ptr()
+        if not rows or not routed:
             return False
         nbytes = 2 * y.nbytes
         threads = 1 if nbytes < 2 * BYTES_A_THREAD else threads_for(nbytes)
-        sizes = (self._watched_bytes, rows * self._routed, width, width, 0, width, rows)
-        return not self._function(
-            JOB.pack(address, 0, address, *self._head, *self._state(), *sizes, *self._tail, threads)
-        )
-
-    def _state(self) -> tuple[int, int, int, int]:
-        """Where the watched tensors are now (their memory may have been replaced), and where what they held is."""
-        if self._watched is None:
-            return 0, 0, 0, 0
-        (first, second), (first_then, second_then) = self._watched, self._content
-        return first.data_ptr(), second.data_ptr(), first_then.data_ptr(), second_then.data_ptr()
+        now: tuple[int, ...] = (0, 0)
+        then: tuple[int, ...] = (0, 0)
+        if self._watched is not None:  # the memory of the watched tensors may have been replaced
+            now, then = (self._watched[0].data_ptr(), self._watched[1].data_ptr()), self._then
+        sizes = (self._watched_bytes, rows, width, width, 0, width, rows // routed)
+        return not self._function(JOB.pack(address, 0, address, *self._head, *now, *then, *sizes, *self._tail, threads))
 
 
 def prepare(
