@@ -179,12 +179,20 @@ def _check_logarithm(rotation: Rotation, det: Tensor, spectrum: _Spectrum) -> No
     if not bool(without.any()):
         return
     pair, outputs = _first_pair(without, rotation.group_size)
-    reason = "two negative eigenvalues" if bool(det[pair] > rounding[pair]) else "singular or mirrored"
+    reason = _reason(float(det[pair]), float(rounding[pair]))
     raise AdapterError(
         f"got a block without a real logarithm ({outputs}: {reason}, determinant {float(det[pair]):g}); wanted a positive "
         "determinant and no negative eigenvalues, which blends and powers that are no integers need; use an integer weight of "
         "this adapter alone, or train it as road_1"
     )
+
+
+def _reason(det: float, rounding: float) -> str:
+    if not math.isfinite(det):
+        return "too large"
+    if det > rounding:
+        return "two negative eigenvalues"
+    return "mirrored" if det < -rounding else "singular"
 
 
 def _check_finite(rotation: Rotation, what: str, advice: str) -> None:
