@@ -26,7 +26,8 @@ All arithmetic is in float64. Legend: D out features, P = D/2 pairs; tensors are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,21 +57,27 @@ def power(rotation: Rotation, exponent: float) -> Rotation:
     return result
 
 
-def blend(rotations: Sequence[Rotation], weights: Sequence[float]) -> Rotation:
+def blend(rotations: Sequence[Rotation], weights: Sequence[float], *, names: Sequence[str] = ()) -> Rotation:
     """``exp(sum of w_k log R_k)`` a pair, in float64; see the module for what it reduces to.
 
-    rotations: one or more, of one D and group size; weights: as many finite numbers. Rotations of weight 0 are ignored.
+    rotations: one or more, of one D and group size; weights: as many finite numbers; names: what errors call the rotations.
+    Rotations of weight 0 are ignored.
     Raises `ConfigError` for different group sizes, `AdapterError` as `power` does, and where the numbers do not match.
     """
     _check_blend(rotations, weights)
+    names = names or [f"rotation {index} of {len(rotations)}" for index in range(len(rotations))]
     parts = [(index, weight) for index, weight in enumerate(weights) if weight != 0]
     if not parts:
         return _identity_like(rotations[0])
     if len(parts) == 1:
         index, weight = parts[0]
-        return power(rotations[index], weight)
-    total = _sum([_scaled(_logarithm_of(rotations, index), weight) for index, weight in parts])
-    result = _exponential(total)
+        with _about(names[index]):
+            return power(rotations[index], weight)
+    generators = []
+    for index, weight in parts:
+        with _about(names[index]):
+            generators.append(_scaled(logarithm(rotations[index]), weight))
+    result = _exponential(_sum(generators))
     _check_finite(result, f"the blend of a block with weights {list(weights)}", "use smaller weights")
     return result
 
@@ -146,11 +153,13 @@ def _integer_power(rotation: Rotation, exponent: int) -> Rotation:
     return result
 
 
-def _logarithm_of(rotations: Sequence[Rotation], index: int) -> Rotation:
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Errors inside say which rotation they are about."""
     try:
-        return logarithm(rotations[index])
+        yield
     except AdapterError as error:
-        raise AdapterError(f"rotation {index} of {len(rotations)} in a blend: {error}") from None
+        raise AdapterError(f"{name}: {error}") from None
 
 
 def _check_blend(rotations: Sequence[Rotation], weights: Sequence[float]) -> None:

@@ -232,8 +232,10 @@ def test_blocks_without_logarithm_are_refused_with_their_outputs(name: str) -> N
     says = rf"got .*outputs 4 and 6.*{reason}" if "finite" not in reason else r"not finite \(outputs 4 and 6\)"
     with pytest.raises(AdapterError, match=says):
         power(Rotation(direct, cross, 4), 0.5)
-    with pytest.raises(AdapterError, match=rf"rotation 1 of 2 in a blend: .*{reason}"):
+    with pytest.raises(AdapterError, match=rf"^rotation 1 of 2: got .*{reason}"):
         blend([good, bad], [0.5, 1.0])
+    with pytest.raises(AdapterError, match=rf"^terse: got .*{reason}"):
+        blend([good, bad], [0.0, 0.5], names=["legal", "terse"])
     assert torch.equal(blend([good, bad], [1.0, 0.0]).direct, good.direct)
 
 

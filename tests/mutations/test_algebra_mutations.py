@@ -147,8 +147,8 @@ MISTAKES: dict[str, tuple[str, str, Callable[[], None]]] = {
     ),
     "integers: by the logarithm": ("if float(exponent).is_integer():", "if False:", exact),
     "blend: weights forgotten": (
-        "_scaled(_logarithm_of(rotations, index), weight)",
-        "_logarithm_of(rotations, index)",
+        "_scaled(logarithm(rotations[index]), weight)",
+        "logarithm(rotations[index])",
         blends,
     ),
     "blend: one forgotten": ("in generators[1:]", "in generators[2:]", blends),
