@@ -37,7 +37,7 @@ from roadie.rotation import Rotation, check_group_size
 class AdapterBank:
     """Adapters in numbered slots, for one model whose rows choose among them; see the module.
 
-    model: any module with linear layers; its paths are those of the adapters. slots: how many adapters (and blends) fit at once.
+    model: any module with linear layers, whose paths are those of the adapters; kept as `model`. slots: how many adapters (and blends) fit at once.
     dtype: of the tables: float32, or the model's activation dtype for half the memory, at one rounding of direct and cross
     (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element). wait_s: how long `replace` and
     `admit` wait for a slot that is being read.
@@ -50,7 +50,7 @@ class AdapterBank:
     ) -> None:
         if slots < 1 or not dtype.is_floating_point:
             raise ConfigError(f"got slots={slots}, dtype={dtype}; wanted at least one slot and a floating-point dtype")
-        self._model, self._modules = model, linear_layers(model)
+        self.model, self._modules = model, linear_layers(model)
         if not self._modules:
             raise ConfigError(f"got a {type(model).__name__} without linear layers; wanted a model that RoAd can adapt")
         self._dtype, self._wait_s = dtype, wait_s
@@ -193,7 +193,7 @@ class AdapterBank:
     def close(self) -> None:
         """Take the bank off the model, which is then what it was."""
         with self._lock:
-            stop_serving(self._model)
+            stop_serving(self.model)
             for attachment in self._attached.values():
                 attachment.remove()
             self._attached.clear()
