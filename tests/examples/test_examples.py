@@ -74,6 +74,18 @@ def test_merge(run, capsys):
     assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.float32
 
 
+def test_many_adapters(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["example", "4", "6"])
+    names = run("many_adapters.py")
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("4 adapters, 6 steps, ")
+    assert [row.split()[0] for row in rows] == [job["name"] for job in names["jobs"]]
+    for job in names["result"].jobs:
+        adapter = checkpoint.load(job.output)
+        assert adapter.num_parameters == 10_752
+        assert all(layer.theta.any() for layer in adapter.layers.values())
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_has_fifteen_lines_and_says_what_it_is(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
