@@ -57,12 +57,12 @@ class Family:
         self.names: list[str] = []
         self.stacks = [_empty_stack(alike, device) for alike in _by_shape(layers)]
 
-    def add(self, name: str) -> None:
-        """Append the adapter `name`, as the identity, with moments of zero."""
-        self.names.append(name)
-        self.stacks = [_mapped(stack, _appended) for stack in self.stacks]
+    def add(self, names: Sequence[str]) -> None:
+        """Append adapters, as the identity, with moments of zero."""
+        self.names.extend(names)
+        self.stacks = [_mapped(stack, lambda tensor: _appended(tensor, len(names))) for stack in self.stacks]
         for stack in self.stacks:
-            stack.parameters[:, 1, -1] = 1.0
+            stack.parameters[:, 1, -len(names) :] = 1.0
 
     def keep(self, names: Sequence[str]) -> None:
         """Leave only the adapters `names`, in the order they have."""
@@ -114,8 +114,8 @@ def _with(stack: Stack, tensors: Mapping[str, Tensor]) -> Stack:
     return Stack(stack.paths, stack.out_features, stack.variant, stack.group_size, **tensors, gradients=gradients)
 
 
-def _appended(tensor: Tensor) -> Tensor:
-    return torch.cat((tensor, tensor.new_zeros((*tensor.shape[:2], 1, tensor.shape[3]))), dim=2)
+def _appended(tensor: Tensor, count: int) -> Tensor:
+    return torch.cat((tensor, tensor.new_zeros((*tensor.shape[:2], count, tensor.shape[3]))), dim=2)
 
 
 def _loaded(stack: Stack, saved: Mapping[str, Tensor], count: int) -> Stack:

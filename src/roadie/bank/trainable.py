@@ -55,9 +55,13 @@ class TrainableBank:
                 return family
         raise RoutingError(f"got adapter {name!r}; wanted one of {', '.join(self.names) or 'none: the bank is empty'}")
 
-    def join(self, name: str, layers: Sequence[AdaptedLayer]) -> None:
-        """Add an adapter of these layers, as the identity."""
-        self._family(layers).add(name)
+    def join(self, newcomers: Mapping[str, Sequence[AdaptedLayer]]) -> None:
+        """Add adapters of these layers, as the identity; all of a family at once, since its stacks are copied."""
+        families: dict[tuple[AdaptedLayer, ...], list[str]] = {}
+        for name, layers in newcomers.items():
+            families.setdefault(tuple(layers), []).append(name)
+        for layers, names in families.items():
+            self._family(layers).add(names)
         self._tables.clear()
 
     def load(

@@ -28,8 +28,8 @@ STEPS = 12
 
 def family() -> Family:
     made = Family(LAYERS, torch.device("cpu"))
-    for name in "xyz":
-        made.add(name)
+    made.add("xy")
+    made.add("z")
     return made
 
 
@@ -104,7 +104,7 @@ def test_leaving_and_joining_keep_the_others():
             tensor.normal_()
     before = {name: made.row(name) for name in "xz"}
     made.keep(["x", "z"])
-    made.add("new")
+    made.add(["new"])
     assert made.names == ["x", "z", "new"]
     assert all(map(torch.equal, before["z"], made.row("z")))
     assert all(row[:, 0].eq(0).all() and row[:, 1].eq(1).all() for row in made.row("new"))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,24 @@ def test_logs_hold_each_step_once(some_jobs, tiny_path):
     lines = [json.loads(line) for line in (resumed.work / "logs" / "job0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert lines[-1] == {"step": 8, "finished": jobs[0]["output"]}
+
+
+def test_tensorboard_is_told_where_it_is_installed(some_jobs, tiny_path, monkeypatch):
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            told.append(folder)
+
+        def add_scalar(self, *arguments):
+            told.append(arguments)
+
+        def close(self):
+            told.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    result = train_many(some_jobs(1), model=str(tiny_path))
+    assert (told[0], told[-1]) == (str(result.work / "tensorboard"), "closed")
+    scalars = [entry for entry in told[1:-1] if entry[0] == "loss/job0"]
+    assert [step for _, _, step in scalars] == list(range(1, 9))
+    assert [loss for _, loss, _ in scalars] == losses(result, "job0")

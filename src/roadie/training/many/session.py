@@ -90,9 +90,12 @@ class Session:
         joined = []
         while self._waiting and len(self.active) < room:
             job = ActiveJob(self._waiting.popleft())
-            self.bank.join(job.name, job.prepared.layers)
             self.active[job.name] = job
             joined.append(job)
+        if not joined:
+            return
+        self.bank.join({job.name: job.prepared.layers for job in joined})
+        for job in joined:
             self._tell("on_join", job.name, 0)
         self._evaluate(job for job in joined if job.is_due_for_evaluation)
 
