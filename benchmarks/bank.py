@@ -59,7 +59,8 @@ def layer(budget_s: float = 4.0) -> list[dict[str, Any]]:
     entries = []
     for name, dtype in DTYPES.items():
         base = nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype).requires_grad_(False)
-        table, slots = random_table(RESIDENT), spread_slots(RESIDENT)
+        slots = spread_slots(RESIDENT)
+        tables = {"roadie": random_table(RESIDENT, dtype), "roadie, float32 tables": random_table(RESIDENT)}
         rivals = {kind: _peft_layer(kind, base, slots) for kind in ("PEFT RoAd", "PEFT LoRA r=8")}
         for tokens in (1, 128):
             x = torch.randn(ROWS, tokens, WIDTH, dtype=dtype)
@@ -67,7 +68,7 @@ def layer(budget_s: float = 4.0) -> list[dict[str, Any]]:
                 y = base(x)
                 runs: dict[str, Run] = {
                     "base layer": partial(base, x),
-                    "roadie": partial(rotate_rows_, y, table, slots),
+                    **{kind: partial(rotate_rows_, y, table, slots) for kind, table in tables.items()},
                     **{kind: partial(rival, x) for kind, rival in rivals.items()},
                 }
                 few = tokens == 128

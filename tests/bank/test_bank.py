@@ -241,6 +241,46 @@ def test_generation_with_left_padding_cache_and_beams(settings: dict[str, int]) 
             assert torch.equal(llama.generate(prompts, **arguments), wanted)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_runs_again_with_the_rows_it_had(reentrant: bool) -> None:
+    peft = randomise(roadie.get_peft_model(tiny_llama(), roadie.RoadConfig(target_modules="all-linear", group_size=16)))
+    embeddings = torch.randn(2, 5, 64)
+    gradients = []
+    for checkpointing in (False, True):
+        llama = tiny_llama().train().requires_grad_(False)
+        if checkpointing:
+            llama.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        x = embeddings.clone().requires_grad_()
+        with AdapterBank(llama, slots=2) as bank:
+            bank.admit("a", (peft, "default"))
+            with bank.rows(["a", None]):
+                loss = llama(inputs_embeds=x).logits.sin().sum()
+            loss.backward()  # when the block is over
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("names", [["default", None], [None, "default"]], ids=str)
+def test_an_encoder_decoder_model(names: list[str | None]) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return T5ForConditionalGeneration(config).eval()
+
+    peft = randomise(roadie.get_peft_model(model(), roadie.RoadConfig(target_modules=["q", "v", "wo"], group_size=16)))
+    tokens = torch.arange(2 * 6).reshape(2, 6) + 2
+    arguments = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    wanted = peft.generate(input_ids=tokens, adapter_names=[name or "__base__" for name in names], **arguments)
+    plain = model()
+    with AdapterBank(plain, slots=2) as bank:
+        bank.admit("default", (peft, "default"))
+        with bank.rows(names, expansion=2):
+            assert torch.equal(plain.generate(tokens, **arguments), wanted)
+
+
 def test_bytes_are_what_the_sizes_say() -> None:
     with AdapterBank(Net(), slots=9) as bank:
         bank.admit("a", adapter(0))

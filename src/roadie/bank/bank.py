@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from roadie import checkpoint
 from roadie.adapter import Adapter, check_adapter_name
 from roadie.bank.attachment import Attachment, linear_layers, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
+from roadie.bank.checkpointing import checkpoints_keep_rows
 from roadie.bank.live import live_adapter
 from roadie.bank.routing import BankRouting, Choice, check_slots
 from roadie.bank.servers import serve, stop_serving
@@ -37,7 +38,8 @@ from roadie.rotation import Rotation, check_group_size
 class AdapterBank:
     """Adapters in numbered slots, for one model whose rows choose among them; see the module.
 
-    model: any module with linear layers, whose paths are those of the adapters; kept as `model`. slots: how many adapters (and blends) fit at once.
+    model: any module with linear layers, whose paths are those of the adapters; kept as `model`. slots: how many adapters (and
+    blends) fit at once.
     dtype: of the tables: float32, or the model's activation dtype for half the memory, at one rounding of direct and cross
     (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element). wait_s: how long `replace` and
     `admit` wait for a slot that is being read.
@@ -187,7 +189,11 @@ class AdapterBank:
             slots = self.slots(slots)
         check_slots(slots, self._book.num_slots)
         # Layers remember their last choice; the leases hang on the tensor that was given, and end with it.
-        with self._routing.in_force(Choice(slots.clone(), expansion)):
+        choice = Choice(slots.clone(), expansion)
+        with ExitStack() as stack:
+            stack.enter_context(self._routing.in_force(choice))
+            if torch.is_grad_enabled():
+                stack.enter_context(checkpoints_keep_rows(self.model, lambda: self._routing.in_force(choice)))
             yield
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from roadie.bank.checkpointing import checkpoints_keep_rows
 from roadie.bank.servers import announce
 from roadie.errors import RoutingError
 
@@ -162,7 +163,8 @@ def _route(model: nn.Module, slots: Tensor, names: tuple[str, ...], expansion: i
         stack.enter_context(_in_force(routing, chosen))
         stack.enter_context(_saved_modules_by_row(model, routing))
         if torch.is_grad_enabled():
-            stack.enter_context(_checkpointed_functions_keep_rows(model, routing))
+            again = Routing(routing.slots, routing.names, routing.expansion, routing.batch)
+            stack.enter_context(checkpoints_keep_rows(model, lambda: _in_force(routing, again)))
         yield
 
 
@@ -185,34 +187,6 @@ def _in_force(routing: Routing, chosen: Routing) -> Iterator[None]:
         yield
     finally:
         routing.slots, routing.names, routing.expansion, routing.batch = before
-
-
-@contextmanager
-def _checkpointed_functions_keep_rows(model: nn.Module, routing: Routing) -> Iterator[None]:
-    """Activation checkpointing runs a block again in backward, when `rows` is over: give it back the rows it had."""
-    chosen = Routing(routing.slots, routing.names, routing.expansion, routing.batch)
-    replaced: list[tuple[nn.Module, Callable[..., Any]]] = []
-    for module in model.modules():
-        original = module.__dict__.get("_gradient_checkpointing_func")
-        if callable(original) and getattr(module, "gradient_checkpointing", False):
-            replaced.append((module, original))
-            module._gradient_checkpointing_func = _routed_checkpoint(original, routing, chosen)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module, original in replaced:
-            module._gradient_checkpointing_func = original  # type: ignore[assignment]
-
-
-def _routed_checkpoint(original: Callable[..., Any], routing: Routing, chosen: Routing) -> Callable[..., Any]:
-    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def routed(*inputs: Any, **named: Any) -> Any:
-            with _in_force(routing, chosen):
-                return function(*inputs, **named)
-
-        return original(routed, *args, **kwargs)
-
-    return checkpoint
 
 
 @contextmanager
