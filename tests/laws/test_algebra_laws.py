@@ -68,6 +68,23 @@ def test_a_power_is_that_of_dense_matrices(rotation: Rotation, exponent: float) 
     algebra_laws.check_power(rotation, exponent)
 
 
+@settings(max_examples=100)
+@given(
+    st.floats(0.2, 10),
+    st.floats(-3, 3),
+    st.sampled_from((1e-6, 0.01, 1.0, 30.0)),
+    st.sampled_from((-1, 0, 1)),
+    st.integers(-20, -2),
+)
+def test_nearly_equal_eigenvalues(middle: float, deviation: float, cross: float, sign: int, exponent: int) -> None:
+    """Where turns become shears and shears become stretches nothing jumps: eigenvalues t +- sqrt(d), d from -1e-2 to 1e-2."""
+    lower = (deviation**2 - sign * 10.0**exponent) / cross
+    rotation = one_block([[middle + deviation, -cross], [lower, middle - deviation]])
+    algebra_laws.check_logarithm(rotation)
+    algebra_laws.check_power(rotation, 0.7)
+    algebra_laws.check_exponents_add(rotation, 0.5, -1.25)
+
+
 @settings(max_examples=40)
 @given(one, eighths, eighths)
 def test_exponents_add(rotation: Rotation, first: float, second: float) -> None:
