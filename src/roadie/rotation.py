@@ -165,7 +165,7 @@ def parameter_gradients(
         grad_direct, grad_cross = (_sum_of_both(grad, group_size) for grad in (grad_direct, grad_cross))
     grad_alpha = torch.addcmul(grad_direct * cosine, grad_cross, sine)
     grad_angle = torch.addcmul(grad_cross * cosine, grad_direct, sine, value=-1)
-    return grad_angle.mul_(alpha), grad_alpha
+    return grad_angle * alpha, grad_alpha
 
 
 def _interleaved(direct: Tensor, cross: Tensor, group_size: int) -> Tensor:

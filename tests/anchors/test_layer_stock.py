@@ -93,6 +93,20 @@ def test_gradients_from_the_kept_output_are_off_by_its_rounding(group_size: int,
     assert_within(got[1], truth[1], step * (g1 * z1 + g2 * z2).sum(0) / alpha.detach().abs().double(), "alpha")
 
 
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
+def test_second_derivatives(variant: str) -> None:
+    """create_graph=True, as penalties on gradients and second-order optimizers use it."""
+    results = []
+    for model in pair(variant, 16, torch.float32, bias=True):
+        x, probe = batch(torch.float32)
+        x.requires_grad_()
+        wanted = [x, layer(model).road_theta["default"], layer(model).road_alpha["default"]]
+        first = torch.autograd.grad(((model(x) * probe) ** 3).sum(), wanted, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum((g**2).sum() for g in first), wanted)])
+    for got, rival in zip(*results, strict=True):
+        assert float((got - rival).norm()) <= 1e-5 * float(rival.norm())  # a few dozen roundings of float32
+
+
 def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs, and what outputs are multiplied with to make a loss that rotations change."""
     generator = torch.Generator().manual_seed(1)

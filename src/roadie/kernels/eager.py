@@ -31,6 +31,42 @@ def composed(
     return chosen.turned(x).to(x.dtype)
 
 
+def composed_gradients(
+    grad: Tensor,
+    kept: Tensor | None,
+    direct: Tensor,
+    cross: Tensor,
+    slots: Tensor | None,
+    sizes: Tensor | None,
+    group_size: int,
+    keep_output: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, direct and cross as tensor operations that can be differentiated again (create_graph=True)."""
+    turns = RowRotations(direct, cross, slots, 1, sizes, group_size)
+    chosen = _chosen(turns, slots, grad.dim() - 1)
+    grad_x = chosen.turned_back(grad).to(grad.dtype)
+    if kept is None:
+        return grad_x, None, None
+    wide = _wide(grad, direct)
+    g, value = grad.to(wide), kept.to(wide)
+    own, partner = (_of_slots(term, slots, direct) for term in (g * value, g * chosen.partners(value)))
+    size = group_size if sizes is None else sizes.unsqueeze(-1)
+    of_table = of_kept_output if keep_output else of_kept_input
+    grad_direct, grad_cross = of_table(own, partner, direct, cross, size)
+    return grad_x, grad_direct.to(direct.dtype), grad_cross.to(cross.dtype)
+
+
+def _of_slots(terms: Tensor, slots: Tensor | None, table: Tensor) -> Tensor:
+    """The sum of ``[..., D]`` over the rows of each slot: ``[S, D]``."""
+    width = terms.shape[-1]
+    totals = torch.zeros(table.shape, dtype=terms.dtype, device=terms.device)
+    if slots is None:
+        return torch.cat((terms.reshape(-1, width).sum(0, keepdim=True), totals[1:]))
+    of_rows = terms.reshape(slots.numel(), -1, width).sum(1)
+    used = slots.flatten() >= 0
+    return totals.index_put((slots.flatten()[used],), of_rows[used], accumulate=True)
+
+
 class EagerImplementation(Implementation):
     """Plain tensor operations; see the module."""
 

@@ -25,7 +25,7 @@ from torch.library import Library, register_autograd, register_fake
 from roadie.errors import InPlaceError, KernelError
 from roadie.kernels.choice import chosen
 from roadie.kernels.contract import RowRotations
-from roadie.kernels.eager import of_kept_input, of_kept_output
+from roadie.kernels.eager import composed_gradients, of_kept_input, of_kept_output
 
 # What is kept alive here stays registered.
 _library = Library("roadie", "DEF")
@@ -184,8 +184,6 @@ class EagerRotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `backward` of this module."""
-        if torch.is_grad_enabled():  # create_graph: the operation refuses the second derivative, on every path to it
-            return _gradients(ctx, grad)
         kept, direct, cross, slots, sizes = saved_tensors(ctx)
         table = direct, cross, slots, sizes, ctx.group_size
         return *gradients(grad, kept, *table, ctx.keep_output, ctx.needs_input_grad[0]), *(None,) * 4
@@ -202,8 +200,13 @@ def gradients(
     keep_output: bool,
     want_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x (None where not wanted) and of direct and cross (None where nothing was kept), without dispatcher."""
+    """Gradients of x (None where not wanted) and of direct and cross (None where nothing was kept), without dispatcher.
+
+    Where they are to be differentiated again (create_graph=True), by plain operations.
+    """
     table = direct, cross, slots, sizes, group_size
+    if torch.is_grad_enabled():
+        return composed_gradients(grad, kept, *table, keep_output)
     grad_x, own, partner = backward(grad, kept, *table, want_x)
     if kept is None:
         return grad_x if want_x else None, None, None
@@ -224,8 +227,8 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
 
 def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
     raise KernelError(
-        "got a second derivative (create_graph=True, and then backward through it); the kernels have first derivatives; "
-        "use roadie.rotation.rotate, which can be differentiated again"
+        "got a second derivative of the compiled operation; it has first derivatives; run the model in eager mode, where "
+        "second derivatives work"
     )
 
 

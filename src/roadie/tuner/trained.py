@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from roadie.kernels import Keep, RotationStep, RotationTable, saved_tensors
 from roadie.rotation import parameter_gradients
@@ -47,9 +46,8 @@ class _TrainedTable(torch.autograd.Function):
         return table.direct.detach(), table.cross.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_direct: Tensor, grad_cross: Tensor) -> tuple[Tensor | None, ...]:
-        slots, _ = ctx.slots, ctx.saved_tensors
+        slots, _ = ctx.slots, ctx.saved_tensors  # asking for them checks that they were not changed since
         gradients: list[tuple[Tensor, Tensor] | None] = [None] * len(slots)
         for (variant, group_size), indices in by_kind(slots).items():
             rows = slice(None) if len(indices) == len(slots) else torch.tensor(indices, device=grad_direct.device)
@@ -81,11 +79,14 @@ class _RotatedByOne(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, theta, alpha = saved_tensors(ctx)
-        grad_y, *of_table = ctx.step.backward(grad, kept, want_y=ctx.needs_input_grad[0])
-        of_theta, of_alpha = parameter_gradients(
-            of_table[0][0], of_table[1][0], theta, alpha, ctx.variant, ctx.group_size
-        )
+        step = ctx.step
+        if torch.is_grad_enabled():  # create_graph=True: the table must depend on the parameters
+            table = build_table([SlotParameters(theta, alpha, ctx.variant, ctx.group_size)], 0)
+            assert table is not None
+            step = RotationStep(table, None, Keep.OUTPUT if ctx.keep_output else Keep.INPUT)
+        grad_y, *of_table = step.backward(grad, kept, want_y=ctx.needs_input_grad[0])
+        direct, cross = (gradient[0] for gradient in of_table)
+        of_theta, of_alpha = parameter_gradients(direct, cross, theta, alpha, ctx.variant, ctx.group_size)
         return grad_y, of_theta.to(theta.dtype), of_alpha.to(alpha.dtype), None, None, None
