@@ -26,7 +26,8 @@ ASSIGNMENTS = 20
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     # A limit above the number of assignments: recompilations are counted, none is refused.
-    with torch._dynamo.config.patch(recompile_limit=10 * ASSIGNMENTS):
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    with torch._dynamo.config.patch({name: 10 * ASSIGNMENTS}):
         yield
     torch._dynamo.reset()
 

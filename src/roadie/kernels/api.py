@@ -156,6 +156,8 @@ def _table_of_one(rotation: Rotation) -> RotationTable:
 
 
 def _keep(keep: Keep | str) -> Keep:
+    if isinstance(keep, Keep):
+        return keep
     try:
         return Keep(keep)
     except ValueError:

@@ -30,9 +30,10 @@ class KeptForBackward(str, Enum):
 
     def of(self, variants: set[str]) -> Keep:
         """What is kept for a table of adapters of these variants."""
+        is_output = self is KeptForBackward.OUTPUT
         if self is KeptForBackward.AUTO:
-            return Keep.OUTPUT if variants <= {Variant.ROAD_1.value} else Keep.INPUT
-        return Keep(self.value)
+            is_output = variants <= {Variant.ROAD_1.value}
+        return Keep.OUTPUT if is_output else Keep.INPUT  # (torch 2.6 cannot compile a Keep made of a string)
 
 
 def one_rotation(table: RotationTable) -> RotationTable:
