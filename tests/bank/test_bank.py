@@ -456,5 +456,7 @@ def test_blends_that_do_not_exist_are_refused_with_layer_and_adapter() -> None:
             bank.slots([{"mirror": 1, "turn": 1}])
         with pytest.raises(ConfigError, match=r"group sizes \[2, 8\].*Layer: 'up'"):
             bank.slots([{"turn": 0.5, "wide": 0.5}])
+        with pytest.raises(AdapterError, match=r"400 turn, which torch.float32 cannot hold in layer 'up'"):
+            bank.slots([{"turn": 400}])
         assert int(bank.slots([{"mirror": 2}])) >= 0  # an integer needs no logarithm
         assert int(bank.slots([{"mirror": -1}])) >= 0

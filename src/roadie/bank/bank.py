@@ -332,10 +332,19 @@ class AdapterBank:
                 parts.append((name, weight, attachment.table.read(slot) if has_layer else None))
             rotation = blended(path, parts)
             if rotation is not None:
-                rotations[path] = rotation
+                rotations[path] = _in_range(rotation, self._dtype, path, wish)
         return rotations
 
     def _require(self, name: str) -> None:
         if name not in self._book:
             known = ", ".join(map(repr, list(self.names)[:8])) or "none"
             raise RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")
+
+
+def _in_range(rotation: Rotation, dtype: torch.dtype, path: str, wish: Blend) -> Rotation:
+    """The blend, if the tables' dtype can hold it; powers grow fast."""
+    held = torch.stack((rotation.direct, rotation.cross)).to(dtype)
+    if not bool(torch.isfinite(held).all()):
+        shown = " + ".join(f"{weight:g} {name}" for name, weight in wish.weights)
+        raise AdapterError(f"got blend {shown}, which {dtype} cannot hold in layer {path!r}; wanted smaller weights")
+    return rotation
