@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.versions import needs_a_compiler_of_whole_models
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -67,6 +68,7 @@ def _compile_inside(model: Any, counter: CompileCounter, way: str) -> Any:
     return model
 
 
+@needs_a_compiler_of_whole_models
 def test_twenty_lists_of_adapter_names_are_one_program_of_a_language_model(fault: Any) -> None:
     def check(implementation: Any) -> None:
         counter = CompileCounter()

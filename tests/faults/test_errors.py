@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "LayerNorm": (
         _of_kind(nn.LayerNorm(8)),
-        "Target module LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True) is",
+        f"Target module {nn.LayerNorm(8)} is",
     ),
     "a layer made of an Embedding": (
         lambda c: _direct(c, nn.Embedding(4, 8)),

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from tests.versions import needs_a_compiler_of_whole_models
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -177,6 +178,7 @@ def test_a_copy_in_the_middle_of_a_mixed_batch_is_a_plain_model(ours: Any) -> No
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("variant", VARIANTS)
+@needs_a_compiler_of_whole_models
 def test_compiles_to_one_full_graph(both: Any, variant: str, training: bool) -> None:
     def check(implementation: Any) -> None:
         torch._dynamo.reset()
@@ -190,6 +192,7 @@ def test_compiles_to_one_full_graph(both: Any, variant: str, training: bool) -> 
     both(check)
 
 
+@needs_a_compiler_of_whole_models
 def test_new_values_are_swapped_into_a_compiled_model_without_another_program(both: Any) -> None:
     def check(implementation: Any) -> None:
         torch._dynamo.reset()
@@ -210,6 +213,7 @@ def test_new_values_are_swapped_into_a_compiled_model_without_another_program(bo
 
 
 @pytest.mark.parametrize(("variant", "strict"), [("road_1", False), ("road_2", True), ("road_4", False)])
+@needs_a_compiler_of_whole_models
 def test_exports(both: Any, variant: str, strict: bool) -> None:
     def check(implementation: Any) -> None:
         model = _model(implementation, variant)

@@ -69,6 +69,8 @@ def _choice(device: torch.device, dtype: torch.dtype) -> KernelChoice:
 
 
 def _version(name: str) -> str | None:
+    if name == "torch":  # with the build, which tells a CPU from a CUDA one
+        return str(torch.__version__)
     try:
         return version(name)
     except PackageNotFoundError:
