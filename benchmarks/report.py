@@ -100,7 +100,7 @@ def _loss_table(record: Record) -> str:
 def _verdict_table(found: list[Verdict]) -> str:
     rows = [[str(v.line), v.about, v.bound, v.measured, v.interval, "met" if v.met else "**NOT MET**"] for v in found]
     about = (
-        "The lines are those of the issue that asked for the kernels. A bound is met when the end of the interval nearer "
+        "The lines number what the kernels are held to. A bound is met when the end of the interval nearer "
         "to it meets it."
     )
     header = ["line", "what", "bound", "measured", "interval", "verdict"]
