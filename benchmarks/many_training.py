@@ -12,21 +12,25 @@ A step is forward, loss, backward, clipping and AdamW. Rivals are timed in inter
     one row, roadie | LoRA  a step of one adapter on one row: what 64 runs in turn take 64 times a step
 
 The totals of runs in turn are such a step times the number of jobs (extrapolated); loading and data are left out everywhere.
+Ratios are given in seconds of the clock and of the processor: the latter say the same on a machine that others use too,
+with one thread (more threads wait for each other, and count as working meanwhile).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Budget, Run, measure
+from benchmarks.harness import Rounds, Run, orders, threads
 from benchmarks.machine import commit, describe, now
 from benchmarks.record import RESULTS, rounded
 from benchmarks.rivals import FROZEN, PEFT_LORA, PRECISIONS, ROADIE, adapt, sharing_copy, trained
@@ -61,10 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a small model; nothing is written")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of the long rivals")
     parser.add_argument("--jobs", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     small = ModelSize(hidden=256, layers=4, heads=4, intermediate=704, vocabulary=8192)
     case = Case(small if options.small else ModelSize(), options.jobs)
-    result = run(case, options.rounds)
+    with threads(options.threads):
+        result = run(case, options.rounds)
     print(report(result))
     if not options.small:
         path = RESULTS / f"many-training-{now()[:10]}.json"
@@ -85,18 +91,40 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
         FROZEN: _frozen_step(base, rows),
     }
     short = {ROW_ROADIE: _adapted_step(base, ROADIE, rows[:1]), ROW_LORA: _adapted_step(base, PEFT_LORA, rows[:1])}
-    steps = measure(long, Budget(0.0, min_rounds=rounds, max_rounds=rounds, warm_up_calls=1))
-    single = measure(short, Budget(0.0, min_rounds=4 * rounds, max_rounds=4 * rounds, warm_up_calls=2))
+    steps, steps_cpu = _measure(long, rounds)
+    single, single_cpu = _measure(short, 4 * rounds)
     return {
         "machine": describe(),
         "commit": commit(),
         "date": now(),
-        "case": {"jobs": case.jobs, "tokens": case.tokens, "size": vars(case.size)},
+        "case": {"jobs": case.jobs, "tokens": case.tokens, "size": vars(case.size), "threads": torch.get_num_threads()},
         "parameters": sum(parameter.numel() for parameter in base.parameters()),
-        "steps": {**summarise(steps, ONE, None), **summarise(single, ROW_ROADIE, None)},
-        "to_tuner": summarise(steps, TUNER, None)[MANY]["ratio"],
-        "to_frozen": summarise(steps, FROZEN, None)[MANY]["ratio"],
+        "clock": {**summarise(steps, ONE, None), **summarise(single, ROW_ROADIE, None)},
+        "processor": {**summarise(steps_cpu, ONE, None), **summarise(single_cpu, ROW_ROADIE, None)},
+        "ratios": {
+            base_name: {
+                "clock": summarise(steps, base_name, None)[MANY]["ratio"],
+                "processor": summarise(steps_cpu, base_name, None)[MANY]["ratio"],
+            }
+            for base_name in (ONE, TUNER, FROZEN)
+        },
     }
+
+
+def _measure(rivals: Mapping[str, Run], rounds: int) -> tuple[Rounds, Rounds]:
+    """Seconds of the clock and of the processor of each rival in each round, after one call of each to warm up."""
+    clock_s: dict[str, list[float]] = {name: [] for name in rivals}
+    cpu_s: dict[str, list[float]] = {name: [] for name in rivals}
+    for once in rivals.values():
+        once()
+    for _, order in zip(range(rounds), orders(list(rivals)), strict=False):
+        for name in order:
+            gc.collect()
+            clock, cpu = time.perf_counter(), time.process_time()
+            rivals[name]()
+            clock_s[name].append(time.perf_counter() - clock)
+            cpu_s[name].append(time.process_time() - cpu)
+    return Rounds(clock_s, 1), Rounds(cpu_s, 1)
 
 
 def _rows(case: Case) -> list[Example]:
@@ -161,30 +189,34 @@ def _frozen_step(base: nn.Module, rows: Sequence[Example]) -> Run:
 
 def report(result: dict[str, Any]) -> str:
     """The figures as text."""
-    steps, jobs = result["steps"], result["case"]["jobs"]
-    many_s = steps[MANY]["median_ms"] / 1e3
+    case, clock, cpu = result["case"], result["clock"], result["processor"]
+    lines = [
+        (
+            f"{result['parameters'] / 1e6:.0f}M parameters, {case['jobs']} jobs of one row of {case['tokens']} tokens, "
+            f"{case['threads']} thread(s); medians and quartiles of a step in s"
+        ),
+        f"{'':24}{'clock':^32}{'processor':^32}",
+    ]
+    lines += [f"{name:24}{_spread(clock[name]):^32}{_spread(cpu[name]):^32}" for name in clock]
+    for base, ratio in result["ratios"].items():
+        bound = f"; bound {BOUND}" if base == ONE else ""
+        lines.append(
+            f"{MANY} / {base}: clock {_interval(ratio['clock'])}, processor {_interval(ratio['processor'])}{bound}"
+        )
+    for kind, of_kind in (("clock", clock), ("processor", cpu)):
+        once = of_kind[MANY]["median_ms"]
+        for name in (ROW_ROADIE, ROW_LORA):
+            times = of_kind[name]["median_ms"] * case["jobs"] / once
+            lines.append(f"{case['jobs']} runs in turn ({name}) / {MANY}, {kind}: {times:.2f}")
+    return "\n".join(lines)
 
-    def line(name: str) -> str:
-        one = steps[name]
-        return f"{name:22} {one['median_ms']:9.1f} ms   quartiles {one['q1_ms']:.1f} to {one['q3_ms']:.1f}"
 
-    def interval(ratio: dict[str, float]) -> str:
-        return f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+def _spread(one: dict[str, Any]) -> str:
+    return f"{one['median_ms'] / 1e3:.3f} ({one['q1_ms'] / 1e3:.3f} to {one['q3_ms'] / 1e3:.3f})"
 
-    total: Callable[[str], float] = lambda name: steps[name]["median_ms"] / 1e3 * jobs  # noqa: E731
-    return "\n".join(
-        [
-            f"{result['parameters'] / 1e6:.0f}M parameters, {jobs} jobs of one row of {result['case']['tokens']} tokens",
-            *(line(name) for name in steps),
-            f"many / one job: {interval(steps[MANY]['ratio'])}; bound {BOUND}",
-            f"many / one adapter, tuner: {interval(result['to_tuner'])}",
-            f"many / frozen: {interval(result['to_frozen'])}",
-            (
-                f"{jobs} runs in turn, a step each: roadie {total(ROW_ROADIE):.2f} s, LoRA r=8 {total(ROW_LORA):.2f} s; "
-                f"all at once {many_s:.2f} s: {total(ROW_ROADIE) / many_s:.2f} and {total(ROW_LORA) / many_s:.2f} times faster"
-            ),
-        ]
-    )
+
+def _interval(ratio: dict[str, float]) -> str:
+    return f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from roadie.errors import CheckpointError, ConfigError
 from roadie.training.folders import OutputExists
 from roadie.training.many import JobStatus, Observer, RunSettings, train_many
 from roadie.training.many.snapshot import SNAPSHOT_NAME, read_snapshot
+from roadie.training.many.state import ActiveJob
 
 losses = runpy.run_path(str(Path(__file__).parent / "conftest.py"))["losses"]
 OFTEN = RunSettings(checkpoint_steps=3)
@@ -54,16 +55,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(some_jobs, tiny_path
     assert not (resumed.work / SNAPSHOT_NAME).exists()
 
 
-def test_the_best_adapter_survives_an_interruption(some_jobs, tiny_path, tmp_path):
-    changes = {"eval_share": 0.3, "eval_steps": 1, "learning_rate": 0.5, "schedule": "constant"}
+def test_the_best_adapter_survives_an_interruption(some_jobs, tiny_path, tmp_path, monkeypatch):
+    """The held-out losses are made to be best at step 2, before the checkpoint of step 6 that the run goes on from."""
+    evaluated = ActiveJob.evaluated
+    monkeypatch.setattr(ActiveJob, "evaluated", lambda job, _: evaluated(job, float(abs(job.progress.step - 2))))
+    changes = {"eval_share": 0.3, "eval_steps": 1}
     whole = train_many(some_jobs(2, tmp_path / "whole", **changes), model=str(tiny_path), settings=OFTEN)
     jobs = some_jobs(2, tmp_path / "cut", **changes)
     with pytest.raises(KeyboardInterrupt):
         train_many(jobs, model=str(tiny_path), settings=OFTEN, observers=[Stop(7)])
     resumed = train_many(jobs, model=str(tiny_path), settings=OFTEN, resume=True)
     for job in whole.jobs:
+        assert resumed[job.name].best_step == job.best_step == 2
         assert weights(resumed[job.name].output) == weights(job.output)
-        assert resumed[job.name].best_step == job.best_step
+    unlike = train_many(some_jobs(2, tmp_path / "last"), model=str(tiny_path))
+    assert weights(unlike["job0"].output) != weights(whole["job0"].output)
 
 
 def test_finished_jobs_are_final_and_skipped(some_jobs, tiny_path, tmp_path):
