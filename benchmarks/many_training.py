@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ from benchmarks.harness import Rounds, Run, orders, threads
 from benchmarks.machine import commit, describe, now
 from benchmarks.record import RESULTS, rounded
 from benchmarks.rivals import FROZEN, PEFT_LORA, PRECISIONS, ROADIE, adapt, sharing_copy, trained
-from benchmarks.statistics import summarise
+from benchmarks.statistics import median_ratio, summarise
 from benchmarks.workloads.model import TARGETS, ModelSize, flowing_from_embeddings, llama
 from roadie.training.encoding import Example
 from roadie.training.many import Job, RunSettings
@@ -47,6 +48,7 @@ from roadie.training.recipe import Recipe
 MANY, ONE, TUNER = "many jobs", "one job", "one adapter, tuner"
 ROW_ROADIE, ROW_LORA = "one row, roadie", "one row, LoRA r=8"
 BOUND = 1.05
+REPEATS = 8
 LEARNING_RATE = 1e-4
 
 
@@ -90,17 +92,22 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
         TUNER: _adapted_step(base, ROADIE, rows),
         FROZEN: _frozen_step(base, rows),
     }
-    short = {ROW_ROADIE: _adapted_step(base, ROADIE, rows[:1]), ROW_LORA: _adapted_step(base, PEFT_LORA, rows[:1])}
+    short = {
+        MANY: long[MANY],
+        ROW_ROADIE: _repeated(_adapted_step(base, ROADIE, rows[:1])),
+        ROW_LORA: _repeated(_adapted_step(base, PEFT_LORA, rows[:1])),
+    }
     steps, steps_cpu = _measure(long, rounds)
-    single, single_cpu = _measure(short, 4 * rounds)
+    turns, turns_cpu = _measure(short, rounds)
     return {
         "machine": describe(),
         "commit": commit(),
         "date": now(),
         "case": {"jobs": case.jobs, "tokens": case.tokens, "size": vars(case.size), "threads": torch.get_num_threads()},
         "parameters": sum(parameter.numel() for parameter in base.parameters()),
-        "clock": {**summarise(steps, ONE, None), **summarise(single, ROW_ROADIE, None)},
-        "processor": {**summarise(steps_cpu, ONE, None), **summarise(single_cpu, ROW_ROADIE, None)},
+        "clock": summarise(steps, ONE, None),
+        "processor": summarise(steps_cpu, ONE, None),
+        "in_turn": {"clock": _in_turn(turns, case.jobs), "processor": _in_turn(turns_cpu, case.jobs)},
         "ratios": {
             base_name: {
                 "clock": summarise(steps, base_name, None)[MANY]["ratio"],
@@ -108,6 +115,28 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
             }
             for base_name in (ONE, TUNER, FROZEN)
         },
+    }
+
+
+def _repeated(once: Run) -> Run:
+    """`REPEATS` calls, so that a sample is long enough to be disturbed like the others."""
+
+    def several() -> None:
+        for _ in range(REPEATS):
+            once()
+
+    return several
+
+
+def _in_turn(rounds: Rounds, jobs: int) -> dict[str, dict[str, float]]:
+    """For steps of one row: the median in s, and a step of so many runs in turn over one of all jobs at once."""
+    many = rounds.times_s[MANY]
+    return {
+        name: {
+            "median_s": statistics.median(rounds.times_s[name]) / REPEATS,
+            **median_ratio([one * jobs / REPEATS for one in rounds.times_s[name]], many),
+        }
+        for name in (ROW_ROADIE, ROW_LORA)
     }
 
 
@@ -203,11 +232,11 @@ def report(result: dict[str, Any]) -> str:
         lines.append(
             f"{MANY} / {base}: clock {_interval(ratio['clock'])}, processor {_interval(ratio['processor'])}{bound}"
         )
-    for kind, of_kind in (("clock", clock), ("processor", cpu)):
-        once = of_kind[MANY]["median_ms"]
-        for name in (ROW_ROADIE, ROW_LORA):
-            times = of_kind[name]["median_ms"] * case["jobs"] / once
-            lines.append(f"{case['jobs']} runs in turn ({name}) / {MANY}, {kind}: {times:.2f}")
+    for kind, of_kind in result["in_turn"].items():
+        for name, ratio in of_kind.items():
+            lines.append(
+                f"{case['jobs']} runs in turn ({name}, {ratio['median_s']:.3f} s a step) / {MANY}, {kind}: {_interval(ratio)}"
+            )
     return "\n".join(lines)
 
 
