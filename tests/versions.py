@@ -16,7 +16,23 @@ needs_a_compiler_of_whole_models = pytest.mark.skipif(
 OLD_TYPER = Version("0.20") > Version(version("typer"))
 """The oldest typer imports rich when it is imported itself."""
 
+_OLD_TORCHAO = Version("0.18") > Version(version("torchao"))
+
 needs_torchao_018 = pytest.mark.skipif(
-    Version("0.18") > Version(version("torchao")),
-    reason="older torchao stores int8 in another way, which PEFT cannot merge into",
+    _OLD_TORCHAO,
+    reason="before 0.18 torchao's int8 is an AffineQuantizedTensor: not compared by torch.equal, not saved",
+)
+needs_torchao_018_to_merge = pytest.mark.skipif(
+    _OLD_TORCHAO,
+    reason="before 0.18 torchao cannot dequantise int8 with quantised inputs, so PEFT cannot merge into it",
+)
+
+_OLD_TRANSFORMERS = Version("5.23") > Version(version("transformers"))  # tested: 5.0 and 5.23, nothing between
+
+EVALUATES_AFTER_THE_LAST_STEP = not _OLD_TRANSFORMERS
+"""The oldest transformers do so only where an interval ends with the last step."""
+
+needs_uploads_by_an_api_object = pytest.mark.skipif(
+    _OLD_TRANSFORMERS,
+    reason="transformers 5.0 uploads by functions, where this test puts methods in the place of HfApi's",
 )

@@ -30,7 +30,7 @@ def test_train_prints_the_final_table(roadie_cli, tiny_path, texts, tmp_path):
     assert table["adapter"] == str(output)
     assert table["base model"] == str(tiny_path)
     assert table["examples"] == "18 and 6 held out"
-    # The oldest transformers do not say which step was the best.
+    # The oldest transformers do not evaluate after the last step, so that of two steps none is the best.
     assert table["steps"] == (f"2, best at {record['best_step']}" if record["best_step"] is not None else "2")
     assert table["loss on"] == "held-out data"
     assert (table["loss before"], table["loss after"]) == (

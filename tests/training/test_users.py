@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from tests.versions import needs_uploads_by_an_api_object
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -104,6 +105,7 @@ def test_the_model_card_says_what_it_is_an_adapter_of(for_the_hub, tmp_path):
     assert "PEFT 0." in card.text
 
 
+@needs_uploads_by_an_api_object
 def test_push_to_hub_uploads_the_adapter_and_a_card(for_the_hub, tmp_path, monkeypatch):
     uploaded = {}
 

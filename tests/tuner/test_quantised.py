@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from tests.versions import needs_torchao_018, needs_torchao_018_to_merge
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -76,6 +77,12 @@ KINDS = [
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 # torchao rounds the inputs of its dynamic kind without a gradient: nothing behind the first layer can learn.
 every_trainable_kind = pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+_MERGEABLE = [*KINDS[:3], pytest.param(KINDS[3], marks=needs_torchao_018_to_merge)]
+_BITS = [*KINDS[:2], pytest.param(KINDS[2], marks=needs_torchao_018)]
+every_mergeable_kind = pytest.mark.parametrize("kind", _MERGEABLE, ids=str)
+# Of these the stored bits are compared, or saved.
+every_trainable_kind_with_its_bits = pytest.mark.parametrize("kind", _BITS, ids=str)
+every_mergeable_kind_with_its_bits = pytest.mark.parametrize("kind", [*_BITS, _MERGEABLE[3]], ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -151,7 +158,7 @@ def test_the_start_is_the_base_model(kind: Kind, base_folder: Path) -> None:
     assert torch.equal(_logits(model), plain)
 
 
-@every_trainable_kind
+@every_trainable_kind_with_its_bits
 @every_dtype
 def test_training_learns_and_changes_adapters_only(kind: Kind, dtype: torch.dtype, base_folder: Path) -> None:
     model = roadie.get_peft_model(kind.load(base_folder, dtype), roadie.RoadConfig(**SETTINGS)).train()
@@ -176,7 +183,7 @@ def test_training_learns_and_changes_adapters_only(kind: Kind, dtype: torch.dtyp
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in dense.items())
 
 
-@every_trainable_kind
+@every_trainable_kind_with_its_bits
 def test_gradients_are_those_of_the_dequantised_model(kind: Kind, base_folder: Path) -> None:
     quantised = nn.Sequential(kind.load(base_folder).model.layers[0].mlp.gate_proj)
     model = _adapted(quantised, target_modules=["0"], task_type=None).train()
@@ -255,7 +262,7 @@ def test_saved_and_loaded_it_is_the_same(kind: Kind, base_folder: Path, tmp_path
         assert torch.equal(_logits(again, adapter_names=[name] * 4), wanted[name])
 
 
-@every_kind
+@every_mergeable_kind
 @every_dtype
 @pytest.mark.parametrize("safe_merge", [False, True], ids=["plain", "safe"])
 def test_a_merge_is_within_half_a_step_of_the_rotated_weight(
@@ -277,7 +284,7 @@ def test_a_merge_is_within_half_a_step_of_the_rotated_weight(
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
 
 
-@every_kind
+@every_mergeable_kind
 def test_a_merged_layer_gives_what_the_unmerged_one_does(kind: Kind, base_folder: Path) -> None:
     layer = _adapted(kind.load(base_folder)).base_model.model.model.layers[0].mlp.down_proj
     x = torch.randn(7, 128, generator=torch.Generator().manual_seed(0))
@@ -301,7 +308,7 @@ def test_a_merged_layer_gives_what_the_unmerged_one_does(kind: Kind, base_folder
     assert torch.equal(plain, merged)
 
 
-@every_kind
+@every_mergeable_kind
 @every_dtype
 def test_a_merged_model_is_close_to_the_unmerged_one(kind: Kind, dtype: torch.dtype, base_folder: Path) -> None:
     model = _adapted(kind.load(base_folder, dtype))
@@ -315,7 +322,7 @@ def test_a_merged_model_is_close_to_the_unmerged_one(kind: Kind, dtype: torch.dt
     assert 0 < (merged - unmerged).norm() < share * (plain - unmerged).norm()
 
 
-@every_kind
+@every_mergeable_kind_with_its_bits
 @every_dtype
 def test_unmerging_restores_the_quantised_weight_bit_for_bit(kind: Kind, dtype: torch.dtype, base_folder: Path) -> None:
     model = _adapted(kind.load(base_folder, dtype))
@@ -332,7 +339,7 @@ def test_unmerging_restores_the_quantised_weight_bit_for_bit(kind: Kind, dtype: 
         assert torch.equal(_logits(model), wanted)
 
 
-@every_kind
+@every_mergeable_kind
 def test_a_model_that_was_merged_and_unmerged_can_be_moved_and_copied(kind: Kind, base_folder: Path) -> None:
     model = _adapted(kind.load(base_folder))
     wanted = _logits(model)
@@ -344,7 +351,7 @@ def test_a_model_that_was_merged_and_unmerged_can_be_moved_and_copied(kind: Kind
     assert torch.equal(_logits(model), wanted)
 
 
-@every_kind
+@every_mergeable_kind
 def test_bytes_kept_for_an_exact_return_are_at_most_those_of_the_stored_weight(kind: Kind, base_folder: Path) -> None:
     layer = _adapted(kind.load(base_folder)).base_model.model.model.layers[0].mlp.down_proj
     layer.merge()
@@ -353,7 +360,7 @@ def test_bytes_kept_for_an_exact_return_are_at_most_those_of_the_stored_weight(k
     assert 0 < layer.unmerge_bytes <= stored * 1.1  # and scales
 
 
-@every_kind
+@every_mergeable_kind
 def test_without_an_exact_return_nothing_is_kept(kind: Kind, base_folder: Path) -> None:
     model = _adapted(kind.load(base_folder))
     model.base_model.set_exact_unmerge("never")
@@ -369,7 +376,7 @@ def test_without_an_exact_return_nothing_is_kept(kind: Kind, base_folder: Path) 
         assert (_dense(layer) - before[name]).abs().max() <= bound
 
 
-@every_kind
+@every_mergeable_kind_with_its_bits
 def test_merge_and_unload_gives_a_model_of_quantised_layers(kind: Kind, base_folder: Path, tmp_path: Path) -> None:
     base = kind.load(base_folder)
     kinds = {name: type(module) for name, module in base.named_modules()}
@@ -385,7 +392,7 @@ def test_merge_and_unload_gives_a_model_of_quantised_layers(kind: Kind, base_fol
     assert torch.equal(_logits(again), merged)
 
 
-@every_kind
+@every_mergeable_kind_with_its_bits
 def test_a_safe_merge_that_refuses_changes_nothing(kind: Kind, base_folder: Path) -> None:
     model = _adapted(kind.load(base_folder))
     layers = _layers(model)
@@ -403,7 +410,7 @@ def test_a_safe_merge_that_refuses_changes_nothing(kind: Kind, base_folder: Path
         assert all(torch.equal(a, b) for n in layers for a, b in zip(stored[n], _stored(layers[n]), strict=True))
 
 
-@every_kind
+@every_mergeable_kind_with_its_bits
 def test_a_backend_that_fails_in_the_middle_changes_nothing(
     kind: Kind, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,6 +520,7 @@ def test_the_scales_of_a_4bit_weight_packed_for_the_cpu_are_read_right(nested: b
     assert bool(((read - wanted).abs() <= 2.0**-8 * wanted.abs()).all())  # packing rounds the scales to bfloat16
 
 
+@needs_torchao_018
 @pytest.mark.parametrize("name", ["by hand", "gptq"])
 def test_what_cannot_be_merged_is_refused_and_works_on(name: str) -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -536,7 +544,7 @@ def test_what_cannot_be_merged_is_refused_and_works_on(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(stored, _stored(layer), strict=True))
 
 
-@every_trainable_kind
+@every_trainable_kind_with_its_bits
 def test_prepare_model_for_kbit_training(kind: Kind, base_folder: Path) -> None:
     base = prepare_model_for_kbit_training(kind.load(base_folder, torch.bfloat16), use_gradient_checkpointing=True)
     assert base.is_gradient_checkpointing
