@@ -12,7 +12,14 @@
         │   └── UnsafeCheckpointError         a pickle file, which could run code when read
         ├── KernelError       (RuntimeError)  a kernel that was asked for cannot run here, or was given what it cannot use
         ├── InPlaceError      (RuntimeError)  backward needs a layer's output, and it was changed in place
-        └── RegistrationError (RuntimeError)  roadie and PEFT's own RoAd were mixed up
+        ├── RegistrationError (RuntimeError)  roadie and PEFT's own RoAd were mixed up
+        └── ServingError      (RuntimeError)  a serving engine refused a request, or cannot run
+            ├── QueueFull                     too many requests wait; come back after `retry_after_s`
+            ├── UnknownAdapter (LookupError)  no adapter of that name is known
+            ├── AdapterBusy                   an adapter that requests use was to be unloaded
+            ├── PromptTooLong (ValueError)    prompt and completion do not fit into the context
+            ├── ShuttingDown                  the engine takes no more requests, or has none running
+            └── EngineFailed                  a step of the engine raised; it is not running any more
 
 Every class also derives from the built-in exception that stock PEFT raises in the same situation, so that
 ``except ValueError`` keeps working. Messages say what was got, what was wanted and what to do.
@@ -67,3 +74,35 @@ class KernelError(RoadieError, RuntimeError):
 
 class InPlaceError(RoadieError, RuntimeError):
     """Backward needs the output of an adapted layer, and another operation has changed it in place."""
+
+
+class ServingError(RoadieError, RuntimeError):
+    """A serving engine refused a request, or cannot run here."""
+
+
+class QueueFull(ServingError):
+    """Too many requests wait, of all tenants or of one; `retry_after_s` is a guess at when to come back, in seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnknownAdapter(ServingError, LookupError):
+    """No adapter of that name is loaded, and none is in the folder of adapters."""
+
+
+class AdapterBusy(ServingError):
+    """An adapter was to be unloaded while requests use it."""
+
+
+class PromptTooLong(ServingError, ValueError):
+    """The tokens of a prompt, and of its completion, are more than the context or the cache holds."""
+
+
+class ShuttingDown(ServingError):
+    """The engine takes no more requests, or stopped before this one ended."""
+
+
+class EngineFailed(ServingError):
+    """A step of the engine raised; requests that were live have failed, and no more are taken."""
