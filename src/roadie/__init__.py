@@ -14,17 +14,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from roadie import checkpoint, embedded, errors, testing
+    from roadie import checkpoint, embedded, errors, subspaces, testing
     from roadie.adapter import Adapter, LayerParameters
+    from roadie.adapter_algebra import compose, convert, distance, interpolate, inverse, mean, power, subtract
     from roadie.bank import AdapterBank, rows
     from roadie.errors import RoadieError
+    from roadie.lora import save_lora, to_lora
     from roadie.rotation import (
         Rotation,
         Variant,
-        compose,
         from_parameters,
         identity,
-        inverse,
         rotate,
         rotate_weight,
         shard,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         RoadModel,
         get_peft_model,
         register,
+        train_only,
         unregister,
     )
 
@@ -58,38 +59,52 @@ __all__ = [
     "Variant",
     "checkpoint",
     "compose",
+    "convert",
+    "distance",
     "embedded",
     "errors",
     "from_parameters",
     "get_peft_model",
     "identity",
+    "interpolate",
     "inverse",
+    "mean",
+    "power",
     "register",
     "rotate",
     "rotate_weight",
     "rows",
+    "save_lora",
     "shard",
+    "subspaces",
+    "subtract",
     "testing",
     "to_dense",
+    "to_lora",
     "to_parameters",
+    "train_only",
     "unregister",
 ]
 
 _NAMES = {
     "roadie.adapter": ("Adapter", "LayerParameters"),
+    "roadie.adapter_algebra": (
+        *("compose", "convert", "distance", "interpolate", "inverse", "mean", "power", "subtract"),
+    ),
     "roadie.bank": ("AdapterBank", "rows"),
     "roadie.errors": ("RoadieError",),
+    "roadie.lora": ("save_lora", "to_lora"),
     "roadie.rotation": (
-        *("Rotation", "Variant", "compose", "from_parameters", "identity", "inverse", "rotate", "rotate_weight"),
+        *("Rotation", "Variant", "from_parameters", "identity", "rotate", "rotate_weight"),
         *("shard", "to_dense", "to_parameters"),
     ),
     "roadie.tuner": (
         *("Linear", "PeftModel", "RoadConfig", "RoadLayer", "RoadModel", "get_peft_model", "register"),
-        "unregister",
+        *("train_only", "unregister"),
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = ("checkpoint", "embedded", "errors", "testing")
+_MODULES = ("checkpoint", "embedded", "errors", "subspaces", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -213,6 +213,20 @@ def _twice(stored: Tensor, group_size: int) -> Tensor:
     return torch.stack((groups, groups), dim=-2).flatten(-3)
 
 
+def pairs_of_parameters(variant: str | Variant, out_features: int, group_size: int, *, device: object = None) -> Tensor:
+    """The pair that each place of theta (and of alpha) belongs to: int64 ``[n]``, pairs counted as in `to_blocks`.
+
+    A pair's block depends on the parameters at its places, and on no others. Raises `ConfigError` for a bad group size.
+    """
+    variant = Variant.parse(variant)
+    check_group_size(group_size, out_features)
+    pairs = torch.arange(out_features // 2, device=device)  # type: ignore[call-overload]
+    if variant is Variant.ROAD_1:
+        return pairs
+    rows = _for_both(pairs, group_size)
+    return rows if variant is Variant.ROAD_2 else _twice(rows, group_size)
+
+
 def identity(
     out_features: int, group_size: int, *, dtype: torch.dtype = torch.float32, device: object = None
 ) -> Rotation:

@@ -46,6 +46,7 @@ def test_every_option_of_train_reaches_the_recipe(roadie_cli, tiny_path, texts, 
     options = {
         "variant": "road_4",
         "group_size": 48,
+        "share": "2/3 interleaved",
         "learning_rate": 0.01,
         "schedule": "cosine",
         "warmup_ratio": 0.5,

@@ -52,6 +52,9 @@ def test_the_variants_are_those_of_the_rotation():
         ("target_modules", ()),
         ("target_modules", ""),
         ("target_modules", ["q_proj", 3]),
+        ("share", "3/2"),
+        ("share", 0.5),
+        ("share", ""),
     ],
 )
 def test_what_is_not_valid_is_refused_with_its_name(name, value):

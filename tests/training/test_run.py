@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import roadie
 from roadie import checkpoint
 from roadie.errors import ConfigError
+from roadie.share import Share
+from roadie.subspaces import places_of_share
 from roadie.training.checkpoints import last_complete, work_path
 from roadie.training.folders import OutputExists
 from roadie.training.recipe import Recipe
@@ -269,6 +271,19 @@ def test_a_group_size_adapts_only_where_asked(texts, tiny_path, tmp_path):
         train(texts, tmp_path / "a", model=str(tiny_path), recipe=Recipe(**wide))
     result = train(texts, tmp_path / "b", model=str(tiny_path), recipe=Recipe(**wide, adapt_group_size=True))
     assert checkpoint.load(result.output).group_sizes == (16,)
+
+
+def test_a_share_is_trained_and_the_rest_is_the_identity(texts, tiny_path, tmp_path):
+    recipe = replace(QUICK, share="2/2", variant="road_2", weight_decay=0.3)
+    result = train(texts, tmp_path / "a", model=str(tiny_path), recipe=recipe)
+    assert result.loss_after < result.loss_before
+    assert record(result.output)["settings"]["share"] == "2/2"
+    whole = train(texts, tmp_path / "b", model=str(tiny_path), recipe=replace(recipe, share=None, max_steps=1))
+    assert result.trainable_parameters * 2 == whole.trainable_parameters
+    for layer in checkpoint.load(result.output).layers.values():
+        inside = places_of_share(Share(2, 2), layer)
+        assert torch.equal(layer.theta != 0, inside)
+        assert torch.equal(layer.alpha != 1, inside)
 
 
 def test_smaller_passes_and_recomputed_activations_change_nothing(texts, tiny_path, tmp_path):

@@ -7,7 +7,7 @@ the second dimension of a stack 0 is theta and 1 alpha.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,22 +16,26 @@ from torch import Tensor
 from roadie.adapter import LayerParameters
 from roadie.errors import AdapterError
 from roadie.rotation import Variant, parameter_size
+from roadie.share import Share
+from roadie.subspaces import trained_places
 
 
 class AdaptedLayer(NamedTuple):
-    """One layer that an adapter adapts, and how."""
+    """One layer that an adapter adapts, and how; share: the pairs that are trained, None for all."""
 
     path: str
     out_features: int
     variant: Variant
     group_size: int
+    share: Share | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
     """The layers of a family that are alike: values and moments of their parameters, ``[L, 2, S, n]`` each, float32.
 
-    exp_avg, exp_avg_sq: the running means of AdamW; gradients: of the last step, None before it.
+    exp_avg, exp_avg_sq: the running means of AdamW; gradients: of the last step, None before it; trained: which of the n
+    places may move, bool ``[n]``, None for all.
     """
 
     paths: tuple[str, ...]
@@ -42,6 +46,7 @@ class Stack:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     gradients: Tensor
+    trained: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -50,7 +55,7 @@ class Stack:
 
 
 class Family:
-    """Adapters of one shape: their names, in the order of the stacks' rows, and the stacks."""
+    """Adapters of one shape and share: their names, in the order of the stacks' rows, and the stacks."""
 
     def __init__(self, layers: Sequence[AdaptedLayer], device: torch.device) -> None:
         self.layers = tuple(layers)
@@ -91,17 +96,18 @@ class Family:
 
 
 def _by_shape(layers: Sequence[AdaptedLayer]) -> list[list[AdaptedLayer]]:
-    alike: dict[tuple[int, Variant, int], list[AdaptedLayer]] = {}
+    alike: dict[tuple[object, ...], list[AdaptedLayer]] = {}
     for layer in layers:
         alike.setdefault(layer[1:], []).append(layer)
     return list(alike.values())
 
 
 def _empty_stack(alike: Sequence[AdaptedLayer], device: torch.device) -> Stack:
-    _, out_features, variant, group_size = alike[0]
+    _, out_features, variant, group_size, share = alike[0]
     shape = (len(alike), 2, 0, parameter_size(variant, out_features))
-    tensors = [torch.zeros(shape, device=device) for _ in range(4)]
-    return Stack(tuple(layer.path for layer in alike), out_features, variant, group_size, *tensors)
+    tensors = {name: torch.zeros(shape, device=device) for name in ("parameters", "exp_avg", "exp_avg_sq", "gradients")}
+    trained = trained_places(share, variant, out_features, group_size, device=device) if share is not None else None
+    return Stack(tuple(layer.path for layer in alike), out_features, variant, group_size, trained=trained, **tensors)
 
 
 def _mapped(stack: Stack, change: Callable[[Tensor], Tensor]) -> Stack:
@@ -111,7 +117,8 @@ def _mapped(stack: Stack, change: Callable[[Tensor], Tensor]) -> Stack:
 
 def _with(stack: Stack, tensors: Mapping[str, Tensor]) -> Stack:
     gradients = torch.zeros_like(tensors["parameters"])
-    return Stack(stack.paths, stack.out_features, stack.variant, stack.group_size, **tensors, gradients=gradients)
+    parameters, exp_avg, exp_avg_sq = (tensors[name] for name in ("parameters", "exp_avg", "exp_avg_sq"))
+    return replace(stack, parameters=parameters, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, gradients=gradients)
 
 
 def _appended(tensor: Tensor, count: int) -> Tensor:

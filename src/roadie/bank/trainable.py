@@ -1,6 +1,6 @@
 """Many adapters that are trained at once: their parameters in stacks, and each row of a batch in an adapter of its own.
 
-Adapters of one shape (the same layers with the same variants and group sizes) form a family. The parameters of a family
+Adapters of one shape (the same layers with the same variants, group sizes and shares) form a family. The parameters of a family
 lie stacked, so that a step costs a handful of operations a layer however many adapters there are:
 
     parameters [L, 2, S, n]  --from_parameters-->  a table (direct, cross) [S, D] a layer, a leaf of autograd
@@ -8,6 +8,8 @@ lie stacked, so that a step costs a handful of operations a layer however many a
 
 In the forward the output of each adapted layer is rotated by `roadie.kernels`, row by row; a row whose adapter leaves a
 layer alone has slot -1 there. Hooks do this on a plain model, and are taken away at the end of the context.
+
+The parameters of pairs outside of an adapter's share get a gradient of zero, whatever it would be.
 
 Legend: as in `roadie.bank.families`; B rows of a batch.
 """
@@ -184,6 +186,8 @@ class _LayerTable:
         theta, alpha = parameters
         of_both = parameter_gradients(direct[rows], cross[rows], theta, alpha, stack.variant, stack.group_size)
         torch.stack(of_both, out=gradients)
+        if stack.trained is not None:
+            gradients.masked_fill_(~stack.trained, 0.0)
         return gradients.square().sum(dim=(0, 2))
 
 

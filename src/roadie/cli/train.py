@@ -45,6 +45,12 @@ def train(
         list[str] | None,
         typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
     ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            help="Train this share of the pairs of every layer: 1/2, or '1/2 interleaved'.", show_default="all"
+        ),
+    ] = DEFAULT.share,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="At its peak.")
     ] = DEFAULT.learning_rate,
@@ -104,6 +110,7 @@ def train(
         group_size=group_size,
         adapt_group_size=adapt_group_size,
         target_modules=tuple(target) if target else DEFAULT.target_modules,
+        share=share,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         schedule=schedule,

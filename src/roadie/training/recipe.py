@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from roadie.errors import ConfigError
+from roadie.share import Share
 
 VARIANTS = ("road_1", "road_2", "road_4")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -29,6 +30,7 @@ class Recipe:
     variant, group_size, target_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the output layer.
     adapt_group_size: where a layer's outputs are no multiple of `group_size`, use their greatest common divisor;
         otherwise such a layer is an error.
+    share: the pairs of every layer that are trained, as text for `roadie.share.Share`: "1/2", "1/2 interleaved"; None: all.
     learning_rate: peak; warmup_ratio: share of the steps; weight_decay, max_grad_norm: as in AdamW and Trainer.
     epochs: passes over the data, may be a fraction; max_steps: optimizer steps, replaces epochs where given.
     batch_size: examples an optimizer step; micro_batch_size: examples a forward pass (None: all of them).
@@ -43,6 +45,7 @@ class Recipe:
     group_size: int = 64
     adapt_group_size: bool = False
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    share: str | None = None
     learning_rate: float = 3e-3
     weight_decay: float = 0.0
     schedule: str = "linear"
@@ -63,6 +66,8 @@ class Recipe:
         _check_choices(self)
         _check_numbers(self)
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+        if self.share is not None:
+            object.__setattr__(self, "share", str(Share.parse(self.share)))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Recipe:

@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ from roadie.training.progress import ProgressBar
 from roadie.training.recipe import Recipe
 from roadie.training.record import RECORD_NAME, Sources, TrainingResult, history_of, write_record
 from roadie.training.text import read
-from roadie.tuner import RoadConfig, get_peft_model
+from roadie.tuner import RoadConfig, get_peft_model, train_only
 
 if TYPE_CHECKING:
     from roadie.tuner import PeftModel
@@ -105,7 +106,8 @@ def train(
     if loss_before is None:
         loss_before = _loss(trainer)
         record_start(work.path, settings, loss_before)
-    session = _run(trainer, work)
+    with _share(adapted, recipe) as trained:
+        session = _run(trainer, work)
     history = history_of(trainer)
     loss_after = _loss(trainer)
     with whole_folder(output, overwrite=overwrite) as folder:
@@ -119,7 +121,7 @@ def train(
             best_step=trainer.state.best_global_step if corpus.held_out else None,
             train_examples=len(corpus.train),
             evaluation_examples=len(corpus.held_out),
-            **_sizes(adapted, folder),
+            **_sizes(adapted, folder, trained),
             **session,
         )
         write_record(folder / RECORD_NAME, result, settings, history, data, eval_data)
@@ -271,10 +273,15 @@ class _Start(TrainerCallback):
         self.step, self.tokens = state.global_step, int(state.num_input_tokens_seen)
 
 
-def _sizes(adapted: PeftModel, folder: Path) -> dict[str, int]:
+def _share(adapted: PeftModel, recipe: Recipe) -> AbstractContextManager[int | None]:
+    """In force while a share of the pairs is trained; gives the number of parameters in it, None for all."""
+    return nullcontext() if recipe.share is None else train_only(adapted, recipe.share)
+
+
+def _sizes(adapted: PeftModel, folder: Path, trained: int | None) -> dict[str, int]:
     trainable, total = adapted.get_nb_trainable_parameters()
     return {
-        "trainable_parameters": trainable,
+        "trainable_parameters": trainable if trained is None else trained,
         "total_parameters": total,
         "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size,
     }

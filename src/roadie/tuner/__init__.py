@@ -12,6 +12,7 @@ from roadie.tuner.loading import allow_pickle
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.model import RoadModel
 from roadie.tuner.output import KeptForBackward
+from roadie.tuner.pair_training import train_only
 from roadie.tuner.registry import is_registered, register, unregister
 from roadie.tuner.routing import rows
 
@@ -31,6 +32,7 @@ __all__ = [
     "is_registered",
     "register",
     "rows",
+    "train_only",
     "unregister",
 ]
 

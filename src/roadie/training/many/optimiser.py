@@ -6,7 +6,8 @@ For each adapter with gradient g, after clipping by the norm over all of its par
     p <- p - rate / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
 which is what torch.optim.AdamW does for one adapter alone, with its defaults for b1, b2 and eps. Rows do not meet: what is
-not finite in one adapter stays there.
+not finite in one adapter stays there. Places outside of `Stack.trained` keep their values bit for bit: their gradients and
+moments are 0, and they do not decay.
 
 Legend: S adapters of a family; parameters as in `roadie.bank.families`.
 """
@@ -69,12 +70,13 @@ def _columns(rates: Sequence[Rates], like: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _step_stack(stack: Stack, clip_S1: Tensor | None, shrink_S1: Tensor, root_S1: Tensor, size_S1: Tensor) -> None:
     """A layer at a time: its adapters together fit into the caches of a CPU."""
+    shrink = shrink_S1 if stack.trained is None else torch.where(stack.trained, shrink_S1, 1.0)
     for layer in range(len(stack.paths)):
         parameters, gradients = stack.parameters[layer], stack.gradients[layer]
         exp_avg, exp_avg_sq = stack.exp_avg[layer], stack.exp_avg_sq[layer]
         if clip_S1 is not None:
             gradients.mul_(clip_S1)
-        parameters.mul_(shrink_S1)
+        parameters.mul_(shrink)
         exp_avg.lerp_(gradients, 1 - BETA1)
         exp_avg_sq.mul_(BETA2).addcmul_(gradients, gradients, value=1 - BETA2)
         denominator = exp_avg_sq.sqrt().div_(root_S1).add_(EPSILON)

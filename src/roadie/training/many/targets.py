@@ -16,16 +16,18 @@ from transformers.pytorch_utils import Conv1D
 from roadie.adapter import resolve_layer
 from roadie.bank.families import AdaptedLayer
 from roadie.errors import ConfigError, UnsupportedLayer
+from roadie.share import Share
 from roadie.training.recipe import ALL_LINEAR, Recipe
 
 
 def adapted_layers(model: Any, recipe: Recipe) -> tuple[AdaptedLayer, ...]:
     """The layers that `recipe` adapts, in the order of the model.
 
-    Raises `ConfigError` where nothing is targeted or a group size does not divide a layer, `UnsupportedLayer` where
-    something other than a linear layer is targeted.
+    Raises `ConfigError` where nothing is targeted, a group size does not divide a layer, or the share has no pair;
+    `UnsupportedLayer` where something other than a linear layer is targeted.
     """
     config = {key: getattr(recipe, key) for key in ("variant", "group_size", "adapt_group_size")}
+    share = None if recipe.share is None else Share.parse(recipe.share)
     modules = _targeted(model, recipe.target_modules)
     if not modules:
         raise ConfigError(
@@ -35,8 +37,17 @@ def adapted_layers(model: Any, recipe: Recipe) -> tuple[AdaptedLayer, ...]:
     found = []
     for path, module in modules.items():
         out_features = _out_features(path, module)
-        found.append(AdaptedLayer(path, out_features, *resolve_layer(config, path, out_features)))
+        found.append(AdaptedLayer(path, out_features, *resolve_layer(config, path, out_features), share))
+    _check_share(share, found)
     return tuple(found)
+
+
+def _check_share(share: Share | None, layers: Sequence[AdaptedLayer]) -> None:
+    if share is not None and not any(share.pairs(layer.out_features // 2) for layer in layers):
+        raise ConfigError(
+            f"got share={str(share)!r}, which has no pair in any layer; wanted at most as many shares as the largest layer has "
+            f"pairs ({max(layer.out_features for layer in layers) // 2})"
+        )
 
 
 def target_names(model: nn.Module, layers: Sequence[AdaptedLayer]) -> list[str]:
