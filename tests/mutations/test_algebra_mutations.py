@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from roadie import algebra
+from roadie.algebra import powers as algebra
 from roadie.errors import AdapterError
 from roadie.rotation import Rotation
 from roadie.testing import algebra_laws

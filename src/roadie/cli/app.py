@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from roadie import __version__
+from roadie.cli.combine import combine
 from roadie.cli.demo import demo
 from roadie.cli.generate import generate
 from roadie.cli.info import info
@@ -54,6 +55,7 @@ app.command(short_help="Train many adapters of one base model at once.")(train_m
 app.command(short_help="Continue prompts in one batch, each with its own adapter.")(generate)
 app.command(short_help="Write a whole model with adapters merged into it.")(merge)
 app.command(short_help="Show what is in an adapter file.")(info)
+app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")
 
 
 def _print_version(asked: bool) -> None:

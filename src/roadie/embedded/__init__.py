@@ -18,12 +18,18 @@ from roadie.embedded import corpus
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["corpus", "load_model", "load_tokenizer", "model_path"]
+__all__ = ["corpus", "load_model", "load_tokenizer", "model_path", "name_here"]
 
 
 def model_path() -> Path:
     """The directory of the embedded model and its tokenizer, for `from_pretrained`."""
     return Path(__file__).parent / "model"
+
+
+def name_here(name: str) -> str:
+    """The name of a base model on this machine: the embedded model, wherever it lay, is the one of this package."""
+    path = model_path()
+    return str(path) if Path(name.replace("\\", "/")).parts[-3:] == path.parts[-3:] else name
 
 
 def load_model() -> PreTrainedModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +42,7 @@ class ModelSource:
         """
         if self.name is not None:
             return self
-        names = sorted({_on_this_machine(name) for name in recorded if name})
+        names = sorted({embedded.name_here(name) for name in recorded if name})
         if len(names) > 1:
             raise ConfigError(
                 f"got adapters of different base models ({', '.join(names)}); wanted one; name it (--model NAME)"
@@ -54,11 +53,6 @@ class ModelSource:
 def as_source(model: str | ModelSource | None) -> ModelSource:
     """`model` as a source: a name is one that is trusted with nothing."""
     return model if isinstance(model, ModelSource) else ModelSource(model)
-
-
-def _on_this_machine(name: str) -> str:
-    path = Path(embedded.model_path())
-    return str(path) if Path(name.replace("\\", "/")).parts[-3:] == path.parts[-3:] else name
 
 
 def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrainedModel:

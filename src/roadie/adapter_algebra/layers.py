@@ -1,0 +1,170 @@
+"""Adapters layer by layer: what an operation on rotations makes of whole adapters, and what the config of the result says.
+
+layers          of any of the adapters; to an adapter without a layer, that layer's rotation is the identity
+variant         the smallest that holds the result exactly: road_1 where both rows of every pair agree, else road_2
+group size      of each layer, that in which the adapters turn there
+precision       float64 inside; parameters are stored in float32, or float64 where an adapter has float64
+config          what all adapters say alike, with the layers, variant and group sizes of the result
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from roadie.adapter import Adapter, LayerParameters, resolve_group_size
+from roadie.algebra import in_one_pairing
+from roadie.errors import AdapterError, ConfigError
+from roadie.rotation import Rotation, Variant, from_parameters, swap_unsigned, to_parameters
+
+Named = Mapping[str, Adapter]
+Rotations = Mapping[str, Rotation]
+T = TypeVar("T")
+
+_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_GROUPING = ("group_size", "group_size_pattern", "adapt_group_size")
+_NOT_KEPT = ("variant", "variant_pattern", "modules_to_save", "bias", "trainable_token_indices")
+
+
+def combined(adapters: Named, combine: Callable[[Rotations], Rotation]) -> Adapter:
+    """Each layer of any adapter: `combine` of the rotations of those that have it, by name, in float64.
+
+    Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or a result is too large.
+    """
+    rotations = over_layers(adapters, combine)
+    variant = Variant.ROAD_1 if all(map(rows_agree, rotations.values())) else Variant.ROAD_2
+    layers = {}
+    for path, rotation in rotations.items():
+        dtypes = {adapter.layers[path].theta.dtype for adapter in adapters.values() if path in adapter.layers}
+        with about_layer(path):
+            layers[path] = stored(rotation, variant, torch.float64 if torch.float64 in dtypes else torch.float32)
+    return Adapter(layers, result_config(list(adapters.values()), layers, variant))
+
+
+def over_layers(adapters: Named, measure: Callable[[Rotations], T]) -> dict[str, T]:
+    """Module path -> `measure` of the rotations, by name and in one pairing, of the adapters that have the layer.
+
+    Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or are not finite.
+    """
+    for name, adapter in adapters.items():
+        _check_only_rotations(name, adapter)
+    found = {}
+    for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers):
+        parts = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
+        with about_layer(path):
+            _check_one_device(parts)
+            found[path] = measure(in_one_pairing({name: in_float64(name, layer) for name, layer in parts.items()}))
+    return found
+
+
+@contextmanager
+def about_layer(path: str) -> Iterator[None]:
+    """Errors inside name the layer."""
+    try:
+        yield
+    except (AdapterError, ConfigError) as error:
+        raise type(error)(f"layer {path}: {error}") from None
+
+
+def in_float64(name: str, layer: LayerParameters) -> Rotation:
+    """The layer's rotation in float64; raises `AdapterError`, naming the adapter, where a parameter is not finite."""
+    if not bool((torch.isfinite(layer.theta) & torch.isfinite(layer.alpha)).all()):
+        raise AdapterError(
+            f"{name}: got parameters that are not finite; wanted finite numbers; train the adapter again"
+        )
+    return from_parameters(layer.theta.double(), layer.alpha.double(), layer.variant, layer.group_size)
+
+
+def stored(rotation: Rotation, variant: Variant, dtype: torch.dtype) -> LayerParameters:
+    """The parameters of a rotation that `variant` holds exactly; raises `AdapterError` where they are too large for `dtype`."""
+    theta, alpha = (vector.to(dtype) for vector in to_parameters(rotation, variant))
+    if not bool(torch.isfinite(alpha).all()):
+        raise AdapterError(f"got a result too large for {dtype}; wanted finite numbers; use smaller weights")
+    return LayerParameters(theta, alpha, variant, rotation.group_size)
+
+
+def rows_agree(rotation: Rotation) -> bool:
+    """Whether both rows of every pair are equal, so that road_1 holds the rotation exactly."""
+    return all(torch.equal(v, swap_unsigned(v, rotation.group_size)) for v in (rotation.direct, rotation.cross))
+
+
+def _check_only_rotations(name: str, adapter: Adapter) -> None:
+    if adapter.other:
+        raise AdapterError(
+            f"{name}: got {len(adapter.other)} tensors that are no rotations ({next(iter(adapter.other))}); wanted none, "
+            "because weights of modules_to_save and trained biases cannot be combined; make an Adapter of its layers alone"
+        )
+
+
+def _check_one_device(parts: Mapping[str, LayerParameters]) -> None:
+    devices = {name: str(layer.theta.device) for name, layer in parts.items()}
+    if len(set(devices.values())) > 1:
+        raise AdapterError(f"got device {devices}; wanted one; move the parameters with .to()")
+
+
+def result_config(
+    adapters: Sequence[Adapter], layers: Mapping[str, LayerParameters], variant: Variant
+) -> dict[str, Any]:
+    """What all adapters say alike, and what the result is."""
+    common = _common(adapters)
+    config = {key: value for key, value in common.items() if key not in _NOT_KEPT}
+    config |= {"peft_type": "ROAD", "variant": variant.value}
+    same_layers = all(set(adapter.layers) == set(layers) for adapter in adapters)
+    alike = all(key in common or not any(key in adapter.config for adapter in adapters) for key in _SELECTING)
+    if not (same_layers and alike and config.get("target_modules")):
+        config = {key: value for key, value in config.items() if key not in _SELECTING}
+        config["target_modules"] = sorted(layers)
+    return grouped_config(config, layers)
+
+
+def grouped_config(config: Mapping[str, Any], layers: Mapping[str, LayerParameters]) -> dict[str, Any]:
+    """`config`, with the group sizes of `layers` where it says others."""
+    if _describes(config, layers):
+        return dict(config)
+    return {key: value for key, value in config.items() if key not in _GROUPING} | _group_sizes(layers)
+
+
+def _common(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The keys that all configs have, with values that are equal (lists of modules in any order)."""
+    first, *others = (adapter.config for adapter in adapters)
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in other and _comparable(other[key]) == _comparable(value) for other in others)
+    }
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return sorted(map(repr, value))
+    # Of patterns the first that matches counts, so that their order matters.
+    return list(value.items()) if isinstance(value, Mapping) else value
+
+
+def _describes(config: Mapping[str, Any], layers: Mapping[str, LayerParameters]) -> bool:
+    try:
+        return all(
+            resolve_group_size(config, path, layer.out_features) == layer.group_size for path, layer in layers.items()
+        )
+    except ConfigError:
+        return False
+
+
+def _group_sizes(layers: Mapping[str, LayerParameters]) -> dict[str, Any]:
+    """One group size for all, or the most frequent one and a pattern a layer: longer paths first, which end in shorter ones."""
+    (size, count), *_ = Counter(layer.group_size for layer in layers.values()).most_common()
+    if count == len(layers):
+        return {"group_size": size}
+    return {
+        "group_size": size,
+        "group_size_pattern": {re.escape(path): layers[path].group_size for path in _longest_first(layers)},
+    }
+
+
+def _longest_first(paths: Iterable[str]) -> list[str]:
+    return sorted(paths, key=lambda path: (-len(path), path))

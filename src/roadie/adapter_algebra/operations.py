@@ -1,0 +1,130 @@
+"""The operations on whole adapters: each layer by `roadie.rotation` and `roadie.algebra`.
+
+Weight and exponent 1 of a single adapter give that adapter itself. Adapters with other tensors (modules_to_save, trained
+biases) are refused, because only rotations have an algebra. All raise `AdapterError` or `ConfigError`, naming the layer and
+where it matters the adapter and the outputs, where adapters do not fit together, values are not finite, a block has no inverse
+or no logarithm and would need one, or a result is too large for its dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from roadie.adapter import Adapter
+from roadie.adapter_algebra.layers import Rotations, combined, over_layers
+from roadie.algebra import Metric, blend, corrected_weights, interpolate, shares, squared_distance, subtract
+from roadie.errors import AdapterError
+from roadie.rotation import Rotation, compose, identity
+
+
+def compose_adapters(outer: Adapter, inner: Adapter) -> Adapter:
+    """The adapter that does what `inner` does, then `outer`, in every layer."""
+
+    def product(parts: Rotations) -> Rotation:
+        return compose(**parts) if len(parts) == 2 else next(iter(parts.values()))
+
+    return combined({"outer": outer, "inner": inner}, product)
+
+
+def inverse_adapter(adapter: Adapter) -> Adapter:
+    """The adapter that undoes `adapter`; raises `AdapterError`, naming layer and outputs, where a block is singular."""
+    return power_adapter(adapter, -1.0)
+
+
+def power_adapter(adapter: Adapter, exponent: float) -> Adapter:
+    """`adapter` at the strength `exponent`: 0.5 for half of it, -1 for its inverse; see `roadie.algebra.power`."""
+    return blend_adapters([adapter], [exponent], names=["the adapter"])
+
+
+def blend_adapters(adapters: Sequence[Adapter], weights: Sequence[float], *, names: Sequence[str] = ()) -> Adapter:
+    """The mixture of `adapters` with `weights`, in every layer; see `roadie.algebra.blend`.
+
+    adapters: one or more; weights: as many finite numbers; names: as many, what errors call the adapters. Adapters of weight
+    0 are ignored; where nothing is left, the result is the identity.
+    """
+    names = _names(adapters, names)
+    if not len(adapters) == len(weights) == len(set(names)) or not adapters:
+        raise AdapterError(
+            f"got {len(adapters)} adapters, {len(weights)} weights and the names {list(names)}; wanted as many of each, at "
+            "least one, and different names"
+        )
+    weight_of = dict(zip(names, map(float, weights), strict=True))
+    active = {name: adapter for name, adapter in zip(names, adapters, strict=True) if weight_of[name] != 0}
+    if [weight_of[name] for name in active] == [1.0]:
+        return next(iter(active.values()))
+
+    def mixture(parts: Rotations) -> Rotation:
+        return blend(list(parts.values()), [weight_of[name] for name in parts], names=list(parts))
+
+    return combined(active or dict(zip(names, adapters, strict=True)), mixture)
+
+
+def interpolate_adapters(start: Adapter, end: Adapter, t: float) -> Adapter:
+    """`start` at t = 0, `end` at 1, and between them the curve of one constant turn; see `roadie.algebra.interpolate`."""
+
+    def between(parts: Rotations) -> Rotation:
+        return interpolate(_or_identity(parts, "start"), _or_identity(parts, "end"), t)
+
+    return combined({"start": start, "end": end}, between)
+
+
+def mean_adapters(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    magnitude_corrected: bool = False,
+    names: Sequence[str] = (),
+) -> Adapter:
+    """The mean of `adapters`, in every layer; see `roadie.algebra.mean`. The magnitude is corrected a layer at a time."""
+    names = _names(adapters, names)
+    part_of = dict(zip(names, shares(len(adapters), weights), strict=True))
+
+    def average(parts: Rotations) -> Rotation:
+        weights = [part_of[name] for name in parts]
+        rotations = list(parts.values())
+        return blend(
+            rotations, corrected_weights(rotations, weights) if magnitude_corrected else weights, names=list(parts)
+        )
+
+    return combined(dict(zip(names, adapters, strict=True)), average)
+
+
+def subtract_adapters(adapter: Adapter, removed: Adapter) -> Adapter:
+    """What `adapter` does that `removed` does not: applied after `removed`, it gives `adapter`."""
+
+    def difference(parts: Rotations) -> Rotation:
+        return subtract(_or_identity(parts, "the adapter"), _or_identity(parts, "the removed one"))
+
+    return combined({"the adapter": adapter, "the removed one": removed}, difference)
+
+
+def distance_adapters(first: Adapter, second: Adapter, metric: Metric = Metric.CHORDAL) -> float:
+    """The distance of two adapters over all outputs that either adapts; see `roadie.algebra.geometry`."""
+    squares = _squares(first, second, metric)
+    return math.sqrt(math.fsum(square for square, _ in squares.values()) / sum(width for _, width in squares.values()))
+
+
+def layer_distances(first: Adapter, second: Adapter, metric: Metric = Metric.CHORDAL) -> dict[str, float]:
+    """Module path -> the distance of two adapters in that layer."""
+    return {path: math.sqrt(square / width) for path, (square, width) in _squares(first, second, metric).items()}
+
+
+def _squares(first: Adapter, second: Adapter, metric: Metric) -> dict[str, tuple[float, int]]:
+    def square(parts: Rotations) -> tuple[float, int]:
+        one, two = (_or_identity(parts, name) for name in ("first", "second"))
+        return squared_distance(one, two, metric), one.out_features
+
+    return over_layers({"first": first, "second": second}, square)
+
+
+def _or_identity(parts: Rotations, name: str) -> Rotation:
+    """The adapter's rotation of the layer at hand, the identity where it does not adapt it."""
+    like = next(iter(parts.values()))
+    return parts.get(name) or identity(
+        like.out_features, like.group_size, dtype=like.direct.dtype, device=like.direct.device
+    )
+
+
+def _names(adapters: Sequence[Adapter], names: Sequence[str]) -> Sequence[str]:
+    return names or [f"adapter {index} of {len(adapters)}" for index in range(len(adapters))]

@@ -1,0 +1,157 @@
+"""The verbs of the algebra, on rotations and on whole adapters alike: `roadie.compose`, `roadie.power`, and so on.
+
+Two rotations give a rotation, in float64 but for `compose` and `inverse`, which keep the dtype; two adapters give an adapter,
+which is saved, loaded by stock PEFT, served and trained like any other. A layer that an adapter does not have is the identity
+there. All raise `AdapterError` or `ConfigError` where something does not fit; for adapters the error names the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+from roadie import algebra, embedded, rotation
+from roadie.adapter import Adapter
+from roadie.adapter_algebra import operations
+from roadie.algebra import Metric, in_one_pairing
+from roadie.errors import AdapterError
+from roadie.rotation import Rotation
+
+
+@overload
+def compose(outer: Rotation, inner: Rotation) -> Rotation: ...
+@overload
+def compose(outer: Adapter, inner: Adapter) -> Adapter: ...
+def compose(outer: Rotation | Adapter, inner: Rotation | Adapter) -> Rotation | Adapter:
+    """What does `inner`, then `outer`: the product of their blocks, at O(D) a layer.
+
+    Raises `ConfigError` where both turn in different group sizes, which is no rotation of pairs; `AdapterError` for adapters
+    of different base models or with other tensors.
+    """
+    if isinstance(outer, Rotation) and isinstance(inner, Rotation):
+        return rotation.compose(**in_one_pairing({"outer": outer, "inner": inner}))
+    return operations.compose_adapters(*_adapters("compose", outer, inner))
+
+
+@overload
+def inverse(of: Rotation) -> Rotation: ...
+@overload
+def inverse(of: Adapter) -> Adapter: ...
+def inverse(of: Rotation | Adapter) -> Rotation | Adapter:
+    """What undoes it, in closed form; raises `AdapterError` where a block is singular."""
+    return rotation.inverse(of) if isinstance(of, Rotation) else operations.inverse_adapter(*_adapters("inverse", of))
+
+
+@overload
+def power(of: Rotation, exponent: float) -> Rotation: ...
+@overload
+def power(of: Adapter, exponent: float) -> Adapter: ...
+def power(of: Rotation | Adapter, exponent: float) -> Rotation | Adapter:
+    """It at the strength `exponent`: 0.5 is half of it, 2 it twice, -1 its inverse, 0 the identity.
+
+    Integers multiply blocks; other exponents go by the principal logarithm, ``exp(s log R)``. Raises `AdapterError` where a
+    block has none, or no inverse where the exponent is a negative integer.
+    """
+    if isinstance(of, Rotation):
+        return algebra.power(of, exponent)
+    (adapter,) = _adapters("power", of)
+    return operations.power_adapter(adapter, exponent)
+
+
+@overload
+def interpolate(start: Rotation, end: Rotation, t: float) -> Rotation: ...
+@overload
+def interpolate(start: Adapter, end: Adapter, t: float) -> Adapter: ...
+def interpolate(start: Rotation | Adapter, end: Rotation | Adapter, t: float) -> Rotation | Adapter:
+    """``A (A^-1 B)^t``: `start` at t = 0, `end` at t = 1; for road_1 the geodesic between them, the short way round.
+
+    Raises `AdapterError` where `start` has no inverse, or the way from one to the other no real logarithm.
+    """
+    if isinstance(start, Rotation) and isinstance(end, Rotation):
+        return algebra.interpolate(start, end, t)
+    first, last = _adapters("interpolate", start, end)
+    return operations.interpolate_adapters(first, last, t)
+
+
+@overload
+def mean(
+    of: Sequence[Rotation], weights: Sequence[float] | None = None, *, magnitude_corrected: bool = False
+) -> Rotation: ...
+@overload
+def mean(
+    of: Sequence[Adapter], weights: Sequence[float] | None = None, *, magnitude_corrected: bool = False
+) -> Adapter: ...
+def mean(
+    of: Sequence[Rotation] | Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    magnitude_corrected: bool = False,
+) -> Rotation | Adapter:
+    """``exp(sum of w_k log R_k)`` with weights that are made to add up to 1 (None: equal ones); one or more of one kind.
+
+    magnitude_corrected: lengthen the mean of the logarithms to the mean of their lengths, a layer at a time, as OrthoMerge
+    does (arXiv 2602.05943). Raises `AdapterError` where a block has no real logarithm, or a weight is negative.
+    """
+    rotations = [part for part in of if isinstance(part, Rotation)]
+    if rotations and len(rotations) == len(of):
+        return algebra.mean(rotations, weights, magnitude_corrected=magnitude_corrected)
+    adapters = _adapters("mean", *of)
+    return operations.mean_adapters(adapters, weights, magnitude_corrected=magnitude_corrected)
+
+
+@overload
+def subtract(of: Rotation, removed: Rotation) -> Rotation: ...
+@overload
+def subtract(of: Adapter, removed: Adapter) -> Adapter: ...
+def subtract(of: Rotation | Adapter, removed: Rotation | Adapter) -> Rotation | Adapter:
+    """``B A^-1``: what `of` does that `removed` does not; ``compose(subtract(b, a), a)`` is b.
+
+    Raises `AdapterError` where `removed` has a singular block.
+    """
+    if isinstance(of, Rotation) and isinstance(removed, Rotation):
+        return algebra.subtract(of, removed)
+    return operations.subtract_adapters(*_adapters("subtract", of, removed))
+
+
+@overload
+def distance(first: Rotation, second: Rotation, metric: str | Metric = Metric.CHORDAL) -> float: ...
+@overload
+def distance(first: Adapter, second: Adapter, metric: str | Metric = Metric.CHORDAL) -> float: ...
+def distance(first: Rotation | Adapter, second: Rotation | Adapter, metric: str | Metric = Metric.CHORDAL) -> float:
+    """How far apart they are, a root mean square over the outputs that either changes; 0 for equal ones.
+
+    "chordal": the relative root mean square difference of their outputs, for outputs of the base layer whose elements are
+    independent and of one size. "geodesic": the length of the way from one to the other, in radians and in nepers of scale;
+    it raises `AdapterError` where that way has no real logarithm. For small turns both are the angle between them.
+    """
+    metric = Metric.parse(metric)
+    if isinstance(first, Rotation) and isinstance(second, Rotation):
+        return math.sqrt(
+            algebra.squared_distance(first, second, metric) / max(first.direct.numel(), second.direct.numel())
+        )
+    one, two = _adapters("distance", first, second)
+    return operations.distance_adapters(one, two, metric)
+
+
+def check_one_base(adapters: Iterable[Adapter]) -> None:
+    """Raise `AdapterError` where adapters name different base models; the embedded model is one, wherever it lies."""
+    names = sorted({embedded.name_here(adapter.base_model_name) for adapter in adapters if adapter.base_model_name})
+    if len(names) > 1:
+        raise AdapterError(
+            f"got adapters of different base models ({', '.join(names)}); wanted one, because a rotation of one model's outputs "
+            "means nothing in another; where they are one model under two names, change base_model_name_or_path in the config"
+        )
+
+
+def _adapters(verb: str, *parts: object) -> list[Adapter]:
+    """The parts, which must be adapters of one base model."""
+    adapters = [part for part in parts if isinstance(part, Adapter)]
+    if len(adapters) != len(parts):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise AdapterError(
+            f"got {kinds} to {verb}; wanted Rotation or Adapter values, all of one kind; load files with "
+            "roadie.checkpoint.load"
+        )
+    check_one_base(adapters)
+    return adapters
