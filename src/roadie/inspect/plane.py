@@ -1,0 +1,114 @@
+"""The polar scatter of an adapter's blocks: their turn and scale as points of the complex plane, around 1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from roadie.inspect.theme import STEPS, Theme
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plane(axes: Axes, theme: Theme, turning: Any, mirroring: Any) -> None:
+    """Blocks in the plane: a dot where the block takes (1, 0), if it turns; a cross at q, if it mirrors (``[N]`` complex each).
+
+    Dots are gathered in cells, and the darker one is (on dark ground: the lighter), the more blocks are in it.
+    """
+    everything = np.concatenate((turning, mirroring, [1.0]))
+    centre, reach = _reach(everything)
+    _polar_grid(axes, theme, centre, reach)
+    _gathered(axes, theme, turning, centre, reach)
+    if len(mirroring):
+        axes.plot(
+            *(mirroring.real, mirroring.imag), "x", color=theme.series[1], markersize=4.5, markeredgewidth=1.2, zorder=4
+        )
+    axes.plot([1], [0], marker="+", color=theme.ink, markersize=9, markeredgewidth=1.1, zorder=5)
+    axes.set_xlim(centre.real - reach, centre.real + reach)
+    axes.set_ylim(centre.imag - reach, centre.imag + reach)
+    axes.set_aspect("equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_color(theme.grid)
+
+
+def _reach(points: Any) -> tuple[complex, float]:
+    """The middle and half the side of the square with all `points`."""
+    centre = complex((points.real.min() + points.real.max()) / 2, (points.imag.min() + points.imag.max()) / 2)
+    far = max(np.abs(points.real - centre.real).max(), np.abs(points.imag - centre.imag).max())
+    return centre, 1.12 * max(float(far), 0.02)
+
+
+def _gathered(axes: Axes, theme: Theme, points: Any, centre: complex, reach: float, side: int = 56) -> None:
+    if not len(points):
+        return
+    edges = [np.linspace(middle - reach, middle + reach, side + 1) for middle in (centre.real, centre.imag)]
+    counts, _, _ = np.histogram2d(points.real, points.imag, edges)
+    x, y = ((edge[:-1] + edge[1:]) / 2 for edge in edges)
+    shade = np.where(counts > 0, np.log1p(counts) / np.log1p(counts.max()) * (STEPS - 1), -1).round().astype(int)
+    shades = theme.rising
+    for step in range(STEPS):
+        columns, rows = np.nonzero(shade == step)
+        # The palest shades would not be seen as single dots.
+        axes.plot(
+            x[columns], y[rows], "o", color=shades[max(step, STEPS // 3)], markersize=2.5, markeredgewidth=0, zorder=3
+        )
+
+
+def _polar_grid(axes: Axes, theme: Theme, centre: complex, reach: float) -> None:
+    """Circles of equal scale and rays of equal angle, as far as the window goes, with their values at its edge."""
+    from matplotlib.patches import Circle
+    from matplotlib.ticker import MaxNLocator
+
+    corners = [centre + reach * complex(a, b) for a in (-1, 1) for b in (-1, 1)]
+    inside = abs(centre.real) <= reach and abs(centre.imag) <= reach
+    nearest = 0.0 if inside else min(abs(c) for c in corners) * 0.8
+    radii: Any = MaxNLocator(5).tick_values(nearest, max(map(abs, corners)))
+    for radius in radii[radii > 0].tolist():
+        axes.add_patch(Circle((0, 0), radius, fill=False, edgecolor=theme.grid, linewidth=0.7))
+        _scale_label(axes, theme, radius, centre, reach)
+    axes.add_patch(Circle((0, 0), 1, fill=False, edgecolor=theme.muted, linewidth=0.8, linestyle=(0, (3, 2))))
+    angles = [np.degrees(np.angle(c)) for c in corners]
+    every = 45 if inside else float(np.clip(_nice(max(angles) - min(angles)), 1, 45))
+    for angle in np.arange(-180, 180, every).tolist():
+        ray = np.exp(1j * np.radians(angle))
+        axes.plot(
+            [0, 20 * reach * ray.real + 20 * ray.real],
+            [0, 20 * reach * ray.imag + 20 * ray.imag],
+            color=theme.grid,
+            lw=0.7,
+        )
+        _angle_label(axes, theme, angle, centre, reach)
+
+
+def _nice(span: float) -> float:
+    return min((1, 2, 5, 10, 15, 30, 45), key=lambda step: abs(span / 5 - step))
+
+
+def _scale_label(axes: Axes, theme: Theme, radius: float, centre: complex, reach: float) -> None:
+    if abs(centre.imag) < reach and abs(radius - centre.real) < 0.86 * reach:
+        box = {"facecolor": theme.panel, "edgecolor": "none", "pad": 0.6, "alpha": 0.75}
+        axes.text(
+            *(radius, centre.imag - 0.97 * reach),
+            f"x{radius:g}",
+            ha="center",
+            va="bottom",
+            color=theme.muted,
+            bbox=box,
+            zorder=6,
+        )
+
+
+def _angle_label(axes: Axes, theme: Theme, angle: float, centre: complex, reach: float) -> None:
+    """The value of a ray where it leaves the window on the right, or above, or to the left."""
+    ray = np.exp(1j * np.radians(angle))
+    right = centre.real + 0.97 * reach
+    if ray.real <= 1e-9:
+        return
+    height = right * ray.imag / ray.real
+    if abs(height - centre.imag) < 0.9 * reach:
+        box = {"facecolor": theme.panel, "edgecolor": "none", "pad": 0.6, "alpha": 0.75}
+        axes.text(right, height, f"{angle:g}°", ha="right", va="center", color=theme.muted, bbox=box, zorder=6)
