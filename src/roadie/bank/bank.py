@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, check_adapter_name
+from roadie.adapter import Adapter, LayerParameters, check_adapter_name
+from roadie.bank.admission import rotations
 from roadie.bank.attachment import Attachment, linear_layers, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
@@ -32,7 +33,7 @@ from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
 from roadie.bank.table import LayerTable
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
-from roadie.rotation import Rotation, check_group_size
+from roadie.rotation import Rotation
 
 
 class AdapterBank:
@@ -77,21 +78,26 @@ class AdapterBank:
         not fit the model, `BankFull` where every slot is pinned or being read. Nothing is changed then.
         """
         check_adapter_name(name)
-        rotations = self._checked(name, source)
+        made = self._checked(name, source)
         with self._lock:
             if name in self._book:
                 raise ConfigError(f"got {name!r}, which is in the bank already; use replace, or evict it first")
-            return self._publish(name, rotations)
+            return self._publish(name, made)
+
+    def check(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> None:
+        """Raise what `admit` would raise because of the name or the adapter itself; changes nothing."""
+        check_adapter_name(name)
+        self._checked(name, source)
 
     def replace(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> int:
         """Put another adapter behind a name; gives its new slot. Rows that run now go on with the old one.
 
         Raises as `admit` does, and `RoutingError` for unknown names; the old adapter stays then.
         """
-        rotations = self._checked(name, source)
+        made = self._checked(name, source)
         with self._lock:
             self._require(name)
-            return self._publish(name, rotations)
+            return self._publish(name, made)
 
     def evict(self, name: str) -> None:
         """Let an adapter go, and the blends it is part of; rows that run now go on. Raises `RoutingError` for unknown names."""
@@ -168,11 +174,13 @@ class AdapterBank:
             of_wish: dict[str | Blend | None, int] = {None: -1}
             # Names before blends, and each held as soon as it is found: making a blend may let others go.
             wanted = sorted({wish for wish in wishes if wish is not None}, key=lambda wish: isinstance(wish, Blend))
-            held = [name for wish in wanted for name in (wish.names if isinstance(wish, Blend) else (wish,))]
-            leases = [self._book.lease([self._slot_of(name) for name in dict.fromkeys(held)])]
+            parts = [name for wish in wanted for name in (wish.names if isinstance(wish, Blend) else (wish,))]
+            held = self._book.lease([self._slot_of(name) for name in dict.fromkeys(parts)])
+            leases = []
             for wish in wanted:
                 of_wish[wish] = slot = self._slot_of(wish)
                 leases.append(self._book.lease((slot,)))
+            held.close()  # a blend, once made, does not read its parts
             slots = torch.tensor([of_wish[wish] for wish in wishes], dtype=torch.int64)
             slots._roadie_leases = leases  # type: ignore[attr-defined]
             return slots
@@ -220,7 +228,9 @@ class AdapterBank:
                 f"got adapter {name!r} with {'; '.join(problems[:3])}; wanted layers of this model; use the base model that it "
                 f"was trained on ({adapter.base_model_name or 'not named in its config'})"
             )
-        return {path: self._rotation(name, path, layer) for path, layer in adapter.layers.items()}
+        for path, layer in adapter.layers.items():
+            self._check_width(name, path, layer)
+        return rotations(name, adapter.layers, self._dtype, self._device_of)
 
     def _read(self, source: Any) -> Adapter:
         if isinstance(source, Adapter):
@@ -233,26 +243,18 @@ class AdapterBank:
             f"got a source of type {type(source).__name__}; wanted an Adapter, a folder, or (model, name)"
         )
 
-    def _rotation(self, name: str, path: str, layer: Any) -> Rotation:
+    def _check_width(self, name: str, path: str, layer: LayerParameters) -> None:
         wanted = out_features_of(self._modules[path])
         if layer.out_features != wanted:
             raise AdapterError(
                 f"got adapter {name!r} with {layer.out_features} outputs for {path!r}; wanted {wanted}; use its own base model"
             )
-        check_group_size(layer.group_size, wanted)
-        with torch.no_grad():
-            rotation = layer.rotation
-        if not bool(torch.isfinite(rotation.direct).all() and torch.isfinite(rotation.cross).all()):
-            raise AdapterError(f"got adapter {name!r} with values that are not finite in {path!r}; wanted finite ones")
-        device = self._device_of(path)
-        direct, cross = (vector.to(device, self._dtype) for vector in (rotation.direct, rotation.cross))
-        return Rotation(direct, cross, rotation.group_size)
 
-    def _publish(self, name: str | Blend, rotations: Mapping[str, Rotation]) -> int:
+    def _publish(self, name: str | Blend, made: Mapping[str, Rotation]) -> int:
         slot = self._slot_to_write(name)
         try:
             with torch.no_grad():
-                self._write(slot, rotations)
+                self._write(slot, made)
         except BaseException:
             self._book.give_back(slot)
             raise
@@ -260,7 +262,7 @@ class AdapterBank:
             self._forget(name)
             self._admissions += 1
             self._versions[name] = self._admissions
-            self._layers_of[name] = frozenset(rotations)
+            self._layers_of[name] = frozenset(made)
         self._book.publish(name, slot)
         return slot
 
@@ -285,12 +287,12 @@ class AdapterBank:
             self._forget(evicted)
         return evicted is not None
 
-    def _write(self, slot: int, rotations: Mapping[str, Rotation]) -> None:
-        for path in rotations:
+    def _write(self, slot: int, made: Mapping[str, Rotation]) -> None:
+        for path in made:
             if path not in self._attached:
                 self._attach(path)
         for path, attachment in self._attached.items():
-            attachment.table.write(slot, rotations.get(path))
+            attachment.table.write(slot, made.get(path))
 
     def _attach(self, path: str) -> None:
         module = self._modules[path]
@@ -322,7 +324,7 @@ class AdapterBank:
 
     def _blend(self, wish: Blend) -> dict[str, Rotation]:
         slots = {name: self._book.use(name) for name in wish.names}
-        rotations = {}
+        made = {}
         for path, attachment in self._attached.items():
             parts = []
             for name, weight in wish.weights:
@@ -332,8 +334,8 @@ class AdapterBank:
                 parts.append((name, weight, attachment.table.read(slot) if has_layer else None))
             rotation = blended(path, parts)
             if rotation is not None:
-                rotations[path] = _in_range(rotation, self._dtype, path, wish)
-        return rotations
+                made[path] = _in_range(rotation, self._dtype, path, wish)
+        return made
 
     def _require(self, name: str) -> None:
         if name not in self._book:

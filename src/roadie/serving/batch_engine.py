@@ -1,0 +1,474 @@
+"""`ContinuousBatchingEngine`: the engine of a server on one machine, on transformers' continuous batching and the bank.
+
+One thread runs the loop:
+
+    settle    cancelled requests leave; others start: whose turn it is (`fairness`), whose adapter is in a slot (`residency`)
+    step      one forward over whoever runs (`continuous_batching`), a token for each (`sampling`), its text (`text`)
+    deliver   outputs, to whoever submitted the requests
+
+Another thread reads adapters and puts them into slots that nobody reads, so that the loop never waits for a file. Callers only
+touch the queue. Everything shared is under one condition, `_changed`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from roadie.bank import AdapterBank
+from roadie.errors import (
+    AdapterBusy,
+    ConfigError,
+    EngineFailed,
+    QueueFull,
+    RoadieError,
+    ServingError,
+    ShuttingDown,
+)
+from roadie.serving.continuous_batching import ContinuousBatch, Packed, check_contract
+from roadie.serving.engine import (
+    AdapterStatus,
+    EngineLimits,
+    EngineSettings,
+    FinishReason,
+    GenerationRequest,
+    OnOutput,
+    Output,
+    Statistics,
+    Unload,
+)
+from roadie.serving.fairness import FairQueue
+from roadie.serving.live import Live
+from roadie.serving.registry import Registry
+from roadie.serving.residency import Asking, Key, Residency
+from roadie.serving.sampling import choose
+from roadie.serving.validation import adapts_last_layer, check_request, eos_ids_of, key_of, limits_of
+
+_log = logging.getLogger("roadie")
+_Delivery = tuple[Live, Output]
+
+
+@dataclass
+class _Totals:
+    """Counts since the start."""
+
+    num_requests: int = 0
+    num_finished: int = 0
+    num_cancelled: int = 0
+    num_failed: int = 0
+    num_refused: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_steps: int = 0
+    seconds_computing: float = 0.0
+
+
+class ContinuousBatchingEngine:
+    """An `Engine`. model: any that transformers' continuous batching takes; tokenizer: None for tokens without text.
+
+    Between `start` and `stop` nobody else may use the model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, registry: Registry, settings: EngineSettings | None = None) -> None:
+        self.settings = settings or EngineSettings()
+        check_contract(self.settings.allow_unknown_version)
+        self._model, self._tokenizer, self._registry = model, tokenizer, registry
+        self._limits = limits_of(model, self.settings)
+        self._eos_ids = eos_ids_of(model, tokenizer)
+        self._changed = threading.Condition(threading.RLock())
+        self._waiting: FairQueue[Live] = FairQueue(self.settings.tenant_weights)
+        self._live: dict[str, Live] = {}
+        self._running: dict[str, Live] = {}
+        self._wanted: Counter[Key] = Counter()  # of the requests that wait
+        self._to_cancel: list[Live] = []
+        self._unloads: dict[str, Future[AdapterStatus]] = {}
+        self._totals = _Totals()
+        self._by_adapter: dict[str, Counter[str]] = {}
+        self._mean_run_s = 1.0
+        self._outputs: list[_Delivery] = []
+        self._is_taking = self._is_stopping = False
+        self._has_news = False
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    # Life.
+
+    def start(self) -> None:
+        """See `Engine.start`."""
+        if self._thread is not None:
+            raise ServingError("got an engine that was started before; wanted a new one")
+        self._bank = AdapterBank(self._model, self.settings.num_slots, wait_s=0.0)
+        try:
+            self._batch = ContinuousBatch(self._model, self._bank, self.settings, self._choose)
+        except BaseException:
+            self._bank.close()
+            raise
+        self._residency = Residency(
+            self._bank,
+            self._registry,
+            self._changed,
+            Asking(self._remaining_tokens, self._is_wanted, self._notify, self._note_layers),
+        )
+        self._residency.bring_pinned()
+        self._is_taking = True
+        self._thread = threading.Thread(target=self._run, name="roadie-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """See `Engine.stop`."""
+        with self._changed:
+            self._is_taking, self._is_stopping = False, True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """See `Engine.drain`."""
+        with self._changed:
+            self._is_taking = False
+            return self._changed.wait_for(lambda: not self._live, timeout_s)
+
+    @property
+    def is_ready(self) -> bool:
+        """See `Engine.is_ready`."""
+        return self._is_taking
+
+    @property
+    def limits(self) -> EngineLimits:
+        """See `Engine.limits`."""
+        return self._limits
+
+    # Requests.
+
+    def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
+        """See `Engine.submit`."""
+        key = key_of(request, self._limits)
+        check_request(request, self._limits, self._tokenizer is not None)
+        live = Live(request, key, on_output, self._tokenizer, self._eos_ids)
+        with self._changed:
+            self._check_taking()
+            if request.request_id in self._live:
+                raise ConfigError(f"got request id {request.request_id!r}, which is live; wanted one of its own")
+            self._residency.require(key)
+            self._check_room(request.tenant)
+            self._live[live.id] = live
+            self._waiting.push(live)
+            self._wanted[key] += 1
+            self._totals.num_requests += 1
+            for name in live.names:
+                self._by_adapter.setdefault(name, Counter())["requests"] += 1
+            self._notify()
+
+    def cancel(self, request_id: str) -> bool:
+        """See `Engine.cancel`."""
+        with self._changed:
+            live = self._live.get(request_id)
+            if live is None or live.is_cancelled:
+                return False
+            live.is_cancelled = True
+            self._to_cancel.append(live)
+            self._notify()
+            return True
+
+    def _notify(self) -> None:
+        self._has_news = True
+        self._changed.notify_all()
+
+    def _check_started(self) -> None:
+        if self._thread is None:
+            raise ShuttingDown("got an engine that was not started; wanted one that runs; call start")
+
+    def _check_taking(self) -> None:
+        if self._failure is not None:
+            raise EngineFailed(f"the engine has failed ({self._failure}); start the server again")
+        if not self._is_taking:
+            raise ShuttingDown("got a request for an engine that takes none; try another server, or later")
+
+    def _check_room(self, tenant: str) -> None:
+        limits, problem = self._limits, None
+        if len(self._waiting) >= limits.max_queued:
+            problem = f"{limits.max_queued} requests wait already"
+        elif self._waiting.num_of(tenant) >= limits.max_queued_per_tenant:
+            problem = f"{limits.max_queued_per_tenant} requests of {tenant!r} wait already"
+        if problem is not None:
+            self._totals.num_refused += 1
+            retry_after_s = self._mean_run_s * (1 + len(self._waiting) / limits.max_running)
+            raise QueueFull(f"{problem}; come back in {retry_after_s:.0f} s", max(1.0, retry_after_s))
+
+    # Adapters.
+
+    def adapters(self) -> tuple[AdapterStatus, ...]:
+        """See `Engine.adapters`."""
+        self._check_started()
+        names = self._registry.names()
+        with self._changed:
+            running = Counter(name for live in self._running.values() for name in live.names)
+            queued = Counter(name for live in self._waiting for name in live.names)
+            return tuple(self._counted(self._residency.status(name), running, queued) for name in names)
+
+    def _counted(self, status: AdapterStatus, running: Mapping[str, int], queued: Mapping[str, int]) -> AdapterStatus:
+        counts = self._by_adapter.get(status.name, Counter())
+        return replace(
+            status,
+            num_running=running.get(status.name, 0),
+            num_queued=queued.get(status.name, 0),
+            num_requests=counts["requests"],
+            num_tokens=counts["tokens"],
+        )
+
+    def load_adapter(self, name: str, path: str | None = None, *, replace: bool = False) -> Future[AdapterStatus]:
+        """See `Engine.load_adapter`."""
+        self._check_started()
+        return self._residency.run(lambda: self._residency.load(name, path, not replace))
+
+    def pin_adapter(self, name: str, pinned: bool = True) -> Future[AdapterStatus]:
+        """See `Engine.pin_adapter`."""
+        self._check_started()
+        return self._residency.run(lambda: self._residency.pin(name, pinned))
+
+    def unload_adapter(self, name: str, how: Unload = Unload.WAIT) -> Future[AdapterStatus]:
+        """See `Engine.unload_adapter`."""
+        self._check_started()
+        done: Future[AdapterStatus] = Future()
+        try:
+            with self._changed:
+                users = [live for live in self._live.values() if name in live.names]
+                if users and how is Unload.REFUSE:
+                    raise AdapterBusy(
+                        f"got adapter {name!r}, which {len(users)} requests use; wait for them, or cancel them"
+                    )
+                self._residency.begin_unload(name)
+                if how is Unload.CANCEL:
+                    for live in users:
+                        self.cancel(live.id)
+                self._unloads[name] = done
+                self._finish_unloads()
+        except RoadieError as error:
+            done.set_exception(error)
+        return done
+
+    def _finish_unloads(self) -> None:
+        """Let adapters go that were waiting for their last request."""
+        if not self._unloads:
+            return
+        used = {name for live in self._live.values() for name in live.names}
+        for name in [name for name in self._unloads if name not in used]:
+            done = self._unloads.pop(name)
+            self._residency.run(lambda name=name: self._residency.end_unload(name)).add_done_callback(  # type: ignore[misc]
+                lambda result, done=done: _pass_on(result, done)  # type: ignore[misc]
+            )
+
+    def statistics(self) -> Statistics:
+        """See `Engine.statistics`."""
+        self._check_started()
+        with self._changed:
+            counts, blocks_free = self._residency.counts, self._batch.num_blocks_free
+            return Statistics(
+                num_running=len(self._running),
+                num_queued=len(self._waiting),
+                num_slots=self._limits.num_slots,
+                num_slots_leased=self._residency.num_leased,
+                num_resident=self._residency.num_resident,
+                num_blocks=self._batch.num_blocks,
+                num_blocks_free=blocks_free,
+                **vars(self._totals),
+                **vars(counts),
+                queued_by_tenant=self._waiting.by_tenant(),
+                running_by_tenant=dict(Counter(live.tenant for live in self._running.values())),
+            )
+
+    # The loop.
+
+    def _run(self) -> None:
+        try:
+            while self._settle():
+                if self._running:
+                    self._step()
+                self._deliver()
+        except Exception as error:
+            _log.exception("a step of the engine failed")
+            self._failure = error
+        finally:
+            self._end()
+
+    def _settle(self) -> bool:
+        """Who leaves and who starts; waits while there is nothing to do. Whether to go on."""
+        with self._changed:
+            while not (self._running or self._has_news or self._is_stopping):
+                self._changed.wait()
+            self._has_news = False
+            if self._is_stopping:
+                return False
+            for live in self._to_cancel:
+                if live.id in self._live:
+                    self._leave(live, live.last(FinishReason.CANCELLED))
+            self._to_cancel.clear()
+            self._fail_what_cannot_start()
+            self._start_whose_turn_it_is()
+            return True
+
+    def _fail_what_cannot_start(self) -> None:
+        failed = [key for key in self._wanted if self._residency.failure(key) is not None]
+        for key in failed:
+            error = self._residency.failure(key)
+            for live in [live for live in self._waiting if live.key == key]:
+                self._leave(live, live.last(FinishReason.FAILED, error))
+
+    def _start_whose_turn_it_is(self) -> None:
+        """Start requests while there is room; those whose adapter has to be brought are passed by until it is there."""
+        while self._waiting and len(self._running) < self._limits.max_running:
+            started = next((live for live in self._candidates() if self._start(live)), None)
+            if started is None:
+                return
+
+    def _candidates(self) -> list[Live]:
+        running = Counter(live.tenant for live in self._running.values())
+        turn = self._waiting.in_turn(lambda tenant: running[tenant] < self._limits.max_running_per_tenant)
+        return [live for live, _ in zip(turn, range(2 * self._limits.max_running), strict=False)]
+
+    def _start(self, live: Live) -> bool:
+        lease = self._residency.lease(live.key)
+        if lease is None:
+            return False
+        self._no_longer_waiting(live)
+        self._waiting.charge(live.tenant, live.flow, live.most_tokens)
+        live.start(lease)
+        self._running[live.id] = live
+        self._batch.add(live.id, live.request.prompt_ids, Packed(lease.slot, lease.salt))
+        return True
+
+    def _no_longer_waiting(self, live: Live) -> None:
+        self._waiting.remove(live)
+        self._wanted[live.key] -= 1
+        if self._wanted[live.key] <= 0:
+            del self._wanted[live.key]
+            self._residency.not_wanted(live.key)
+
+    def _step(self) -> None:
+        begin = time.perf_counter()
+        self._batch.step()
+        with self._changed:
+            self._totals.num_steps += 1
+            self._totals.seconds_computing += time.perf_counter() - begin
+            for live in [
+                live for live, output in self._outputs if output.finish is not None and live.id in self._running
+            ]:
+                self._leave(live, None)
+
+    def _choose(self, ids: Sequence[str], logits: Tensor) -> list[int]:
+        """The next tokens, and what to tell of them; called within a step."""
+        rows = [self._running[request_id] for request_id in ids]
+        chosen = choose(logits, [live.sampler for live in rows])
+        for live, token in zip(rows, chosen, strict=True):
+            if live.num_generated == 0:
+                self._first_token(live)
+            self._outputs.append((live, live.advance(token)))
+        self._totals.num_generated_tokens += len(rows)
+        return [token.token_id for token in chosen]
+
+    def _first_token(self, live: Live) -> None:
+        live.num_cached = self._batch.cached_tokens(live.id)
+        self._totals.num_prompt_tokens += len(live.request.prompt_ids)
+        self._totals.num_cached_prompt_tokens += live.num_cached
+
+    def _leave(self, live: Live, output: Output | None) -> None:
+        """A request ends: what it held is given back, and what it did not generate."""
+        if live.id in self._running:
+            del self._running[live.id]
+            self._batch.remove(live.id)
+            self._waiting.charge(live.tenant, live.flow, -live.num_remaining)
+            self._mean_run_s += 0.05 * (time.monotonic() - live.started_s - self._mean_run_s)
+            assert live.lease is not None
+            lease, live.lease = live.lease, None
+            self._residency.release(lease)
+        else:
+            self._no_longer_waiting(live)
+        del self._live[live.id]
+        self._count_end(live)
+        if output is not None:
+            self._outputs.append((live, output))
+        self._finish_unloads()
+        self._changed.notify_all()
+
+    def _count_end(self, live: Live) -> None:
+        for name in live.names:
+            self._by_adapter.setdefault(name, Counter())["tokens"] += live.num_generated
+        if live.finish is FinishReason.CANCELLED:
+            self._totals.num_cancelled += 1
+        elif live.finish is FinishReason.FAILED:
+            self._totals.num_failed += 1
+        else:
+            self._totals.num_finished += 1
+
+    def _deliver(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        for live, output in outputs:
+            try:
+                live.on_output(output)
+            except Exception:
+                _log.exception("whoever submitted a request failed to take an output; it is cancelled")
+                self.cancel(live.id)
+
+    def _end(self) -> None:
+        """The loop is over: whoever is live fails, and the model is as it was."""
+        reason: ServingError = ShuttingDown("the engine has stopped")
+        if self._failure is not None:
+            reason = EngineFailed(f"a step of the engine failed: {self._failure}")
+        with self._changed:
+            self._is_taking = False
+            self._outputs = [
+                (live, output) for live, output in self._outputs if output.finish is None or not self._is_live(live)
+            ]
+            for live in list(self._live.values()):
+                self._fail(live, reason)
+            unloads, self._unloads = self._unloads, {}
+        self._deliver()
+        self._residency.close()
+        for done in unloads.values():
+            done.set_exception(reason)
+        self._batch.close()
+        self._bank.close()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _is_live(self, live: Live) -> bool:
+        return self._live.get(live.id) is live
+
+    def _fail(self, live: Live, reason: Exception) -> None:
+        last = live.last(FinishReason.FAILED, reason)
+        try:
+            self._leave(live, last)
+        except (
+            Exception
+        ):  # where a step has failed, the batch may be broken; whoever waits is to hear of it all the same
+            self._live.pop(live.id, None)
+            self._outputs.append((live, last))
+
+    # What the parts ask.
+
+    def _remaining_tokens(self, key: Key) -> int:
+        return max((live.num_remaining for live in self._running.values() if live.key == key), default=0)
+
+    def _is_wanted(self, key: Key) -> bool:
+        return key in self._wanted
+
+    def _note_layers(self, paths: Iterable[str]) -> None:
+        if adapts_last_layer(self._model, paths):
+            self._batch.keep_all_logits()
+
+
+def _pass_on(result: Future[AdapterStatus], done: Future[AdapterStatus]) -> None:
+    error = result.exception() if not result.cancelled() else ShuttingDown("the engine has stopped")
+    if error is not None:
+        done.set_exception(error)
+    else:
+        done.set_result(result.result())

@@ -1,0 +1,346 @@
+"""Which adapters there are: a folder of them, those loaded from elsewhere, and a state file that survives a crash.
+
+    adapters/                      the root: each folder in it with an adapter_config.json is an adapter of that name
+    ├── legal/ ...
+    └── .roadie-serving.json       what was loaded from elsewhere, pinned, unloaded; replaced by a rename, after an fsync
+
+A name that is not known is looked up in the root when a request asks for it, so that an adapter can be dropped in while the
+server runs.
+
+**Safe to be pointed at.** A path must lie in an allowed root. It is walked from there, one directory at a time, and no symbolic
+link is followed; only regular files are read, at most so many bytes of each, into a private copy. That copy is what is
+parsed (`roadie.checkpoint`, safetensors only), so that files that change, shrink or are swapped meanwhile do no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from roadie import checkpoint
+from roadie.adapter import Adapter, check_adapter_name
+from roadie.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from roadie.errors import CheckpointError, ConfigError, RoadieError, UnknownAdapter
+
+STATE_NAME = ".roadie-serving.json"
+STATE_FORMAT = 1
+MAX_STATE_BYTES = 64 << 20
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_FILE = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the state file says of one adapter. path: None for the folder of its name in the root; is_hidden: unloaded."""
+
+    path: str | None = None
+    is_pinned: bool = False
+    is_hidden: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ReadAdapter:
+    """An adapter as it was read. content_hash: hex, of its parameters: equal for equal adapters."""
+
+    adapter: Adapter
+    content_hash: str
+    path: str
+
+
+class Registry:
+    """The adapters of one server; see the module. Thread-safe.
+
+    Open it with `Registry.open`. Raises `ConfigError` where the root is no folder, or the state is not one of a registry.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        state_file: Path,
+        allowed_roots: tuple[Path, ...],
+        entries: Mapping[str, Entry],
+        max_bytes: int,
+    ) -> None:
+        self.root, self.allowed_roots, self.max_adapter_bytes = root, allowed_roots, max_bytes
+        self._state_file = state_file
+        self._entries: Mapping[str, Entry] = MappingProxyType(dict(entries))
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        root: str | os.PathLike[str],
+        *,
+        state_file: str | os.PathLike[str] | None = None,
+        allowed_roots: Iterable[str | os.PathLike[str]] = (),
+        max_adapter_bytes: int = 1 << 30,
+    ) -> Registry:
+        """The registry of the folder `root`, as it was left.
+
+        state_file: None: `STATE_NAME` in the root. allowed_roots: other folders that adapters may be loaded from.
+        """
+        folder = _resolved(root)
+        state = Path(state_file) if state_file is not None else folder / STATE_NAME
+        others = tuple(_resolved(other) for other in allowed_roots)
+        return cls(folder, state, (folder, *others), _read_state(state), max_adapter_bytes)
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What the state says, by name."""
+        return self._entries
+
+    def names(self) -> tuple[str, ...]:
+        """The adapters that a request may name, sorted."""
+        loaded = {name for name, entry in self._entries.items() if entry.path is not None and not entry.is_hidden}
+        try:
+            there = {folder.name for folder in self.root.iterdir() if self._is_there(folder.name)}
+        except OSError:
+            there = set()
+        return tuple(sorted(loaded | there))
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        entry = self._entries.get(name)
+        if entry is not None and (entry.is_hidden or entry.path is not None):
+            return not entry.is_hidden
+        return self._is_there(name)
+
+    def _is_there(self, name: str) -> bool:
+        """Whether the root has an adapter of that name which was not unloaded; nothing of it is opened."""
+        entry = self._entries.get(name)
+        if (entry is not None and entry.is_hidden) or not _is_name(name):
+            return False
+        try:
+            folder = os.lstat(self.root / name)
+            config = os.lstat(self.root / name / CONFIG_NAME)
+        except OSError:
+            return False
+        return stat.S_ISDIR(folder.st_mode) and stat.S_ISREG(config.st_mode)
+
+    def path_of(self, name: str) -> Path:
+        """Where an adapter's files are; raises `UnknownAdapter`."""
+        if name not in self:
+            raise UnknownAdapter(
+                f"got adapter {name[:200]!r}; wanted one of those in the folder of adapters, or one that was loaded; put it "
+                "there or load it"
+            )
+        entry = self._entries.get(name, Entry())
+        return Path(entry.path) if entry.path is not None else self.root / name
+
+    def read(self, name: str) -> ReadAdapter:
+        """Read and check an adapter. Raises `UnknownAdapter`, and `CheckpointError` for files that cannot be used."""
+        return self.read_folder(self.path_of(name))
+
+    def allowed_path(self, path: str | os.PathLike[str]) -> Path:
+        """An absolute path within the allowed roots; relative ones are within the root. Raises `CheckpointError` otherwise."""
+        text = os.fspath(path)
+        if "\0" in text or len(text) > 4096:
+            raise CheckpointError(f"got path {text[:100]!r}; wanted a path to a folder")
+        normal = Path(os.path.normpath(self.root / text))
+        if self._root_of(normal) is None or ".." in Path(text).parts:
+            raise CheckpointError(
+                f"got path {text!r}, which is not within the folders that adapters may be loaded from; put it there"
+            )
+        return normal
+
+    def _root_of(self, path: Path) -> Path | None:
+        return next((root for root in self.allowed_roots if path != root and path.is_relative_to(root)), None)
+
+    def read_folder(self, path: Path) -> ReadAdapter:
+        """Read and check the adapter in an allowed folder."""
+        root = self._root_of(path)
+        if root is None:
+            raise CheckpointError(
+                f"got path {str(path)!r}; wanted one within the folders that adapters may be loaded from"
+            )
+        with tempfile.TemporaryDirectory(prefix="roadie-adapter-") as private:
+            with _directory(root, path.relative_to(root).parts) as folder:
+                _copy(folder, CONFIG_NAME, Path(private), MAX_CONFIG_BYTES, path)
+                _copy(folder, WEIGHTS_NAME, Path(private), self.max_adapter_bytes, path)
+            try:
+                adapter = checkpoint.load(private, max_weights_bytes=self.max_adapter_bytes)
+            except CheckpointError as error:
+                raise type(error)(str(error).replace(private, str(path))) from None
+        return ReadAdapter(adapter, content_hash(adapter), str(path))
+
+    def remember(self, name: str, entry: Entry) -> None:
+        """Write down an adapter's entry; on an error (a full disk) nothing has changed. Raises `CheckpointError`."""
+        check_adapter_name(name)
+        with self._lock:
+            entries = {**self._entries, name: entry}
+            if entry == Entry():
+                del entries[name]
+            if entries == self._entries:
+                return
+            _write_state(self._state_file, entries)
+            self._entries = MappingProxyType(entries)
+
+    def pin(self, name: str, is_pinned: bool) -> None:
+        """Write down whether an adapter is pinned."""
+        self.remember(name, replace(self._entries.get(name, Entry()), is_pinned=is_pinned))
+
+    def forget(self, name: str) -> None:
+        """An adapter was unloaded: requests do not find it until it is loaded again."""
+        self.remember(name, Entry(is_hidden=True) if (self.root / name).is_dir() else Entry())
+
+
+def _resolved(folder: str | os.PathLike[str]) -> Path:
+    try:
+        path = Path(folder).resolve(strict=True)
+    except OSError as error:
+        raise ConfigError(
+            f"got folder of adapters {os.fspath(folder)!r} ({error}); wanted a folder that exists"
+        ) from None
+    if not path.is_dir():
+        raise ConfigError(f"got {os.fspath(folder)!r}, which is no folder; wanted a folder of adapters")
+    return path
+
+
+def _is_name(name: str) -> bool:
+    with contextlib.suppress(RoadieError):
+        check_adapter_name(name)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _directory(root: Path, parts: tuple[str, ...]) -> Iterator[int]:
+    """A descriptor of the directory at ``root/parts``, reached without following a link below the root."""
+    with contextlib.ExitStack() as stack:
+        where, current = root, os.open(root, _DIRECTORY & ~getattr(os, "O_NOFOLLOW", 0))
+        stack.callback(os.close, current)
+        for part in parts:
+            where = where / part
+            try:
+                current = os.open(part, _DIRECTORY, dir_fd=current)
+            except OSError as error:
+                raise _unreadable(where, error, "a folder") from None
+            stack.callback(os.close, current)
+        yield current
+
+
+def _copy(folder: int, name: str, private: Path, limit: int, shown: Path) -> None:
+    """Copy a regular file of a directory, of at most `limit` bytes, and no more than it had when it was opened."""
+    try:
+        source = os.open(name, _FILE, dir_fd=folder)
+    except FileNotFoundError:
+        _note_what_is_there(folder, private)
+        return  # checkpoint.load says what is missing
+    except OSError as error:
+        raise _unreadable(shown / name, error, "a regular file") from None
+    with os.fdopen(source, "rb") as stream:
+        status = os.fstat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(
+                f"{shown / name}: got something that is not a regular file; wanted one; copy it there"
+            )
+        if status.st_size > limit:
+            raise CheckpointError(
+                f"{shown / name}: got {status.st_size} bytes; wanted at most {limit}; raise the limit"
+            )
+        with (private / name).open("wb") as target:
+            _pour(stream, target, status.st_size)
+
+
+def _pour(stream: Any, target: Any, num_bytes: int) -> None:
+    while num_bytes > 0:
+        piece = stream.read(min(num_bytes, 1 << 20))
+        if not piece:
+            return
+        target.write(piece)
+        num_bytes -= len(piece)
+
+
+def _note_what_is_there(folder: int, private: Path) -> None:
+    """Empty files of the same names as pickles, so that the error about the missing weights names them."""
+    for name in os.listdir(folder):
+        if Path(name).suffix in (".bin", ".pt", ".pth", ".pkl"):
+            (private / name).touch()
+
+
+def _unreadable(path: Path, error: OSError, wanted: str) -> CheckpointError:
+    got = "a symbolic link" if error.errno == errno.ELOOP else (error.strerror or type(error).__name__)
+    return CheckpointError(f"{path}: got {got}; wanted {wanted}, not a link, that can be read; check the path")
+
+
+def content_hash(adapter: Adapter) -> str:
+    """SHA-256 over every layer's name, variant, group size and parameters, in hex; equal for equal adapters."""
+    digest = hashlib.sha256()
+    for path in sorted(adapter.layers):
+        layer = adapter.layers[path]
+        parts = (path, layer.variant.value, str(layer.group_size), str(layer.theta.dtype), str(layer.theta.numel()))
+        digest.update("\0".join(parts).encode())
+        for tensor in (layer.theta, layer.alpha):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_state(file: Path) -> dict[str, Entry]:
+    try:
+        with file.open("rb") as stream:
+            text = stream.read(MAX_STATE_BYTES + 1)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigError(f"{file}: got {error.strerror}; wanted the state of a registry, or no such file") from None
+    try:
+        return _parsed_state(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: got something that is not the state of a registry ({error}); wanted what roadie wrote; move it away to "
+            "start with the adapters of the folder"
+        ) from None
+
+
+def _parsed_state(state: Any) -> dict[str, Entry]:
+    if state["format"] != STATE_FORMAT:
+        raise ValueError(f"format {state['format']!r}, not {STATE_FORMAT}")
+    entries = {str(name): Entry(**entry) for name, entry in state["adapters"].items()}
+    for name, entry in entries.items():
+        check_adapter_name(name)
+        if not isinstance(entry.path, (str, type(None))) or not isinstance(entry.is_pinned, bool):
+            raise TypeError(f"adapter {name!r}: {entry}")
+    return entries
+
+
+def _write_state(file: Path, entries: Mapping[str, Entry]) -> None:
+    """The new state or the old one, never a part: written beside it, fsynced, renamed."""
+    adapters = {name: vars(entry) for name, entry in sorted(entries.items())}
+    text = json.dumps({"format": STATE_FORMAT, "adapters": adapters}, indent=2)
+    scratch = file.with_name(f"{file.name}.{os.getpid()}.new")
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise CheckpointError(
+            f"{file}: got {error.strerror} when the registry's state was written; nothing has changed; make room"
+        ) from None
+    with contextlib.suppress(OSError):  # some file systems cannot
+        _sync_directory(file.parent)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

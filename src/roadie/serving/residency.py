@@ -1,0 +1,477 @@
+"""Which adapters are in slots, and who holds them. A worker reads, publishes and blends; the engine's loop never waits for it.
+
+    lease(key)    a slot for a request that starts now; None: not yet, and the worker brings it
+    release       a request has ended
+    load, unload, pin    what operators ask for
+
+A key is what a request asks for: None (the base model), a name, or a `Blend`. A lease keeps its slot from changing hands, so that
+a request keeps the version of its adapter that it started with. What the worker has brought for a request that waits is held
+until that request starts or leaves.
+
+**When every slot is in use,** a key that was asked for waits its turn, and as many of those in use as it needs take no new
+requests until their running ones have ended (those closest to their end are chosen). So whoever waits gets a slot after at most
+the longest run of a request, however popular the others are.
+
+Everything but the worker's reading, checking and blending happens under the engine's condition, `changed`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor
+
+from roadie.adapter import check_adapter_name
+from roadie.bank import AdapterBank
+from roadie.bank.blends import Blend
+from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, RoutingError, ShuttingDown, UnknownAdapter
+from roadie.serving.engine import AdapterState, AdapterStatus
+from roadie.serving.registry import Entry, ReadAdapter, Registry
+
+Key: TypeAlias = "str | Blend | None"
+_log = logging.getLogger("roadie")
+
+
+def names_of(key: Key) -> tuple[str, ...]:
+    """The adapters that a key is made of."""
+    if key is None:
+        return ()
+    return key.names if isinstance(key, Blend) else (key,)
+
+
+@dataclass(frozen=True)
+class Version:
+    """Where the adapter of a name is now, and what it is."""
+
+    slot: int
+    content_hash: str
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """A slot held for a request; salt: equal for requests that may share key-value blocks. slots: what holds it."""
+
+    key: Key
+    slot: int
+    salt: int
+    slots: Tensor | None = None
+
+
+@dataclass
+class Counts:
+    """Since the start."""
+
+    num_loads: int = 0
+    num_load_failures: int = 0
+    num_evictions: int = 0
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What the engine tells, and is told. remaining_tokens: of the running requests of a key, the most any may still generate;
+    is_wanted: whether a request waits for a key; on_news: something was brought, or could not be; on_layers: which layers an
+    adapter has, before it is published."""
+
+    remaining_tokens: Callable[[Key], int]
+    is_wanted: Callable[[Key], bool]
+    on_news: Callable[[], None]
+    on_layers: Callable[[frozenset[str]], None]
+
+
+class Residency:
+    """See the module."""
+
+    def __init__(
+        self,
+        bank: AdapterBank,
+        registry: Registry,
+        changed: threading.Condition,
+        engine: Asking,
+    ) -> None:
+        self._bank, self._registry, self._changed = bank, registry, changed
+        self._engine = engine
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="roadie-adapters")
+        self._secret = secrets.token_bytes(16)  # nobody outside can make blocks that collide with another's
+        self.counts = Counts()
+        self._versions: dict[str, Version] = {}
+        self._hashes: dict[str, str] = {}  # of everything that was ever read
+        self._read: dict[str, ReadAdapter] = {}  # checked, and waiting for a slot
+        self._live: Counter[Key] = Counter()
+        self._held: dict[Key, Tensor] = {}
+        self._coming: set[Key] = set()
+        self._starved: dict[Key, int] = {}  # in order of arrival: how many slots each needs
+        self._draining: set[Key] = set()
+        self._failures: dict[Key, Exception] = {}
+        self._broken: dict[str, str] = {}
+        self._unloading: set[str] = set()
+        self._num_releases = 0
+        self._is_blending = False
+        self._is_closed = False
+
+    # What the engine's loop asks.
+
+    def lease(self, key: Key) -> Lease | None:
+        """A slot for a request that starts now, or None; `want` has been called then."""
+        if key is None:
+            return Lease(None, -1, self._salt("base"))
+        if key in self._draining or key in self._coming or self._is_blending:
+            return None
+        lease = self._lease_resident(key)
+        if lease is None:
+            self._want(key)
+            return None
+        self._live[key] += 1
+        self._held.pop(key, None)
+        return lease
+
+    def _lease_resident(self, key: str | Blend) -> Lease | None:
+        versions = [self._versions.get(name) for name in names_of(key)]
+        is_ready = isinstance(key, str) or self._live[key] > 0 or key in self._held
+        if not is_ready or any(version is None for version in versions):
+            return None
+        try:
+            slots = self._bank.slots([_wish(key)])
+        except (RoutingError, BankFull):
+            return None  # it has just been evicted
+        slot = int(slots[0])
+        if isinstance(key, str) and slot != self._versions[key].slot:
+            return None  # a replacement is being published
+        return Lease(key, slot, self._salt_of(key, slot), slots)
+
+    def release(self, lease: Lease) -> None:
+        """A request has ended; drop the lease itself, too."""
+        key = lease.key
+        if key is None:
+            return
+        self._live[key] -= 1
+        if self._live[key] <= 0:
+            del self._live[key]
+            if isinstance(key, str) and key in self._bank:
+                self._bank.slots([key])  # it was in use until now
+        self._retry_starved()
+
+    def not_wanted(self, key: Key) -> None:
+        """No request waits for this key any more."""
+        self._held.pop(key, None)
+        self._starved.pop(key, None)
+        self._failures.pop(key, None)
+        self._plan_draining()
+        self._retry_starved()
+
+    def failure(self, key: Key) -> Exception | None:
+        """Why a key cannot be had, or None."""
+        return self._failures.get(key)
+
+    @property
+    def num_leased(self) -> int:
+        """Slots that requests hold, waiting ones included."""
+        return len(set(self._live) | set(self._held))
+
+    @property
+    def num_resident(self) -> int:
+        """Adapters in slots (blends are not counted)."""
+        return len(self._versions)
+
+    def _salt(self, *parts: str) -> int:
+        digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=8, key=self._secret)
+        return int.from_bytes(digest.digest(), "little")
+
+    def _salt_of(self, key: str | Blend, slot: int) -> int:
+        if isinstance(key, str):
+            return self._salt("adapter", self._versions[key].content_hash)
+        parts = (f"{weight!r} {self._versions[name].content_hash}" for name, weight in key.weights)
+        return self._salt("blend", *parts)
+
+    # Slots.
+
+    def _want(self, key: str | Blend) -> None:
+        if key in self._coming or key in self._starved or key in self._failures or self._is_closed:
+            return
+        if self._starved:  # others wait for a slot: behind them
+            self._starved[key] = self._num_missing(key)
+            return
+        self._coming.add(key)
+        self._worker.submit(self._bring, key)
+
+    def _num_missing(self, key: str | Blend) -> int:
+        """How many slots a key that is in none still needs."""
+        return max(1, sum(name not in self._versions for name in names_of(key)) + isinstance(key, Blend))
+
+    def _retry_starved(self) -> None:
+        self._num_releases += 1
+        first = next((key for key in self._starved if key not in self._coming), None)
+        if first is not None and not self._is_closed:
+            self._coming.add(first)
+            self._worker.submit(self._bring, first)
+
+    def _plan_draining(self) -> None:
+        """As many keys drain as those that wait longest need slots, a quarter of the slots at most (but one key at least)."""
+        most = max(1, self._bank.num_slots // 4)
+        needed = 0
+        for num_slots in self._starved.values():
+            if needed and needed + num_slots > most:
+                break
+            needed += num_slots
+        self._draining = set([key for key in self._draining if self._is_in_slot(key)][:needed])
+        candidates = [key for key in self._live if key not in self._draining and not self._is_pinned(key)]
+        candidates.sort(key=self._engine.remaining_tokens)
+        self._draining.update(candidates[: max(0, needed - len(self._draining))])
+        for key in self._draining:
+            self._held.pop(key, None)
+
+    def _is_in_slot(self, key: Key) -> bool:
+        return self._live[key] > 0 or (isinstance(key, str) and key in self._versions)
+
+    def _is_pinned(self, key: Key) -> bool:
+        return isinstance(key, str) and self._registry.entries.get(key, Entry()).is_pinned
+
+    # The worker.
+
+    def _bring(self, key: str | Blend) -> None:
+        """Put a key into a slot and hold it for whoever waits for it."""
+        held: list[Tensor] = []
+        num_releases = self._num_releases
+        try:
+            for name in names_of(key):
+                held.append(self._bring_name(name))
+            slots = self._blended(key) if isinstance(key, Blend) else held[0]
+            outcome: Tensor | Exception = slots
+        except Exception as error:
+            outcome = error
+            if not isinstance(error, RoadieError):
+                _log.exception("an adapter could not be loaded")
+        held.clear()
+        with self._changed:
+            self._coming.discard(key)
+            self._forget_evicted()
+            self._settle_bring(key, outcome, num_releases)
+            self._engine.on_news()
+
+    def _settle_bring(self, key: str | Blend, outcome: Tensor | Exception, num_releases: int) -> None:
+        if not self._engine.is_wanted(key):
+            self._starved.pop(key, None)
+        elif isinstance(outcome, BankFull) and self._may_have_a_slot_later(key, num_releases):
+            self._starved[key] = self._num_missing(key)  # keeps its place
+        elif isinstance(outcome, Exception):
+            self._starved.pop(key, None)
+            self._failures[key] = outcome
+        else:
+            self._starved.pop(key, None)
+            self._held[key] = outcome
+        self._plan_draining()
+        if not isinstance(outcome, BankFull) or num_releases != self._num_releases:
+            self._retry_starved()
+
+    def _may_have_a_slot_later(self, key: Key, num_releases: int) -> bool:
+        """Whether somebody holds a slot, or has given one back since; otherwise all are pinned."""
+        return bool(self._live) or bool(set(self._held) - {key}) or num_releases != self._num_releases
+
+    def _bring_name(self, name: str) -> Tensor:
+        """A lease of the adapter's slot, once it is in one."""
+        with self._changed:
+            if name in self._versions and name in self._bank:
+                return self._bank.slots([name])
+            read = self._read.get(name)
+        try:
+            read = read or self._registry.read(name)
+            self._admit(name, read)
+        except BankFull:
+            assert read is not None
+            self._read[name] = read
+            raise
+        except RoadieError as error:
+            with self._changed:
+                self.counts.num_load_failures += 1
+                self._broken[name] = str(error)
+            raise
+        return self._bank.slots([name])
+
+    def _admit(self, name: str, read: ReadAdapter) -> None:
+        """Publish an adapter that is in no slot; only the worker does so."""
+        self._engine.on_layers(frozenset(read.adapter.layers))
+        slot = self._bank.admit(name, read.adapter)
+        self._published(name, slot, read)
+
+    def _published(self, name: str, slot: int, read: ReadAdapter) -> None:
+        if self._registry.entries.get(name, Entry()).is_pinned:
+            self._bank.pin(name)
+        with self._changed:
+            self._forget_evicted()
+            self.counts.num_loads += 1
+            self._versions[name] = Version(slot, read.content_hash)
+            self._hashes[name] = read.content_hash
+            self._read.pop(name, None)
+            self._broken.pop(name, None)
+            self._engine.on_news()
+
+    def _forget_evicted(self) -> None:
+        """What the bank let go to make room is in no slot any more."""
+        still_there = set(self._bank.names)
+        gone = [name for name in self._versions if name not in still_there]
+        for name in gone:
+            del self._versions[name]
+        self.counts.num_evictions += len(gone)
+
+    def _blended(self, blend: Blend) -> Tensor:
+        with self._changed:
+            self._is_blending = True  # the bank is locked meanwhile: the engine's loop is not to wait for it
+        try:
+            return self._bank.slots([_wish(blend)])
+        finally:
+            with self._changed:
+                self._is_blending = False
+
+    # Operators.
+
+    def run(self, task: Callable[[], AdapterStatus]) -> Future[AdapterStatus]:
+        """Let the worker do something."""
+        if self._is_closed:
+            raise ShuttingDown("got a task for an engine that has stopped; wanted one that runs; start it")
+        return self._worker.submit(task)
+
+    def load(self, name: str, path: str | None, must_be_new: bool) -> AdapterStatus:
+        """`Engine.load_adapter`, in the worker's thread."""
+        check_adapter_name(name)
+        folder = self._source(name, path, must_be_new)
+        try:
+            read = self._registry.read_folder(folder)
+            self._bank.check(name, read.adapter)
+        except RoadieError:
+            with self._changed:
+                self.counts.num_load_failures += 1
+            raise
+        is_at_home = folder == self._registry.root / name
+        before = self._registry.entries.get(name, Entry())
+        self._registry.remember(name, Entry(None if is_at_home else str(folder), before.is_pinned))
+        self._publish(name, read)
+        return self.status(name)
+
+    def _source(self, name: str, path: str | None, must_be_new: bool) -> Path:
+        folder = self._registry.allowed_path(name if path is None else path)
+        with self._changed:
+            if name in self._unloading:
+                raise AdapterBusy(f"got adapter {name!r}, which is being unloaded; load it when that is done")
+            is_other = name in self._registry and self._registry.path_of(name) != folder
+            if must_be_new and (name in self._versions or is_other):
+                raise ConfigError(f"got {name!r}, which is loaded already; use replace, or unload it first")
+        return folder
+
+    def _publish(self, name: str, read: ReadAdapter) -> None:
+        """A checked adapter takes its name; where no slot can be had, the next request brings it."""
+        self._engine.on_layers(frozenset(read.adapter.layers))
+        try:
+            publish = self._bank.replace if name in self._bank else self._bank.admit
+            slot = publish(name, read.adapter)
+        except BankFull:
+            with self._changed:
+                self._read[name] = read
+                self._hashes[name] = read.content_hash
+                self._leave(name)
+                self._engine.on_news()
+            return
+        self._published(name, slot, read)
+
+    def _leave(self, name: str) -> None:
+        """The name is in no slot any more; running requests keep theirs. What was held for waiting ones is brought again."""
+        self._versions.pop(name, None)
+        for key in [key for key in self._held if name in names_of(key)]:
+            del self._held[key]
+        if name in self._bank:
+            self._bank.evict(name)
+
+    def begin_unload(self, name: str) -> None:
+        """From now on no request may ask for it. Raises `UnknownAdapter`, or `AdapterBusy` where it is being unloaded."""
+        if name in self._unloading:
+            raise AdapterBusy(f"got adapter {name!r}, which is being unloaded already; wait for that")
+        self._registry.path_of(name)
+        self._unloading.add(name)
+
+    def end_unload(self, name: str) -> AdapterStatus:
+        """It leaves its slot and the registry, in the worker's thread; where that fails it is as it was."""
+        try:
+            self._registry.forget(name)
+        except RoadieError:
+            with self._changed:
+                self._unloading.discard(name)
+            raise
+        with self._changed:
+            self._unloading.discard(name)
+            self._leave(name)
+            for table in (self._read, self._hashes, self._broken):
+                table.pop(name, None)
+            self._retry_starved()
+            return AdapterStatus(name, AdapterState.KNOWN)
+
+    def pin(self, name: str, is_pinned: bool) -> AdapterStatus:
+        """`Engine.pin_adapter`, in the worker's thread."""
+        self._registry.path_of(name)
+        if not is_pinned:
+            self._registry.pin(name, False)
+            if name in self._bank:
+                self._bank.unpin(name)
+            with self._changed:
+                self._retry_starved()
+            return self.status(name)
+        lease = self._bring_name(name)
+        self._registry.pin(name, True)
+        self._bank.pin(name)
+        del lease
+        return self.status(name)
+
+    def bring_pinned(self) -> None:
+        """Let the worker load what the registry says is pinned; what cannot be loaded is reported as broken."""
+        pinned = [name for name, entry in self._registry.entries.items() if entry.is_pinned and name in self._registry]
+        for name in pinned:
+            self._worker.submit(self._bring_quietly, name)
+
+    def _bring_quietly(self, name: str) -> None:
+        try:
+            self._bring_name(name)
+        except RoadieError as error:
+            _log.warning("the pinned adapter %s could not be loaded: %s", name, error)
+
+    def require(self, key: Key) -> None:
+        """Raise `UnknownAdapter` unless a request may ask for this key now."""
+        for name in names_of(key):
+            if name in self._unloading:
+                raise UnknownAdapter(f"got adapter {name!r}, which is being unloaded; wanted one that is loaded")
+            if name not in self._versions:
+                self._registry.path_of(name)
+
+    def status(self, name: str) -> AdapterStatus:
+        """How an adapter stands, without its requests."""
+        with self._changed:
+            version = self._versions.get(name)
+            entry = self._registry.entries.get(name, Entry())
+            path = str(self._registry.path_of(name)) if name in self._registry else None
+            status = AdapterStatus(name, self._state(name), path, self._hashes.get(name), entry.is_pinned)
+            return replace(status, slot=version.slot if version else None, error=self._broken.get(name))
+
+    def _state(self, name: str) -> AdapterState:
+        if name in self._unloading:
+            return AdapterState.UNLOADING
+        if name in self._versions:
+            return AdapterState.RESIDENT
+        if any(name in names_of(key) for key in self._coming):
+            return AdapterState.LOADING
+        return AdapterState.BROKEN if name in self._broken else AdapterState.KNOWN
+
+    def close(self) -> None:
+        """Let the worker end; nothing is brought any more."""
+        with self._changed:
+            self._is_closed = True
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._held.clear()
+
+
+def _wish(key: str | Blend) -> str | dict[str, float]:
+    return key if isinstance(key, str) else dict(key.weights)

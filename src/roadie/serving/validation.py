@@ -1,0 +1,80 @@
+"""Requests at the door of an engine: what its model takes, and what a request must keep to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from roadie.bank.blends import Blend, parse
+from roadie.errors import ConfigError, PromptTooLong, RoutingError
+from roadie.serving.engine import EngineLimits, EngineSettings, GenerationRequest
+from roadie.serving.residency import Key
+
+
+def limits_of(model: Any, settings: EngineSettings) -> EngineLimits:
+    """What requests to an engine of this model and these settings may ask for."""
+    config = model.config.get_text_config()
+    longest = min(
+        settings.max_context_tokens or 2**31,
+        getattr(config, "max_position_embeddings", None) or 2**31,
+        settings.num_blocks * settings.page_size,
+    )
+    return EngineLimits(
+        max_context_tokens=longest,
+        max_running=settings.max_running,
+        max_queued=settings.max_queued,
+        max_queued_per_tenant=settings.max_queued_per_tenant,
+        max_running_per_tenant=settings.max_running_per_tenant,
+        num_slots=settings.num_slots,
+        vocabulary_size=int(config.vocab_size),
+    )
+
+
+def eos_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, by the generation config, else by the config, and by the tokenizer."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        found = getattr(model.config.get_text_config(), "eos_token_id", None)
+    ids = {found} if isinstance(found, int) else set(found or ())
+    if tokenizer is not None and getattr(tokenizer, "eos_token_id", None) is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)
+
+
+def adapts_last_layer(model: Any, paths: Iterable[str]) -> bool:
+    """Whether one of these modules is the layer that gives the logits."""
+    head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    return head is not None and any(modules.get(path) is head for path in paths)
+
+
+def key_of(request: GenerationRequest, limits: EngineLimits) -> Key:
+    """What a request asks for; raises `ConfigError` for what is no wish, and for blends that cannot be made in these slots."""
+    try:
+        key = parse(request.adapter)
+    except RoutingError as error:
+        raise ConfigError(str(error)) from None
+    num_needed = len(key.names) + 1 if isinstance(key, Blend) else 1
+    if num_needed > limits.num_slots:
+        raise ConfigError(
+            f"got a blend of {num_needed - 1} adapters; wanted at most {limits.num_slots - 1}: a blend is made of adapters in "
+            "slots, and needs one itself"
+        )
+    return key
+
+
+def check_request(request: GenerationRequest, limits: EngineLimits, has_tokenizer: bool) -> None:
+    """Raise `PromptTooLong`, or `ConfigError` for tokens that are not in the vocabulary or stop strings without a tokenizer."""
+    rules, size = request.sampling, limits.vocabulary_size
+    if len(request.prompt_ids) + rules.max_tokens > limits.max_context_tokens:
+        raise PromptTooLong(
+            f"got {len(request.prompt_ids)} tokens of prompt and max_tokens={rules.max_tokens}; wanted at most "
+            f"{limits.max_context_tokens} together; shorten the prompt or ask for less"
+        )
+    ids = (*request.prompt_ids, *rules.logit_bias, *rules.stop_token_ids)
+    if not request.prompt_ids or min(ids) < 0 or max(ids) >= size:
+        raise ConfigError(
+            f"got no prompt, or a token that is not in the vocabulary; wanted tokens from 0 to {size - 1}"
+        )
+    if rules.stop and not has_tokenizer:
+        raise ConfigError("got stop strings for an engine without a tokenizer; wanted stop_token_ids")
