@@ -103,6 +103,15 @@ class Plan:
                 )
 
 
+def check_parameter_name(adapter_name: str) -> None:
+    """Raise `ConfigError` where torch's ParameterDict, which holds an adapter's parameters, has an attribute of that name."""
+    if hasattr(nn.ParameterDict(), adapter_name):
+        raise ConfigError(
+            f"got adapter name {adapter_name!r}, which torch.nn.ParameterDict uses for itself; wanted another name; try "
+            f"'my_{adapter_name}'"
+        )
+
+
 def mark_shared_weights(model: nn.Module) -> None:
     """Tell each adapted layer whether another module of the model uses the same weight (tied embeddings)."""
     users: dict[int, set[int]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from roadie.tuner.injection import (
     Plan,
     all_or_nothing,
     base_of,
+    check_parameter_name,
     layer_config,
     mark_shared_weights,
     quantization_backend,
@@ -26,6 +27,7 @@ from roadie.tuner.loading import check_new_values, check_weights_source
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.routing import adapter_rows, shared_routing
+from roadie.tuner.weighted import CombinationType, add_adapter, weighted_adapter
 
 
 class RoadModel(BaseTuner):
@@ -51,6 +53,7 @@ class RoadModel(BaseTuner):
         config = self.peft_config[adapter_name]
         with all_or_nothing(self, model, adapter_name):
             check_adapter_name(adapter_name)
+            check_parameter_name(adapter_name)
             plan = Plan.make(self, model, config, adapter_name, state_dict)
             plan.warn_of_aliases()
             plan.warn_of_unused_patterns(config)
@@ -218,6 +221,25 @@ class RoadModel(BaseTuner):
         """
         for layer in self._layers():
             layer.kept_for_backward = KeptForBackward(kept)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType | str = CombinationType.BLEND,
+    ) -> None:
+        """Combine adapters of the model into a new one, `adapter_name`: an adapter like any other, not active yet.
+
+        adapters: names, one or more; weights: a finite number for each, negative ones take an effect away;
+        combination_type: "blend" (default), "mean", "compose" or "linear"; see `roadie.tuner.weighted`. Layers that only
+        some adapters have are the identity to the others; group sizes must agree. The others stay as they are.
+        Raises `ConfigError` or `AdapterError` (ValueErrors), with nothing changed: for a name that exists or is not valid,
+        unknown adapters, weights and types; adapters that train more than rotations; blocks without the logarithm or
+        inverse that their weight needs.
+        """
+        result = weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+        add_adapter(self, adapter_name, result)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
