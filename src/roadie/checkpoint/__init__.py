@@ -85,7 +85,9 @@ def load(path: str | os.PathLike[str], *, max_weights_bytes: int | None = None) 
     if config_bytes(folder) != text:
         refuse(folder / CONFIG_NAME, None, "a text that changed meanwhile", "files at rest", "load it again")
     pairs, other = split_tensors(weights, tensors)
-    return Adapter({module: _layer(weights, config, module, pair) for module, pair in pairs.items()}, config, other)
+    layers = {module: _layer(weights, config, module, pair) for module, pair in pairs.items()}
+    check_finite(weights, layers)
+    return Adapter(layers, config, other)
 
 
 def _layer(file: Path, config: Mapping[str, object], module: str, pair: Mapping[str, Tensor]) -> LayerParameters:
@@ -93,9 +95,7 @@ def _layer(file: Path, config: Mapping[str, object], module: str, pair: Mapping[
     with about(file, parameter_name(module, "theta")):
         variant = resolve_variant(config, module)
         group_size = resolve_group_size(config, module, out_features_of(variant, theta.numel()))
-        layer = LayerParameters(theta, alpha, variant, group_size)
-    check_finite(file, module, layer)
-    return layer
+        return LayerParameters(theta, alpha, variant, group_size)
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -109,8 +109,8 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     folder = Path(path)
     text = config_text({"peft_type": "ROAD", **adapter.config})
     config = parse_config(folder / CONFIG_NAME, text.encode())
+    check_finite(folder / WEIGHTS_NAME, adapter.layers)
     for module, layer in adapter.layers.items():
-        check_finite(folder / WEIGHTS_NAME, module, layer)
         _check_described(folder / CONFIG_NAME, config, module, layer)
     replace_pair(folder, text, join_tensors(folder / WEIGHTS_NAME, adapter))
 

@@ -7,7 +7,7 @@ adapter's name. Every tensor under another name is "other": its owner is not RoA
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -118,14 +118,27 @@ def _check_partners(file: Path, module: str, pair: Mapping[str, Tensor]) -> None
             refuse(file, parameter_name(module, part)[:200], got, "both tensors of the layer", "get the file again")
 
 
-def check_finite(file: Path, module: str, layer: LayerParameters) -> None:
-    """Raise `CheckpointError` where theta or alpha holds an infinity or a NaN."""
-    for part, tensor in (("theta", layer.theta), ("alpha", layer.alpha)):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            got = f"{bad} of {tensor.numel()} values not finite"
-            do = "the training diverged or the file is damaged; use an earlier checkpoint"
-            refuse(file, parameter_name(module, part), got, "finite values", do)
+def check_finite(file: Path, layers: Mapping[str, LayerParameters]) -> None:
+    """Raise `CheckpointError` where theta or alpha of a layer holds an infinity or a NaN."""
+    tensors = {
+        parameter_name(module, part): tensor
+        for module, layer in layers.items()
+        for part, tensor in (("theta", layer.theta), ("alpha", layer.alpha))
+    }
+    if _are_finite(tensors.values()):
+        return
+    name, tensor = next((name, tensor) for name, tensor in tensors.items() if not _are_finite([tensor]))
+    got = f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values not finite"
+    do = "the training diverged or the file is damaged; use an earlier checkpoint"
+    refuse(file, name, got, "finite values", do)
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Looked at together: an adapter has hundreds of tensors, all of them small."""
+    together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        together.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+    return all(bool(torch.isfinite(torch.cat(alike)).all()) for alike in together.values())
 
 
 def join_tensors(file: Path, adapter: Adapter) -> dict[str, Tensor]:
