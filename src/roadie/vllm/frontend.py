@@ -1,0 +1,171 @@
+"""The process that takes requests: adapters are checked and loaded before a request that needs them is passed on.
+
+A worker that meets a bad adapter in the middle of a step takes the engine down with it. Loading by call is safe: what a
+worker raises then comes back to the caller. So the first request for an adapter loads it by call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from roadie.vllm.admission import Admissions, explained
+from roadie.vllm.limits import check_supported
+from roadie.vllm.resolver import look_in
+from roadie.vllm.settings import KEY, settings_of
+from roadie.vllm.store import AdapterStore
+
+log = logging.getLogger("vllm.roadie")  # in vLLM's own log
+_ATTRIBUTE = "roadie_admissions"
+
+
+def admissions_of(engine: Any) -> Admissions | None:
+    """The admissions of an engine (or of its client); None where it is not for RoAd."""
+    return getattr(getattr(engine, "input_processor", None), _ATTRIBUTE, None)
+
+
+def begin(input_processor: Any, vllm_config: Any) -> None:
+    """Make an engine that is being built an engine for RoAd, if its config asks for it."""
+    settings = settings_of(vllm_config.additional_config)
+    if settings is None:
+        return
+    check_supported(vllm_config)
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: settings.as_config()}
+    if settings.adapters is not None:
+        look_in(settings.adapters)
+    setattr(input_processor, _ATTRIBUTE, Admissions(AdapterStore(settings.store)))
+    log.info("This engine serves RoAd adapters: %s", settings)
+
+
+def load(engine: Any, request: Any) -> Any:
+    """The engine's request for a user's, once the workers have the adapter; raises what they raise."""
+    admissions = admissions_of(engine)
+    if admissions is None or request is None:
+        return request
+    admitted = admissions.admit(request)
+    if not admissions.is_loaded(admitted):
+        try:
+            engine.engine_core.add_lora(admitted)
+        except Exception as error:
+            admissions.forget(request)
+            raise explained(error) from None
+        admissions.mark_loaded(admitted)
+    return admitted
+
+
+async def load_async(engine: Any, request: Any) -> Any:
+    """As `load`, without holding up the event loop."""
+    admissions = admissions_of(engine)
+    if admissions is None or request is None:
+        return request
+    admitted = await asyncio.to_thread(admissions.admit, request)
+    if not admissions.is_loaded(admitted):
+        try:
+            await engine.engine_core.add_lora_async(admitted)
+        except Exception as error:
+            admissions.forget(request)
+            raise explained(error) from None
+        admissions.mark_loaded(admitted)
+    return admitted
+
+
+def touch() -> None:
+    """Put our steps before vLLM's: engines that are not for RoAd go on as before."""
+    _replace(InputProcessor, "__init__", _init)
+    _replace(LLMEngine, "add_request", _add_request)
+    _replace(LLMEngine, "add_lora", _add_lora)
+    _replace(AsyncLLM, "add_request", _add_request_async)
+    _replace(AsyncLLM, "add_lora", _add_lora_async)
+    _replace(OpenAIServingModels, "_check_load_lora_adapter_request", _check_load)
+
+
+def _replace(owner: type, name: str, wrapper: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(wrapper(original)))
+
+
+def _init(original: Any) -> Any:
+    def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, vllm_config)
+        original(self, vllm_config, *args, **kwargs)
+
+    return wrapped
+
+
+def _add_request(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        call.arguments["lora_request"] = load(self, call.arguments.get("lora_request"))
+        return original(*call.args, **call.kwargs)
+
+    return wrapped
+
+
+def _add_request_async(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    async def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        call.arguments["lora_request"] = await load_async(self, call.arguments.get("lora_request"))
+        return await original(*call.args, **call.kwargs)
+
+    return wrapped
+
+
+def _add_lora(original: Any) -> Any:
+    def wrapped(self: Any, lora_request: Any) -> Any:
+        return original(self, load(self, lora_request))
+
+    return wrapped
+
+
+def _add_lora_async(original: Any) -> Any:
+    async def wrapped(self: Any, lora_request: Any) -> Any:
+        return await original(self, await load_async(self, lora_request))
+
+    return wrapped
+
+
+def _candidate(models: Any, request: Any) -> Any:
+    """What the server is about to make of a request to load; its number does not matter, the content gets its own."""
+    known = models.lora_requests.get(request.lora_name)
+    return LoRARequest(
+        lora_name=request.lora_name,
+        lora_int_id=known.lora_int_id if known is not None else 1,
+        lora_path=request.lora_path,
+        load_inplace=True,
+    )
+
+
+def _check_load(original: Any) -> Any:
+    """A server asked to load an adapter that will not do answers 400, where vLLM would say 500."""
+
+    async def wrapped(self: Any, request: Any) -> Any:
+        refusal = await original(self, request)
+        if refusal is not None or admissions_of(self.engine_client) is None:
+            return refusal
+        try:
+            await load_async(self.engine_client, _candidate(self, request))
+        except Exception as error:
+            return create_error_response(
+                message=f"The adapter '{request.lora_name}' was refused: {error}",
+                err_type="InvalidUserInput",
+                status_code=HTTPStatus.BAD_REQUEST,
+            )
+        return None
+
+    return wrapped
