@@ -32,6 +32,7 @@ PUBLIC = [
     "from_parameters",
     "get_peft_model",
     "identity",
+    "inspect",
     "interpolate",
     "inverse",
     "mean",

@@ -10,9 +10,11 @@ from typer.core import TyperGroup
 
 from roadie import __version__
 from roadie.cli.combine import combine
+from roadie.cli.compare import compare
 from roadie.cli.demo import demo
 from roadie.cli.generate import generate
 from roadie.cli.info import info
+from roadie.cli.inspect import inspect
 from roadie.cli.merge import merge
 from roadie.cli.train import train
 from roadie.cli.train_many import train_many
@@ -55,6 +57,9 @@ app.command(short_help="Train many adapters of one base model at once.")(train_m
 app.command(short_help="Continue prompts in one batch, each with its own adapter.")(generate)
 app.command(short_help="Write a whole model with adapters merged into it.")(merge)
 app.command(short_help="Show what is in an adapter file.")(info)
+app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")
+app.command(short_help="Show what adapters do to each layer: numbers, pictures, a report.")(inspect)
+app.command(short_help="Show how far adapters are apart, and what two of them share.")(compare)
 app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")
 
 

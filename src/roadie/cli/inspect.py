@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated
 
 import typer
@@ -55,15 +56,20 @@ def inspect(
       roadie inspect road=my-adapter lora=my-lora full=my-model --text notes.txt -o states.html
       roadie inspect my-adapter --json
     """
+    from roadie.training.inspection import TextSettings, find_subjects, gather
+    from roadie.training.models import ModelSource
+
+    settings = TextSettings(tuple(text), tokens) if text else None
+    source = ModelSource(model, revision, trust_remote_code, allow_pickle)
+    with _quiet_where_needed(settings is not None):
+        gathered = gather(find_subjects(path), text=settings, model=source)
+    present(gathered, output=output, png=png, overwrite=overwrite, as_json=as_json, portraits=True, details=details)
+
+
+def _quiet_where_needed(has_text: bool) -> AbstractContextManager[None]:
+    """transformers is imported, and silenced, only where a model is run: that takes longer than all the rest."""
+    if not has_text:
+        return nullcontext()
     from roadie.cli.quiet import quiet_libraries
 
-    with quiet_libraries():
-        from roadie.training.inspection import TextSettings, find_subjects, gather
-        from roadie.training.models import ModelSource
-
-        gathered = gather(
-            find_subjects(path),
-            text=TextSettings(tuple(text), tokens) if text else None,
-            model=ModelSource(model, revision, trust_remote_code, allow_pickle),
-        )
-    present(gathered, output=output, png=png, overwrite=overwrite, as_json=as_json, portraits=True, details=details)
+    return quiet_libraries()

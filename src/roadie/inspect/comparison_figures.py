@@ -12,41 +12,39 @@ import numpy as np
 from roadie.errors import ConfigError
 from roadie.inspect.comparison import Comparison, Sharing
 from roadie.inspect.drawing import MOST_LINES, Scale, lines, tree
-from roadie.inspect.maps import WIDTH, cut, layer_map, matrix
-from roadie.inspect.rendering import Picture
+from roadie.inspect.maps import MANY, WIDTH, cut, layer_map, matrix
+from roadie.inspect.rendering import Picture, Shape
 from roadie.inspect.states import StateChange
 
 _DISTANCE = "distance, ||Ra - Rb|| / √D"
 
 
 def comparison_pictures(comparison: Comparison) -> list[Picture]:
-    """Distances and alignments, in the order of the tree; with more than two adapters the tree, and agreement by layer.
+    """Distances and alignments in the order of the tree, the tree, and agreement by layer.
 
     Raises `ConfigError` where scipy is not installed.
     """
     branches, heights, order = _clustered(comparison)
     names = [cut(comparison.names[n]) for n in order]
     distance, alignment = (_ordered(values, order) for values in (comparison.distance, comparison.alignment))
-    pictures = [
+    return [
         matrix(
             *("distances", "Distances", distance, (names, names), _DISTANCE),
             "The order is that of the tree: similar adapters stand together.",
         ),
+        _tree(branches, heights, names),
         matrix(
             *("alignments", "Alignments", alignment, (names, names), "alignment of changes"),
             "1: two adapters change alike; 0: they have nothing in common; -1: each undoes the other.",
             _alignment_scale,
         ),
+        layer_map(
+            *("agreement", "Agreement by layer", comparison.layers, lambda layer: layer.alignment),
+            "mean alignment of all pairs",
+            "Where adapters change alike (orange), and where each goes its own way (near 0).",
+            _alignment_scale,
+        ),
     ]
-    if len(names) == 2:
-        return pictures
-    agreement = layer_map(
-        *("agreement", "Agreement by layer", comparison.layers, lambda layer: layer.alignment),
-        "mean alignment of all pairs",
-        "Where adapters change alike (orange), and where each goes its own way (near 0).",
-        _alignment_scale,
-    )
-    return [*pictures, _tree(branches, heights, names), agreement]
 
 
 def sharing_pictures(sharing: Sharing) -> list[Picture]:
@@ -118,6 +116,7 @@ def _tree(branches: Any, heights: Any, names: Sequence[str]) -> Picture:
         "Adapters whose branches meet far to the right are alike. Average linkage of the distances.",
         *(WIDTH, 0.7 + 0.15 * len(names)),
         partial(tree, branches=branches, heights=heights, names=names),
+        shape=Shape.TALL if len(names) > MANY else Shape.PLAIN,
     )
 
 

@@ -99,15 +99,28 @@ def _squares(axes: Axes, theme: Theme, scale: Scale, values: Any) -> None:
 
     few = values.size <= 1200
     half = 0.46 if few else 0.5
-    corners = np.array([(-half, -half), (half, -half), (half, half), (-half, half), (-half, -half)])
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
-    steps = scale.steps(values)
+    rows, starts, ends, steps = _runs(scale.steps(values), join=not few)
+    x0, x1, y0, y1 = starts - half, ends - 1 + half, rows - half, rows + half
+    corners = np.stack([np.stack(each, -1) for each in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))], 1)
     for step, colour in enumerate(scale.shades(theme)):
-        centres = np.argwhere(steps == step)[:, ::-1]
-        if len(centres):
-            vertices = (centres[:, None, :] + corners).reshape(-1, 2)
-            path = Path(vertices, np.tile(codes, len(centres)))
+        chosen = corners[steps == step]
+        if len(chosen):
+            path = Path(chosen.reshape(-1, 2), np.tile(codes, len(chosen)))
             axes.add_patch(PathPatch(path, facecolor=colour, edgecolor="none", linewidth=0, antialiased=few))
+
+
+def _runs(steps: Any, *, join: bool) -> tuple[Any, Any, Any, Any]:
+    """The row, the first column, the column after the last, and the shade of each cell, or of neighbours of one shade."""
+    flat = steps.reshape(-1)
+    begins: Any = np.ones(len(flat), dtype=bool)
+    if join:
+        begins[1:] = flat[1:] != flat[:-1]
+        begins[:: steps.shape[1]] = True
+    first = np.flatnonzero(begins)
+    length: Any = np.diff(np.append(first, len(flat)))
+    rows, columns = np.divmod(first, steps.shape[1])
+    return rows, columns, columns + length, flat[first]
 
 
 def _name_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
@@ -193,8 +206,10 @@ def lines(axes: Axes, theme: Theme, values: Any, names: Sequence[str], label: st
 
 def tree(axes: Axes, theme: Theme, branches: Any, heights: Any, names: Sequence[str]) -> None:
     """A dendrogram from left to right; branches, heights: scipy's icoord and dcoord; names: of the leaves, from the top."""
-    for branch, height in zip(branches, heights, strict=True):
-        axes.plot(height, (np.asarray(branch) - 5) / 10, color=theme.series[0], linewidth=1.1)
+    from matplotlib.collections import LineCollection
+
+    joints = np.stack((np.asarray(heights), (np.asarray(branches) - 5) / 10), -1)
+    axes.add_collection(LineCollection(joints, colors=theme.series[0], linewidths=1.1))
     axes.set_yticks(range(len(names)), names)
     axes.yaxis.tick_right()
     axes.set_ylim(len(names) - 0.5, -0.5)

@@ -10,10 +10,10 @@ import numpy as np
 
 from roadie.inspect.drawing import MOST_LABELS, Scale, cells
 from roadie.inspect.places import in_order
-from roadie.inspect.rendering import Picture
+from roadie.inspect.rendering import Picture, Shape
 
 WIDTH = 3.6
-_MANY = 24
+MANY = 24
 
 
 def layer_map(
@@ -55,7 +55,7 @@ def matrix(
     """A heat map of ``[rows, columns]`` values with their names; wide where there are many rows."""
     rows, columns = names
     longest = max(map(len, columns)) if len(columns) <= MOST_LABELS else 0
-    many = len(rows) > _MANY and len(columns) > _MANY
+    many = len(rows) > MANY and len(columns) > MANY
     height = 0.9 + 0.05 * longest + float(np.clip(0.17 * len(rows), 0.5, 5.6))
     known = values[~np.isnan(values)]
     extent = f"from {known.min():.3g} to {known.max():.3g}" if len(known) else "nothing to show"
@@ -66,7 +66,7 @@ def matrix(
         caption,
         *(WIDTH * (1.6 if many else 1), height),
         partial(cells, values=values, scale=scale(values), rows=rows, columns=columns, label=label),
-        wide=many,
+        shape=Shape.WIDE if many else Shape.PLAIN,
     )
 
 

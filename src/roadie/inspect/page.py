@@ -13,7 +13,7 @@ from importlib.resources import files
 from roadie import __version__
 from roadie.inspect.comparison import Comparison, LayerSharing, Sharing
 from roadie.inspect.portrait import LayerPortrait, Portrait
-from roadie.inspect.rendering import Picture, to_svg
+from roadie.inspect.rendering import Picture, Shape, to_svg
 from roadie.inspect.report import Findings, Report, Section
 from roadie.inspect.states import StateChange
 from roadie.inspect.theme import DARK, LIGHT, style_variables
@@ -84,9 +84,11 @@ def _section(section: Section, findings: Findings) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    kind = ' class="wide"' if picture.wide else ""
-    title, caption = escape(picture.title), escape(picture.caption)
-    return f"<figure{kind}><h3>{title}</h3>{to_svg(picture)}<figcaption>{caption}</figcaption></figure>"
+    title, caption, image = escape(picture.title), escape(picture.caption), to_svg(picture)
+    kind = f' class="{picture.shape.value}"'
+    if picture.shape is Shape.WIDE:
+        image = f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">{image}</div>'
+    return f"<figure{kind}><h3>{title}</h3>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _tables(section: Section, findings: Findings) -> tuple[str, str, str]:
@@ -248,7 +250,7 @@ def _most_alike(sharing: Sharing) -> str:
         for layer in sharing.layers
         if layer.alignment
     ]
-    shown = sorted(known, key=lambda pair: -abs(pair[1]))[: MOST_CHANGED - 2]
+    shown = sorted(known, key=lambda pair: -abs(pair[1]))[: 14 if len(sharing.layers) > 100 else 6]
     if not shown:
         return ""
     rows = [(_place(layer), _number(layer.alignment), _number(layer.distance)) for layer, _ in shown]
@@ -301,7 +303,7 @@ def _cell(cell: str | _Bar) -> str:
 
 
 def _terms() -> str:
-    items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in _TERMS)
+    items = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(meaning)}</dd></div>" for term, meaning in _TERMS)
     return f'<section aria-labelledby="terms"><h2 id="terms">What the words mean</h2><dl class="terms">{items}</dl></section>'
 
 

@@ -22,9 +22,8 @@ def plane(axes: Axes, theme: Theme, turning: Any, mirroring: Any) -> None:
     _polar_grid(axes, theme, centre, reach)
     _gathered(axes, theme, turning, centre, reach)
     if len(mirroring):
-        axes.plot(
-            *(mirroring.real, mirroring.imag), "x", color=theme.series[1], markersize=4.5, markeredgewidth=1.2, zorder=4
-        )
+        x, y, _ = _occupied(mirroring, centre, reach)
+        axes.plot(x, y, "x", color=theme.series[1], markersize=4, markeredgewidth=1.1, zorder=4)
     axes.plot([1], [0], marker="+", color=theme.ink, markersize=9, markeredgewidth=1.1, zorder=5)
     axes.set_xlim(centre.real - reach, centre.real + reach)
     axes.set_ylim(centre.imag - reach, centre.imag + reach)
@@ -42,20 +41,24 @@ def _reach(points: Any) -> tuple[complex, float]:
     return centre, 1.12 * max(float(far), 0.02)
 
 
-def _gathered(axes: Axes, theme: Theme, points: Any, centre: complex, reach: float, side: int = 56) -> None:
+def _gathered(axes: Axes, theme: Theme, points: Any, centre: complex, reach: float) -> None:
     if not len(points):
         return
+    x, y, counts = _occupied(points, centre, reach)
+    shade = (np.log1p(counts) / np.log1p(counts.max()) * (STEPS - 1)).round().astype(int)
+    # The palest shades would not be seen as single dots.
+    for step in range(STEPS // 3, STEPS):
+        chosen = np.maximum(shade, STEPS // 3) == step
+        axes.plot(x[chosen], y[chosen], "o", color=theme.rising[step], markersize=2.5, markeredgewidth=0, zorder=3)
+
+
+def _occupied(points: Any, centre: complex, reach: float, side: int = 56) -> tuple[Any, Any, Any]:
+    """The middles of the cells of the window that hold points, and how many each holds."""
     edges = [np.linspace(middle - reach, middle + reach, side + 1) for middle in (centre.real, centre.imag)]
     counts, _, _ = np.histogram2d(points.real, points.imag, edges)
+    columns, rows = np.nonzero(counts)
     x, y = ((edge[:-1] + edge[1:]) / 2 for edge in edges)
-    shade = np.where(counts > 0, np.log1p(counts) / np.log1p(counts.max()) * (STEPS - 1), -1).round().astype(int)
-    shades = theme.rising
-    for step in range(STEPS):
-        columns, rows = np.nonzero(shade == step)
-        # The palest shades would not be seen as single dots.
-        axes.plot(
-            x[columns], y[rows], "o", color=shades[max(step, STEPS // 3)], markersize=2.5, markeredgewidth=0, zorder=3
-        )
+    return x[columns], y[rows], counts[columns, rows]
 
 
 def _polar_grid(axes: Axes, theme: Theme, centre: complex, reach: float) -> None:
@@ -103,12 +106,24 @@ def _scale_label(axes: Axes, theme: Theme, radius: float, centre: complex, reach
 
 
 def _angle_label(axes: Axes, theme: Theme, angle: float, centre: complex, reach: float) -> None:
-    """The value of a ray where it leaves the window on the right, or above, or to the left."""
+    """The value of a ray where it leaves the window, unless that is below, where the scales stand."""
     ray = np.exp(1j * np.radians(angle))
-    right = centre.real + 0.97 * reach
-    if ray.real <= 1e-9:
+    far = _way_out(complex(ray), centre, 0.94 * reach)
+    if far is None or (far * ray).imag < centre.imag - 0.85 * reach:
         return
-    height = right * ray.imag / ray.real
-    if abs(height - centre.imag) < 0.9 * reach:
-        box = {"facecolor": theme.panel, "edgecolor": "none", "pad": 0.6, "alpha": 0.75}
-        axes.text(right, height, f"{angle:g}°", ha="right", va="center", color=theme.muted, bbox=box, zorder=6)
+    box = {"facecolor": theme.panel, "edgecolor": "none", "pad": 0.6, "alpha": 0.75}
+    where = far * ray
+    axes.text(where.real, where.imag, f"{angle:g}°", ha="center", va="center", color=theme.muted, bbox=box, zorder=6)
+
+
+def _way_out(ray: complex, centre: complex, half: float) -> float | None:
+    """How far from 0 a ray leaves the square around `centre`; None where it never enters it."""
+    enter, leave = 0.0, np.inf
+    for along, middle in ((ray.real, centre.real), (ray.imag, centre.imag)):
+        if abs(along) < 1e-9:
+            if abs(middle) > half:
+                return None
+            continue
+        near, far = sorted(((middle - half) / along, (middle + half) / along))
+        enter, leave = max(enter, near), min(leave, far)
+    return float(leave) if leave > enter else None

@@ -79,7 +79,7 @@ def _histograms(portrait: Portrait, blocks: Blocks, key: str) -> list[Picture]:
             said = "; ".join(f"{kind} {each.mean():.3g} ± {each.std():.3g}" for kind, each in values.items())
             alternative = f"Histograms of {label}, one a kind. Mean and standard deviation: {said}."
             paint = partial(ridges, values=list(values.values()), names=list(values), label=label)
-            size = (WIDTH, 0.8 + 0.34 * len(values))
+            size = (WIDTH, max(3.2, 0.8 + 0.34 * len(values)))
             pictures.append(Picture(f"{key}-{word}s", f"{title}s by kind", alternative, _RIDGES, *size, paint))
     return pictures
 

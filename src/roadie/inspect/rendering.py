@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from roadie.errors import ConfigError
@@ -23,11 +24,21 @@ if TYPE_CHECKING:
 PNG_DOTS_PER_INCH = 200
 
 
+class Shape(str, Enum):
+    """The room a picture takes on a page that is wide enough: one place, two beside each other, or two below each other."""
+
+    PLAIN = "plain"
+    WIDE = "wide"
+    TALL = "tall"
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A figure to be drawn. key: its name as a file; alternative: what it shows, in words, for those who do not see it;
-    caption: how to read it; width, height: inches; paint: draws it into axes with the colours of a theme; wide: as wide as
-    two others where there is room; of: whose figure it is, for titles that stand alone.
+    """A figure to be drawn.
+
+    key: its name as a file; alternative: what it shows, in words, for those who do not see it; caption: how to read it;
+    width, height: inches; paint: draws it into axes with the colours of a theme; of: whose figure it is, for titles that
+    stand alone.
     """
 
     key: str
@@ -37,7 +48,7 @@ class Picture:
     width: float
     height: float
     paint: Callable[[Any, Theme], None]
-    wide: bool = False
+    shape: Shape = Shape.PLAIN
     of: str = ""
 
     @property

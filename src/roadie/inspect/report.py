@@ -119,10 +119,11 @@ def _overview(findings: Findings) -> list[Section]:
 def _comparison(comparison: Comparison) -> list[Section]:
     closest = comparison.closest
     title = f"What {closest.first} and {closest.second} share"
-    if len(comparison.names) > 2:
-        title += ", the closest two"
-    sharing = Section("sharing", title, tuple(sharing_pictures(closest)))
-    return [Section("comparison", "Beside each other", tuple(comparison_pictures(comparison))), sharing]
+    pictures = tuple(sharing_pictures(closest))
+    if len(comparison.names) == 2:
+        return [Section("sharing", title, pictures)]
+    together = Section("comparison", "Beside each other", tuple(comparison_pictures(comparison)))
+    return [together, Section("sharing", f"{title}, the closest two", pictures)]
 
 
 def _portraits(findings: Findings, adapters: Mapping[str, Adapter], detailed: int) -> list[Section]:
