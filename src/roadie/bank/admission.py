@@ -33,9 +33,7 @@ def rotations(
     return {path: made[path] for path in layers}
 
 
-def _by_kind(
-    layers: Mapping[str, LayerParameters], device_of: Callable[[str], torch.device]
-) -> dict[Kind, list[str]]:
+def _by_kind(layers: Mapping[str, LayerParameters], device_of: Callable[[str], torch.device]) -> dict[Kind, list[str]]:
     kinds: dict[Kind, list[str]] = {}
     for path, layer in layers.items():
         theta = layer.theta

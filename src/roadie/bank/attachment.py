@@ -1,18 +1,21 @@
-"""A bank's hold on one layer of a model: a forward hook that rotates what the layer returns.
+"""A bank's hold on the layers of a model: what rotates a layer's output, and how it gets at it.
 
-It needs nothing of the model but a linear layer, and no PEFT; taking it off leaves the model as it was.
+A plain model is held by forward hooks (`Hooks`); it needs nothing but linear layers, and no PEFT, and taking the hooks off leaves
+it as it was. Layers that rotate their own output, such as the tuner's, are held by another `Hold`.
 
 Legend: D out features, S slots.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from roadie.bank.routing import BankRouting, Choice
+from roadie.bank.servers import Server, serve, stop_serving
 from roadie.bank.table import LayerTable
 from roadie.kernels import (
     PreparedRotation,
@@ -24,28 +27,26 @@ from roadie.kernels import (
 )
 
 
-class Attachment:
-    """One layer: its table, and the hook."""
+class LayerRotation:
+    """One layer: its table, and the choice of the rows. A copy of a model has none: its bank is another's."""
 
-    def __init__(self, module: nn.Module, table: LayerTable, routing: BankRouting) -> None:
+    def __init__(self, table: LayerTable, routing: BankRouting) -> None:
         self.table, self._routing = table, routing
-        self._gives_fresh_memory = type(module) is nn.Linear
         self._last: tuple[Choice, RotationTable, PreparedRotation] | None = None
-        self._handle = module.register_forward_hook(self._rotate)
 
-    def remove(self) -> None:
-        """Leave the layer as it was."""
-        self._handle.remove()
+    def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
+        """y ``[B, ..., D]`` rotated by the slots in force, or y itself where none are.
 
-    def _rotate(self, module: nn.Module, inputs: Any, y: Tensor) -> Tensor | None:
+        is_fresh: whether nobody else holds y, so that it may be written to.
+        """
         choice = self._routing.current()
         if choice is None:
-            return None
+            return y
         table = self.table.current
         if not torch.compiler.is_compiling() and self._is_rotated_as_before(y, choice, table):
             return y
         slots = choice.of(y)
-        if self._is_fresh(module) and can_rotate_in_place(y, table):
+        if is_fresh() and can_rotate_in_place(y, table):
             rotate_rows_(y, table, slots)
             prepared = prepare_rotation(y, table, slots)
             self._last = None if prepared is None else (choice, table, prepared)
@@ -58,15 +59,70 @@ class Attachment:
             return False
         return last[2].rotate_(y)
 
-    def _is_fresh(self, module: nn.Module) -> bool:
-        """Whether nobody else holds the output: a known kind of layer, on which ours is the only hook."""
-        return (
-            self._gives_fresh_memory
-            and len(module._forward_hooks) == 1
-            and "forward" not in module.__dict__
-            and not nn.modules.module._global_forward_hooks
-            and type(module.weight.data) is Tensor
-        )
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+class Hold(Protocol):
+    """How a bank gets at the layers of a model."""
+
+    def open(self, model: nn.Module, server: Server) -> None:
+        """Called once, when the bank is made."""
+        ...
+
+    def close(self, model: nn.Module) -> None:
+        """Called when the bank is closed."""
+        ...
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Path in the base model -> every layer that an adapter can rotate."""
+        ...
+
+    def device_of(self, layer: nn.Module) -> torch.device:
+        """Where the layer computes."""
+        ...
+
+    def attach(self, layer: nn.Module, rotation: LayerRotation) -> Callable[[], None]:
+        """From now on the layer's output is rotated; gives what ends that."""
+        ...
+
+
+class Hooks:
+    """Forward hooks on the linear layers of any model, which `roadie.rows` then finds."""
+
+    def open(self, model: nn.Module, server: Server) -> None:
+        serve(model, server)
+
+    def close(self, model: nn.Module) -> None:
+        stop_serving(model)
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Inside PEFT's layers the base layer."""
+        return linear_layers(model)
+
+    def device_of(self, layer: nn.Module) -> torch.device:
+        return next(layer.parameters()).device
+
+    def attach(self, layer: nn.Module, rotation: LayerRotation) -> Callable[[], None]:
+        gives_fresh_memory = type(layer) is nn.Linear
+
+        def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+            return rotation.of(y, lambda: gives_fresh_memory and _is_only_ours(module))
+
+        return layer.register_forward_hook(hook).remove
+
+
+def _is_only_ours(module: nn.Module) -> bool:
+    """Whether nobody else holds the output of an nn.Linear: ours is the only hook."""
+    return (
+        len(module._forward_hooks) == 1
+        and "forward" not in module.__dict__
+        and not nn.modules.module._global_forward_hooks
+        and type(module.weight.data) is Tensor
+    )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -86,7 +142,7 @@ def _out_features(module: nn.Module) -> int | None:
 
 
 def out_features_of(module: nn.Module) -> int:
-    """D of a layer of `linear_layers`."""
-    width = _out_features(module)
-    assert width is not None
+    """D of a layer that a bank holds."""
+    width = getattr(module, "out_features", None) or _out_features(module)
+    assert isinstance(width, int)
     return width

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters, check_adapter_name
 from roadie.bank.admission import rotations
-from roadie.bank.attachment import Attachment, linear_layers, out_features_of
+from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
 from roadie.bank.live import live_adapter
 from roadie.bank.routing import BankRouting, Choice, check_slots
-from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
 from roadie.bank.table import LayerTable
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
@@ -43,21 +42,30 @@ class AdapterBank:
     blends) fit at once.
     dtype: of the tables: float32, or the model's activation dtype for half the memory, at one rounding of direct and cross
     (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element). wait_s: how long `replace` and
-    `admit` wait for a slot that is being read.
+    `admit` wait for a slot that is being read. hold: how the bank gets at the layers; by forward hooks, unless layers rotate
+    their own output.
 
     One thread may admit, replace and evict while others run the model. `close` (or a with block) takes the bank off the model.
     """
 
     def __init__(
-        self, model: nn.Module, slots: int = 64, *, dtype: torch.dtype = torch.float32, wait_s: float = 10.0
+        self,
+        model: nn.Module,
+        slots: int = 64,
+        *,
+        dtype: torch.dtype = torch.float32,
+        wait_s: float = 10.0,
+        hold: Hold | None = None,
     ) -> None:
         if slots < 1 or not dtype.is_floating_point:
             raise ConfigError(f"got slots={slots}, dtype={dtype}; wanted at least one slot and a floating-point dtype")
-        self.model, self._modules = model, linear_layers(model)
+        self._hold: Hold = hold or Hooks()
+        self.model, self._modules = model, self._hold.layers(model)
         if not self._modules:
             raise ConfigError(f"got a {type(model).__name__} without linear layers; wanted a model that RoAd can adapt")
         self._dtype, self._wait_s = dtype, wait_s
-        self._attached: dict[str, Attachment] = {}
+        self._attached: dict[str, LayerRotation] = {}
+        self._detach = ExitStack()
         self._book = SlotBook(slots + 1)  # one to spare, so that a full bank can replace
         self._spare = 1
         self._versions: dict[str, int] = {}
@@ -67,7 +75,7 @@ class AdapterBank:
         self._changed = threading.Condition(self._lock)
         self._routing = BankRouting()
         self.storage_version = 0
-        serve(model, self)
+        self._hold.open(model, self)
 
     def admit(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> int:
         """Take an adapter in, validated first; gives its slot. Where the bank is full a blend leaves, or the least
@@ -139,7 +147,7 @@ class AdapterBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""
-        return sum(attachment.table.nbytes for attachment in self._attached.values())
+        return sum(rotation.table.nbytes for rotation in self._attached.values())
 
     @property
     def bytes_per_adapter(self) -> int:
@@ -154,8 +162,8 @@ class AdapterBank:
                 raise ConfigError(
                     f"got slots={slots}; wanted more than the {self.num_slots} there are; a bank does not shrink"
                 )
-            for attachment in self._attached.values():
-                attachment.table.grow(slots + self._spare)
+            for rotation in self._attached.values():
+                rotation.table.grow(slots + self._spare)
             self._book.grow(slots + self._spare)
             self.storage_version += 1
 
@@ -207,9 +215,8 @@ class AdapterBank:
     def close(self) -> None:
         """Take the bank off the model, which is then what it was."""
         with self._lock:
-            stop_serving(self.model)
-            for attachment in self._attached.values():
-                attachment.remove()
+            self._hold.close(self.model)
+            self._detach.close()
             self._attached.clear()
             self._book = SlotBook(self._book.num_slots)
 
@@ -291,16 +298,17 @@ class AdapterBank:
         for path in made:
             if path not in self._attached:
                 self._attach(path)
-        for path, attachment in self._attached.items():
-            attachment.table.write(slot, made.get(path))
+        for path, held in self._attached.items():
+            held.table.write(slot, made.get(path))
 
     def _attach(self, path: str) -> None:
         module = self._modules[path]
         table = LayerTable(out_features_of(module), self._book.num_slots, self._dtype, self._device_of(path))
-        self._attached[path] = Attachment(module, table, self._routing)
+        self._attached[path] = rotation = LayerRotation(table, self._routing)
+        self._detach.callback(self._hold.attach(module, rotation))
 
     def _device_of(self, path: str) -> torch.device:
-        return next(self._modules[path].parameters()).device
+        return self._hold.device_of(self._modules[path])
 
     def _forget(self, name: str) -> None:
         """An adapter's blends are not those of the one that comes after it."""
@@ -325,13 +333,13 @@ class AdapterBank:
     def _blend(self, wish: Blend) -> dict[str, Rotation]:
         slots = {name: self._book.use(name) for name in wish.names}
         made = {}
-        for path, attachment in self._attached.items():
+        for path, held in self._attached.items():
             parts = []
             for name, weight in wish.weights:
                 slot = slots[name]
                 assert slot is not None
                 has_layer = path in self._layers_of[name]
-                parts.append((name, weight, attachment.table.read(slot) if has_layer else None))
+                parts.append((name, weight, held.table.read(slot) if has_layer else None))
             rotation = blended(path, parts)
             if rotation is not None:
                 made[path] = _in_range(rotation, self._dtype, path, wish)
