@@ -27,12 +27,12 @@ needs_torchao_018_to_merge = pytest.mark.skipif(
     reason="before 0.18 torchao cannot dequantise int8 with quantised inputs, so PEFT cannot merge into it",
 )
 
-_OLD_TRANSFORMERS = Version("5.23") > Version(version("transformers"))  # tested: 5.0 and 5.23, nothing between
+OLD_TRANSFORMERS = Version("5.23") > Version(version("transformers"))  # tested: 5.0 and 5.23, nothing between
 
-EVALUATES_AFTER_THE_LAST_STEP = not _OLD_TRANSFORMERS
+EVALUATES_AFTER_THE_LAST_STEP = not OLD_TRANSFORMERS
 """The oldest transformers do so only where an interval ends with the last step."""
 
 needs_uploads_by_an_api_object = pytest.mark.skipif(
-    _OLD_TRANSFORMERS,
+    OLD_TRANSFORMERS,
     reason="transformers 5.0 uploads by functions, where this test puts methods in the place of HfApi's",
 )

@@ -397,7 +397,7 @@ class ContinuousBatchingEngine:
         if output is not None:
             self._outputs.append((live, output))
         self._finish_unloads()
-        self._changed.notify_all()
+        self._notify()  # whoever waits may have been passed by for what this one held
 
     def _count_end(self, live: Live) -> None:
         for name in live.names:

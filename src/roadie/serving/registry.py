@@ -33,7 +33,7 @@ import torch
 from roadie import checkpoint
 from roadie.adapter import Adapter, check_adapter_name
 from roadie.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
-from roadie.errors import CheckpointError, ConfigError, RoadieError, UnknownAdapter
+from roadie.errors import CheckpointError, ConfigError, RoadieError, StateNotWritten, UnknownAdapter
 
 STATE_NAME = ".roadie-serving.json"
 STATE_FORMAT = 1
@@ -178,7 +178,7 @@ class Registry:
         return ReadAdapter(adapter, content_hash(adapter), str(path))
 
     def remember(self, name: str, entry: Entry) -> None:
-        """Write down an adapter's entry; on an error (a full disk) nothing has changed. Raises `CheckpointError`."""
+        """Write down an adapter's entry; on an error (a full disk) nothing has changed. Raises `StateNotWritten`."""
         check_adapter_name(name)
         with self._lock:
             entries = {**self._entries, name: entry}
@@ -331,7 +331,7 @@ def _write_state(file: Path, entries: Mapping[str, Entry]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             scratch.unlink()
-        raise CheckpointError(
+        raise StateNotWritten(
             f"{file}: got {error.strerror} when the registry's state was written; nothing has changed; make room"
         ) from None
     with contextlib.suppress(OSError):  # some file systems cannot

@@ -85,8 +85,8 @@ def _adjusted(logits_NV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
         change = dict.fromkeys(counts, 0.0) | dict(rules.logit_bias)
         for token, count in counts.items():
             change[token] -= rules.presence_penalty + rules.frequency_penalty * count
-        ids = torch.tensor(list(change), device=logits_NV.device)
-        logits_NV[place, ids] += torch.tensor(list(change.values()), device=logits_NV.device)
+        ids = torch.tensor(list(change), dtype=torch.int64, device=logits_NV.device)
+        logits_NV[place, ids] += logits_NV.new_tensor(list(change.values()))
     return logits_NV
 
 

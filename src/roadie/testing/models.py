@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from roadie.adapter import Adapter, LayerParameters
+from roadie.rotation import parameter_size
+
 
 def tiny_llama(*, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Any:
     """A LlamaForCausalLM with random weights and two layers of 64 (settings: fields of LlamaConfig); equal for equal seeds."""
@@ -53,3 +56,21 @@ def randomise(model: nn.Module, *, seed: int = 0, scale: float = 0.3, adapter: s
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.add_(noise.to(parameter.device, parameter.dtype))
     return model
+
+
+def random_adapter(
+    model: nn.Module, seed: int, *, scale: float = 0.2, variant: str = "road_1", group_size: int = 16
+) -> Adapter:
+    """An adapter of every linear layer of a plain model but the last; parameters are normal around the identity's.
+
+    Equal for equal seeds and models. group_size has to divide the outputs of every layer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            size = parameter_size(variant, module.out_features)
+            theta, alpha = (torch.randn(size, generator=generator) * scale for _ in range(2))
+            layers[path] = LayerParameters(theta, 1 + alpha, variant, group_size)
+    return Adapter(layers, {"peft_type": "ROAD", "variant": variant, "group_size": group_size})

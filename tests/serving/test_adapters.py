@@ -1,0 +1,264 @@
+"""Adapters come, change and go while requests run: none fails, none sees two versions, and a crash forgets nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.serving.harness import PATIENCE_S, adapters_of, prompt, serving
+
+from roadie import checkpoint
+from roadie.bank import AdapterBank
+from roadie.errors import AdapterBusy, AdapterError, CheckpointError, ConfigError, UnknownAdapter
+from roadie.serving import AdapterState, FinishReason, Registry, Unload
+from roadie.testing import GreedyReference, GreedyVerdict, tiny_llama
+
+
+def state(collector: Any, name: str) -> AdapterState:
+    return next(one.state for one in collector.engine.adapters() if one.name == name)
+
+
+def test_a_replacement_under_traffic_fails_nothing_and_mixes_nothing(model: Any, adapters: Any, root: Path) -> None:
+    """Every request is whole in one version; those that ran at the replacement keep the old one, later ones have the new."""
+    with serving(model, root) as collector:
+        asked = {collector.submit(prompt(0, 10), "a0", max_tokens=60): (prompt(0, 10), "a0")}
+        collector.wait(*asked, num_tokens=3)
+        before, num_overlapping = "a0", 0
+        for source in ["a1", "a2", "a3"] * 3:
+            running = {collector.submit(prompt(one, 10), "a0", max_tokens=90): prompt(one, 10) for one in range(3)}
+            collector.wait(*running, num_tokens=2)
+            collector.engine.load_adapter("a0", str(root / source), replace=True).result(PATIENCE_S)
+            num_overlapping += any(collector.last(one).finish is None for one in running)
+            asked |= {one: (prompt_ids, before) for one, prompt_ids in running.items()}
+            asked[collector.submit(prompt(9, 10), "a0", max_tokens=20)] = (prompt(9, 10), source)
+            before = source
+        collector.wait()
+        assert {collector.last(one).finish for one in asked} == {FinishReason.LENGTH}
+        statistics = collector.engine.statistics()
+        assert (statistics.num_slots_leased, statistics.num_failed) == (0, 0)
+    reference, verdict = GreedyReference(model, adapters), GreedyVerdict()
+    for request_id, (prompt_ids, source) in asked.items():
+        verdict += reference.check(prompt_ids, source, collector.tokens(request_id))
+    assert (verdict.num_tokens, verdict.num_wrong) == (60 + 9 * (3 * 90 + 20), 0)
+    assert num_overlapping > 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """A name got another adapter, at some moment between these two."""
+
+    begin_s: float
+    end_s: float
+    source: str
+
+
+def sources_while(changes: Sequence[Change], begin_s: float, end_s: float) -> set[str]:
+    """What a name may have been at some moment from begin to end."""
+    replaced = [*(change.end_s for change in changes[1:]), math.inf]
+    return {
+        change.source
+        for change, until in zip(changes, replaced, strict=True)
+        if change.begin_s <= end_s and until >= begin_s
+    }
+
+
+def test_random_loads_replacements_and_unloads_under_traffic(model: Any, adapters: Any, root: Path) -> None:
+    """Three seconds of both; every request is whole in one of the versions that its name had while it was live."""
+    stop, turns = threading.Event(), random.Random(1)
+    changes = {f"a{one}": [Change(0.0, 0.0, f"a{one}")] for one in range(4)}
+
+    def change(collector: Any) -> None:
+        while not stop.is_set():
+            name, source = f"a{turns.randrange(4)}", f"a{turns.randrange(4, 8)}"
+            if turns.random() < 0.3:
+                collector.engine.unload_adapter(name, Unload.WAIT).result(PATIENCE_S)
+            begin = time.monotonic()
+            collector.engine.load_adapter(name, str(root / source), replace=True).result(PATIENCE_S)
+            changes[name].append(Change(begin, time.monotonic(), source))
+
+    asked: dict[str, tuple[list[int], str, float]] = {}
+    with serving(model, root) as collector:
+        changer = threading.Thread(target=change, args=(collector,))
+        changer.start()
+        rng, deadline = random.Random(0), time.monotonic() + 3
+        while time.monotonic() < deadline:
+            wish, prompt_ids, now = f"a{rng.randrange(4)}", prompt(rng.randrange(8), 17), time.monotonic()
+            with contextlib.suppress(UnknownAdapter):  # it is unloaded for a moment
+                asked[collector.submit(prompt_ids, wish, max_tokens=rng.randrange(1, 30))] = (prompt_ids, wish, now)
+            time.sleep(0.01)
+        stop.set()
+        changer.join(PATIENCE_S)
+        collector.wait(*asked)
+        assert {collector.last(one).finish for one in asked} == {FinishReason.LENGTH}
+        statistics = collector.engine.statistics()
+        assert statistics.num_cached_prompt_tokens > 0
+        assert statistics.num_blocks_free == statistics.num_blocks
+        assert (statistics.num_slots_leased, statistics.num_failed) == (0, 0)
+    assert len(asked) > 50
+    assert sum(map(len, changes.values())) > 20
+    reference = GreedyReference(model, adapters)
+    for request_id, (prompt_ids, wish, begin_s) in asked.items():
+        sources = sources_while(changes[wish], begin_s, collector.heard_s[request_id])
+        checks = (reference.check(prompt_ids, source, collector.tokens(request_id)) for source in sources)
+        assert any(verdict.num_wrong == 0 for verdict in checks), (request_id, wish, sources)
+
+
+def test_unloading_waits_refuses_or_cancels(model: Any, root: Path) -> None:
+    with serving(model, root) as collector:
+        running = collector.submit(prompt(0, 8), {"a0": 0.5, "a3": 0.5}, max_tokens=60)
+        collector.wait(running, num_tokens=2)
+        with pytest.raises(AdapterBusy, match="1 requests"):
+            collector.engine.unload_adapter("a0", Unload.REFUSE).result(PATIENCE_S)
+        collector.submit(prompt(0, 8), "a0")
+        waiting = collector.engine.unload_adapter("a0", Unload.WAIT)
+        with pytest.raises(UnknownAdapter, match="being unloaded"):
+            collector.submit(prompt(0, 8), "a0")
+        with pytest.raises(AdapterBusy):
+            collector.engine.unload_adapter("a0").result(PATIENCE_S)
+        waiting.result(PATIENCE_S)
+        assert collector.last(running).finish is FinishReason.LENGTH
+        with pytest.raises(UnknownAdapter):
+            collector.submit(prompt(0, 8), "a0")
+        cancelled = collector.submit(prompt(0, 8), "a1", max_tokens=100)
+        collector.wait(cancelled, num_tokens=2)
+        collector.engine.unload_adapter("a1", Unload.CANCEL).result(PATIENCE_S)
+        assert collector.last(cancelled).finish is FinishReason.CANCELLED
+        with pytest.raises(UnknownAdapter):
+            collector.engine.unload_adapter("a1").result(PATIENCE_S)
+        collector.engine.load_adapter("a0").result(PATIENCE_S)
+        again = collector.submit(prompt(0, 8), "a0")
+        collector.wait(again)
+        assert collector.last(again).finish is FinishReason.LENGTH
+
+
+def test_states_are_visible(model: Any, root: Path) -> None:
+    with serving(model, root) as collector:
+        assert {one.state for one in collector.engine.adapters()} == {AdapterState.KNOWN}
+        ids = [collector.submit(prompt(0, 8), "a1", max_tokens=30) for _ in range(3)]
+        collector.wait(*ids, num_tokens=1)
+        status = next(one for one in collector.engine.adapters() if one.name == "a1")
+        assert (status.state, status.num_running, status.num_requests) == (AdapterState.RESIDENT, 3, 3)
+        assert status.path == str(root / "a1")
+        collector.wait()
+        (root / "a2" / "adapter_model.safetensors").write_bytes(b"nonsense")
+        failed = collector.submit(prompt(0, 8), "a2")
+        collector.wait(failed)
+        assert isinstance(collector.last(failed).error, CheckpointError)
+        broken = next(one for one in collector.engine.adapters() if one.name == "a2")
+        assert (broken.state, "corrupt" in str(broken.error)) == (AdapterState.BROKEN, True)
+        status = next(one for one in collector.engine.adapters() if one.name == "a1")
+        assert status.num_tokens == 90
+
+
+def test_a_load_that_fails_leaves_the_adapter_that_was_there(model: Any, adapters: Any, root: Path) -> None:
+    other = tiny_llama(hidden_size=32)
+    checkpoint.save(next(iter(adapters_of(other, 1).values())), root / "foreign")
+    with serving(model, root) as collector:
+        first = collector.submit(prompt(0, 8), "a0")
+        collector.wait()
+        with pytest.raises(AdapterError, match="outputs"):
+            collector.engine.load_adapter("a0", "foreign", replace=True).result(PATIENCE_S)
+        with pytest.raises(CheckpointError):
+            collector.engine.load_adapter("a0", "nowhere", replace=True).result(PATIENCE_S)
+        with pytest.raises(ConfigError, match="loaded already"):
+            collector.engine.load_adapter("a0", "a1").result(PATIENCE_S)
+        with pytest.raises(ConfigError, match="name"):
+            collector.engine.load_adapter("../a0", "a1").result(PATIENCE_S)
+        second = collector.submit(prompt(0, 8), "a0")
+        collector.wait()
+        assert collector.tokens(first) == collector.tokens(second)
+        assert Registry.open(root).entries == {}
+
+
+def test_a_name_that_is_dropped_into_the_folder_is_found(model: Any, adapters: Any, root: Path) -> None:
+    with serving(model, root) as collector:
+        with pytest.raises(UnknownAdapter):
+            collector.submit(prompt(0, 8), "newcomer")
+        checkpoint.save(adapters["a1"], root / "newcomer")
+        ids = [collector.submit(prompt(0, 8), wish) for wish in ("newcomer", "a1")]
+        collector.wait()
+        assert collector.tokens(ids[0]) == collector.tokens(ids[1])
+
+
+def test_loading_does_not_hold_up_the_requests_that_run(model: Any, root: Path, monkeypatch: Any) -> None:
+    """A load that takes a second (a slow disk): others get tokens all the while."""
+    slow = Registry.read_folder
+
+    def read_folder(self: Registry, path: Path) -> Any:
+        time.sleep(1.0)
+        return slow(self, path)
+
+    with serving(model, root) as collector:
+        monkeypatch.setattr(Registry, "read_folder", read_folder)
+        loading = collector.engine.load_adapter("a5")
+        ids = [collector.submit(prompt(0, 8), None, max_tokens=20) for _ in range(4)]
+        collector.wait(*ids)
+        assert not loading.done()
+        loading.result(PATIENCE_S)
+
+
+CRASH = """
+import sys
+from roadie.serving import Registry
+from roadie.serving.registry import Entry
+registry = Registry.open(sys.argv[1], allowed_roots=[sys.argv[2]])
+registry.remember("outside", Entry(sys.argv[2] + "/x", False))
+registry.pin("a1", True)
+registry.forget("a2")
+print("ready", flush=True)
+number = 0
+while True:
+    number += 1
+    registry.remember("spinning", Entry(sys.argv[2] + f"/{number}"))
+"""
+
+
+def test_the_registry_survives_kill_9(root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    command = [sys.executable, "-c", CRASH, str(root), str(outside)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGKILL)
+    registry = Registry.open(root, allowed_roots=[outside])
+    assert registry.entries["outside"].path == str(outside / "x")
+    assert registry.entries["a1"].is_pinned
+    assert "a2" not in registry
+    assert int(Path(str(registry.entries["spinning"].path)).name) > 1
+
+
+def test_pinned_adapters_are_there_after_a_restart(model: Any, root: Path) -> None:
+    with serving(model, root) as collector:
+        collector.engine.pin_adapter("a3").result(PATIENCE_S)
+        collector.engine.unload_adapter("a4").result(PATIENCE_S)
+    with serving(model, root) as collector:
+        for _ in range(1000):
+            if state(collector, "a3") is AdapterState.RESIDENT:
+                break
+            time.sleep(0.01)
+        assert state(collector, "a3") is AdapterState.RESIDENT
+        with pytest.raises(UnknownAdapter):
+            collector.submit(prompt(0, 8), "a4")
+
+
+def test_a_blend_holds_its_own_slot_only(model: Any, adapters: Any) -> None:
+    with AdapterBank(model, 3) as bank:
+        for name in ("a0", "a3"):
+            bank.admit(name, adapters[name])
+        held = bank.slots([{"a0": 0.5, "a3": 0.5}])
+        bank.admit("a1", adapters["a1"])  # takes the place of a part, which the blend does not need any more
+        assert len(bank) == 2
+        del held
