@@ -86,6 +86,9 @@ def cells(
     bar.ax.tick_params(length=0, pad=1)
     bar.minorticks_off()
     bar.set_ticks(_bar_ticks(scale), labels=[f"{tick:.3g}" for tick in _bar_ticks(scale)])
+    first, _, last = bar.ax.get_xticklabels()
+    first.set_ha("left")  # at the edge of the figure there is no room for the other half
+    last.set_ha("right")
     bar.set_label(label)
 
 

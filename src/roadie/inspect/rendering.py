@@ -124,8 +124,10 @@ def _parameters(theme: Theme) -> dict[str, Any]:
 
 
 def _inline(text: str, picture: Picture) -> str:
-    """matplotlib's SVG file as an element: no prologue, no metadata, short numbers, ids that begin with the picture's key."""
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    """matplotlib's SVG file as an element: no prologue, no metadata, no style sheet, short numbers, ids that begin with the picture's key."""
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL
+    )
     # Tags alone: what stands between them are names, which are nobody's to change.
     text = re.sub(r"<[^>]+>", lambda tag: _short_tag(tag[0], picture.key), text)
     text = re.sub(r">\s+<", "><", text).strip()
