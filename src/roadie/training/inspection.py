@@ -158,7 +158,7 @@ def measure_states(
 
     folders: of the RoAd adapters, by name. RoAd adapters share one copy of the base model; the others have one each.
     """
-    source = model.for_adapters(_recorded(subjects, folders))
+    source = _base(subjects, folders, model)
     rows = _rows(source, text)
     measured: dict[str, StateChange] = {}
     if folders:
@@ -167,6 +167,18 @@ def measure_states(
         if subject.kind is not Kind.ROAD:
             measured |= _measured(*_other(source, subject), rows)
     return tuple(measured[subject.name] for subject in subjects)
+
+
+def _base(subjects: Sequence[Subject], folders: Mapping[str, Path], model: ModelSource) -> ModelSource:
+    """The base model that was asked for, or that adapters name; whole models do not say what they were made of."""
+    recorded = list(_recorded(subjects, folders))
+    whole = next((subject for subject in subjects if subject.kind is Kind.MODEL), None)
+    if whole is not None and model.name is None and not any(recorded):
+        raise ConfigError(
+            f"got {whole.path}, a whole model, and nothing that names its base; wanted the model it was made of; name it "
+            "(--model NAME)"
+        )
+    return model.for_adapters(recorded)
 
 
 def _recorded(subjects: Sequence[Subject], folders: Mapping[str, Path]) -> Iterator[str | None]:
@@ -211,7 +223,18 @@ def _other(source: ModelSource, subject: Subject) -> tuple[States, dict[str, Sta
         _check_safe(Path(subject.path), source)
         return _adapted(source, {subject.name: Path(subject.path)})
     base, tuned = load_model(source), load_model(replace(source, name=subject.path, revision=None))
+    _check_alike(base, tuned, subject)
     return _states_of(base.to(best_device())), {subject.name: _states_of(tuned.to(best_device()))}
+
+
+def _check_alike(base: Any, tuned: Any, subject: Subject) -> None:
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        values = [getattr(model.config.get_text_config(), key, None) for model in (base, tuned)]
+        if values[0] != values[1]:
+            raise ConfigError(
+                f"{subject.path}: got a model with {key}={values[1]} beside a base with {values[0]}; wanted a model made of that "
+                "base; name its own base (--model NAME)"
+            )
 
 
 def _check_safe(folder: Path, source: ModelSource) -> None:
