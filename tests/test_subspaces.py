@@ -145,6 +145,14 @@ def test_joining_is_composing_in_any_order(variant) -> None:
         assert torch.equal(rotate(x, both.layers[path].rotation), one_by_one)
 
 
+@pytest.mark.parametrize(("theta", "alpha"), [(0.5, 1.0), (0.0, 0.5), (0.0, -1.0), (0.5, 0.5), (0.0, float("nan"))])
+def test_a_pair_is_touched_by_its_angle_or_its_scale_alone(theta, alpha) -> None:
+    thetas, alphas = torch.zeros(4), torch.ones(4)
+    thetas[2], alphas[2] = theta, alpha
+    touched = touched_pairs(LayerParameters(thetas, alphas, "road_1", 4))
+    assert touched.tolist() == [False, False, True, False]
+
+
 def test_a_share_that_a_layer_is_too_small_for_is_the_identity_there() -> None:
     parts = split(make(), 9)
     assert [int(touched_pairs(part.layers["third"]).sum()) for part in parts].count(0) == 5

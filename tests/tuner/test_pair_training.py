@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import peft
 import pytest
 import torch
@@ -178,6 +181,66 @@ def test_a_trainer_that_goes_on_from_a_checkpoint_is_the_one_that_did_not_stop(t
             trainer.train(resume_from_checkpoint=str(tmp_path / "work" / "checkpoint-2") if resumes else None)
         found.append(values(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+REPLICA = """
+import sys
+import torch
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+
+import roadie
+from roadie.testing.models import linear_chain, randomise
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+config = roadie.RoadConfig(group_size=4, target_modules=["first", "second"])
+model = randomise(roadie.get_peft_model(linear_chain(6, 16, 8), config))
+before = {name: p.detach().clone() for name, p in model.named_parameters()}
+rule = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.5)
+with roadie.train_only(model, "1/2"):
+    replica = DistributedDataParallel(model)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(10 * rank + step)
+        replica(torch.randn(5, 6, generator=generator)).square().sum().backward()
+        rule.step()
+        rule.zero_grad()
+after = {name: p.detach().clone() for name, p in model.named_parameters()}
+torch.save({"before": before, "after": after}, f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_copies_in_two_processes_train_the_same_share(tmp_path):
+    processes = [subprocess.Popen([sys.executable, "-c", REPLICA, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    model, share = chain("road_1"), Share(1, 2)
+    trained_names = list(trained(model))
+    for name, after in one["after"].items():
+        assert torch.equal(after, other["after"][name])
+        moved = after != one["before"][name]
+        if name in trained_names:
+            assert torch.equal(moved, places(model, name, share))
+        else:
+            assert not moved.any()
+
+
+def test_a_block_that_no_gradient_comes_to_is_said(caplog):
+    model = chain()
+    elsewhere = nn.Parameter(torch.ones(1))
+    rule = torch.optim.SGD([elsewhere], lr=0.1)
+    with roadie.train_only(model, "1/2"):
+        elsewhere.sum().backward()
+        rule.step()
+    assert "1 steps of an optimiser, and no gradient came" in caplog.text
+    caplog.clear()
+    with roadie.train_only(model, "1/2"):
+        steps(model, OPTIMISERS["sgd"](list(trained(model).values())), 1)
+    with roadie.train_only(model, "1/2"):
+        pass
+    assert not caplog.text
 
 
 def test_nothing_is_left_behind_by_a_block_that_raises():

@@ -12,6 +12,7 @@ Legend: P pairs of a layer, n parameters of theta (and of alpha).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from roadie.subspaces import trained_places
 from roadie.tuner.layer import RoadLayer
 from roadie.tuner.table import PLAIN
 
+logger = logging.getLogger("roadie")
+
 Pairs = Share | Tensor
 
 
@@ -43,11 +46,16 @@ def train_only(
 
     Works with any optimiser and Trainer, in one process or with one copy of the model in each (DistributedDataParallel).
     Raises `ConfigError`, with nothing changed, for an unknown adapter or layer, a mask that does not fit, pairs that no
-    layer has, or parameters that are spread over processes.
+    layer has, or parameters that are spread over processes. Says so in the log where an optimiser made steps and no
+    gradient came to the adapter: something else is trained in its place, such as the flat parameters of FSDP.
     """
     parts = _parts(model, pairs, _name(model, adapter_name))
 
+    steps = 0
+
     def put_back(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
         for part in parts:
             part.put_back()
 
@@ -56,6 +64,10 @@ def train_only(
             stack.callback(part.parameter.register_hook(part.masked).remove)
         stack.callback(register_optimizer_step_post_hook(put_back).remove)
         yield sum(part.size for part in parts)
+        if steps and not any(part.is_reached for part in parts):
+            logger.warning(
+                "%d steps of an optimiser, and no gradient came to the pairs that train_only was given", steps
+            )
 
 
 @dataclass(eq=False)
@@ -65,6 +77,7 @@ class _Part:
     parameter: nn.Parameter
     trained: Tensor
     kept: Tensor
+    is_reached: bool = False
 
     @property
     def size(self) -> int:
@@ -72,6 +85,7 @@ class _Part:
 
     def masked(self, gradient: Tensor) -> Tensor:
         self._follow(gradient)
+        self.is_reached = True
         return gradient.masked_fill(~self.trained, 0.0)
 
     @torch.no_grad()
