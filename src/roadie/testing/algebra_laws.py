@@ -36,7 +36,7 @@ def check_logarithm(rotation: Rotation) -> None:
     """``exp(log R) = R``, and the angles of log R lie in (-pi, pi]: together they say which logarithm it is."""
     generator = blocks(logarithm(rotation))
     bound = _error_of_exponential(generator, _error_of_logarithm(rotation, generator))
-    _assert_close(torch.linalg.matrix_exp(generator), blocks(rotation), bound, "exp(log R)")
+    assert_close(torch.linalg.matrix_exp(generator), blocks(rotation), bound, "exp(log R)")
     angles = torch.linalg.eigvals(generator).imag
     assert bool((angles.abs() <= math.pi * (1 + ROUNDINGS * U)).all()), f"got an angle of {float(angles.abs().max())}"
 
@@ -45,63 +45,63 @@ def check_power(rotation: Rotation, exponent: float) -> None:
     """``R^s = exp(s log R)``, by the dense matrix exponential, for blocks with a logarithm."""
     generator = exponent * blocks(logarithm(rotation))
     wanted = torch.linalg.matrix_exp(generator)
-    _assert_close(blocks(power(rotation, exponent)), wanted, _error_of_power(rotation, exponent), f"R^{exponent}")
+    assert_close(blocks(power(rotation, exponent)), wanted, error_of_power(rotation, exponent), f"R^{exponent}")
 
 
 def check_integer_power(rotation: Rotation, exponent: int) -> None:
     """``R^n`` is R multiplied n times, inverted where n < 0, for every block that is not singular."""
     factor = rotation if exponent >= 0 else inverse(rotation)
     wanted = torch.linalg.matrix_power(blocks(factor), abs(exponent))
-    bound = 2 * ROUNDINGS * abs(exponent) * U * _norm(blocks(factor)) ** abs(exponent)
-    _assert_close(blocks(power(rotation, exponent)), wanted, bound, f"R^{exponent}")
+    bound = 2 * ROUNDINGS * abs(exponent) * U * norm(blocks(factor)) ** abs(exponent)
+    assert_close(blocks(power(rotation, exponent)), wanted, bound, f"R^{exponent}")
 
 
 def check_exponents_add(rotation: Rotation, first: float, second: float) -> None:
     """``R^(s + t) = R^s R^t``; s + t must be exact."""
     powers = power(rotation, first), power(rotation, second)
-    errors = [_error_of_power(rotation, exponent) for exponent in (first, second)]
-    sizes = [_norm(blocks(factor)) for factor in powers]
+    errors = [error_of_power(rotation, exponent) for exponent in (first, second)]
+    sizes = [norm(blocks(factor)) for factor in powers]
     bound = errors[0] * sizes[1] + errors[1] * sizes[0] + ROUNDINGS * U * sizes[0] * sizes[1]
-    bound = bound + _error_of_power(rotation, first + second)
-    _assert_close(blocks(compose(*powers)), blocks(power(rotation, first + second)), bound, "R^s R^t")
+    bound = bound + error_of_power(rotation, first + second)
+    assert_close(blocks(compose(*powers)), blocks(power(rotation, first + second)), bound, "R^s R^t")
 
 
 def check_one_and_minus_one(rotation: Rotation) -> None:
     """``R^1`` is R and ``R^-1`` its inverse, bit for bit."""
-    _assert_same_bits(power(rotation, 1.0), rotation, "R^1")
-    _assert_same_bits(power(rotation, -1.0), inverse(rotation), "R^-1")
+    assert_same_rotation(power(rotation, 1.0), rotation, "R^1")
+    assert_same_rotation(power(rotation, -1.0), inverse(rotation), "R^-1")
 
 
 def check_a_blend_of_one_is_a_power(rotation: Rotation, weight: float) -> None:
     """``{R: w}`` is ``R^w``, bit for bit, whatever else has weight 0."""
     singular = Rotation(torch.zeros_like(rotation.direct), torch.zeros_like(rotation.cross), rotation.group_size)
-    _assert_same_bits(blend([rotation], [weight]), power(rotation, weight), "a blend of one")
-    _assert_same_bits(blend([singular, rotation], [0.0, weight]), power(rotation, weight), "a blend beside weight 0")
+    assert_same_rotation(blend([rotation], [weight]), power(rotation, weight), "a blend of one")
+    assert_same_rotation(blend([singular, rotation], [0.0, weight]), power(rotation, weight), "a blend beside weight 0")
 
 
 def check_blend(rotations: Sequence[Rotation], weights: Sequence[float]) -> None:
     """A blend is ``exp(sum of w log R)``, by the dense matrix exponential, in whatever order the rotations are given."""
     generators = [weight * blocks(logarithm(rotation)) for rotation, weight in zip(rotations, weights, strict=True)]
-    bound = _error_of_blend(rotations, weights)
+    bound = error_of_blend(rotations, weights)
     wanted = torch.linalg.matrix_exp(torch.stack(generators).sum(0))
-    _assert_close(blocks(blend(rotations, weights)), wanted, bound, "a blend")
+    assert_close(blocks(blend(rotations, weights)), wanted, bound, "a blend")
     backwards = blend(rotations[::-1], weights[::-1])
-    _assert_close(blocks(backwards), blocks(blend(rotations, weights)), 2 * bound, "the same in another order")
+    assert_close(blocks(backwards), blocks(blend(rotations, weights)), 2 * bound, "the same in another order")
 
 
 def check_commuting_weights_add(rotation: Rotation, first: float, second: float) -> None:
     """``{R: s, R: t}`` is ``R^(s + t)``, and so is ``{R: s, R^(1/2): 2t}``."""
     wanted = blocks(power(rotation, first + second))
-    error = _error_of_power(rotation, first + second)
+    error = error_of_power(rotation, first + second)
     half = power(rotation, 0.5)
     for other, weight in ((rotation, second), (half, 2 * second)):
-        bound = _error_of_blend([rotation, other], [first, weight])
+        bound = error_of_blend([rotation, other], [first, weight])
         if other is half:  # itself rounded
             generator = blocks(logarithm(half))
-            moved = _size_of_inverse(_derivative_of_exp(generator)) * _error_of_power(rotation, 0.5)
+            moved = _size_of_inverse(_derivative_of_exp(generator)) * error_of_power(rotation, 0.5)
             total = first * blocks(logarithm(rotation)) + weight * generator
             bound = bound + _size(_derivative_of_exp(total)) * abs(weight) * moved
-        _assert_close(blocks(blend([rotation, other], [first, weight])), wanted, bound + error, "weights that add")
+        assert_close(blocks(blend([rotation, other], [first, weight])), wanted, bound + error, "weights that add")
 
 
 def check_closed_form(thetas: Tensor, alphas: Tensor, weights: Sequence[float], group_size: int) -> None:
@@ -116,7 +116,7 @@ def check_closed_form(thetas: Tensor, alphas: Tensor, weights: Sequence[float], 
     # Angles and logarithms are off by a few u each, and by what rounding direct and cross moves them: at most 1 u more.
     reach = weight_K.abs() @ (thetas.abs() + alphas.log().abs() + 2)
     bound = ROUNDINGS * U * alpha * (1 + reach)
-    _assert_close(blocks(blend(rotations, weights)), blocks(wanted), bound, "a blend of road_1")
+    assert_close(blocks(blend(rotations, weights)), blocks(wanted), bound, "a blend of road_1")
 
 
 def _road_1(theta: Tensor, alpha: Tensor, group_size: int) -> Rotation:
@@ -129,17 +129,17 @@ def _road_1(theta: Tensor, alpha: Tensor, group_size: int) -> Rotation:
 
 
 def _error_of_logarithm(rotation: Rotation, generator: Tensor) -> Tensor:
-    sensitivity = _size_of_inverse(_derivative_of_exp(generator)) * _norm(blocks(rotation))
-    return ROUNDINGS * U * (sensitivity + _norm(generator))
+    sensitivity = _size_of_inverse(_derivative_of_exp(generator)) * norm(blocks(rotation))
+    return ROUNDINGS * U * (sensitivity + norm(generator))
 
 
 def _error_of_exponential(generator: Tensor, error: Tensor) -> Tensor:
     """Of two computations of it, one of which is the dense one."""
-    passed_on = _size(_derivative_of_exp(generator)) * (error + 2 * ROUNDINGS * U * _norm(generator))
-    return passed_on + 2 * ROUNDINGS * U * _norm(torch.linalg.matrix_exp(generator))
+    passed_on = _size(_derivative_of_exp(generator)) * (error + 2 * ROUNDINGS * U * norm(generator))
+    return passed_on + 2 * ROUNDINGS * U * norm(torch.linalg.matrix_exp(generator))
 
 
-def _error_of_power(rotation: Rotation, exponent: float) -> Tensor:
+def error_of_power(rotation: Rotation, exponent: float) -> Tensor:
     """Of either way to it: integers are multiplied."""
     generator = blocks(logarithm(rotation))
     error = abs(exponent) * _error_of_logarithm(rotation, generator)
@@ -147,17 +147,17 @@ def _error_of_power(rotation: Rotation, exponent: float) -> Tensor:
     if not float(exponent).is_integer():
         return by_logarithm
     factor = blocks(rotation) if exponent >= 0 else torch.linalg.inv(blocks(rotation))
-    condition = 1.0 if exponent >= 0 else _norm(blocks(rotation)) * _norm(factor)
-    by_products = 2 * ROUNDINGS * abs(exponent) * U * condition * _norm(factor) ** abs(exponent)
+    condition = 1.0 if exponent >= 0 else norm(blocks(rotation)) * norm(factor)
+    by_products = 2 * ROUNDINGS * abs(exponent) * U * condition * norm(factor) ** abs(exponent)
     return by_logarithm + by_products
 
 
-def _error_of_blend(rotations: Sequence[Rotation], weights: Sequence[float]) -> Tensor:
+def error_of_blend(rotations: Sequence[Rotation], weights: Sequence[float]) -> Tensor:
     generators = [blocks(logarithm(rotation)) for rotation in rotations]
     error = torch.zeros(len(generators[0]), dtype=torch.float64)
     total = torch.zeros_like(generators[0])
     for rotation, weight, generator in zip(rotations, weights, generators, strict=True):
-        error += abs(weight) * (_error_of_logarithm(rotation, generator) + len(rotations) * U * _norm(generator))
+        error += abs(weight) * (_error_of_logarithm(rotation, generator) + len(rotations) * U * norm(generator))
         total += weight * generator
     return _error_of_exponential(total, error)
 
@@ -179,14 +179,14 @@ def _size_of_inverse(derivative: Tensor) -> Tensor:
     return 1 / torch.linalg.svdvals(derivative)[..., -1]
 
 
-def _norm(matrices: Tensor) -> Tensor:
+def norm(matrices: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(matrices)
 
 
-def _assert_close(got: Tensor, wanted: Tensor, bound: Tensor, what: str) -> None:
+def assert_close(got: Tensor, wanted: Tensor, bound: Tensor, what: str) -> None:
     """|got - wanted| <= bound in each block, ``[P, 2, 2]``, in the Frobenius norm."""
     assert got.dtype == torch.float64, f"{what}: got dtype {got.dtype}; wanted float64"
-    error = _norm(got - wanted)
+    error = norm(got - wanted)
     wrong = ~(error <= bound)
     assert not bool(wrong.any()), (
         f"{what}: {int(wrong.sum())} of {len(wrong)} blocks differ by more than rounding can; got an error of "
@@ -194,7 +194,7 @@ def _assert_close(got: Tensor, wanted: Tensor, bound: Tensor, what: str) -> None
     )
 
 
-def _assert_same_bits(got: Rotation, wanted: Rotation, what: str) -> None:
+def assert_same_rotation(got: Rotation, wanted: Rotation, what: str) -> None:
     assert got.group_size == wanted.group_size
     assert_same_bits(got.direct, wanted.direct, f"{what}: direct")
     assert_same_bits(got.cross, wanted.cross, f"{what}: cross")
