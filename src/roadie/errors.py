@@ -19,6 +19,7 @@
             ├── AdapterBusy                   an adapter that requests use was to be unloaded
             ├── PromptTooLong (ValueError)    prompt and completion do not fit into the context
             ├── ShuttingDown                  the engine takes no more requests, or has none running
+            ├── StateNotWritten               what was to be remembered could not be written; nothing has changed
             └── EngineFailed                  a step of the engine raised; it is not running any more
 
 Every class also derives from the built-in exception that stock PEFT raises in the same situation, so that
@@ -106,3 +107,7 @@ class ShuttingDown(ServingError):
 
 class EngineFailed(ServingError):
     """A step of the engine raised; requests that were live have failed, and no more are taken."""
+
+
+class StateNotWritten(ServingError, CheckpointError):
+    """The state of a registry could not be written (a full disk); nothing has changed."""

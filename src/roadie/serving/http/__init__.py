@@ -1,0 +1,6 @@
+"""The server's HTTP side: OpenAI's API over an engine, with keys, limits, figures and a page. Needs `roadie[serve]`.
+
+app         the application, from an engine and a tokenizer
+gate        who may come in, and with how much
+server      runs it: slow clients, SIGTERM
+"""

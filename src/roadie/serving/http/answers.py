@@ -1,0 +1,227 @@
+"""What callers get: OpenAI's answers. The routes send plain dictionaries, which tests compare with these models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Answer(BaseModel):
+    """A JSON object with these fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ErrorDetails(Answer):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Answer):
+    """Every answer of a status of 400 and more."""
+
+    error: ErrorDetails
+
+
+class CachedTokens(Answer):
+    """Of the prompt: those that another request had computed."""
+
+    cached_tokens: int
+
+
+class Usage(Answer):
+    """Tokens of a request; those of a prompt count once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class CompletionLogprobs(Answer):
+    """A value a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """One continuation of one prompt; index: n choices of the first prompt, then those of the second."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(Answer):
+    """Also each event of a stream: finish_reason is null until the last, usage null but in the event that has no choices."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class TopLogprob(Answer):
+    """A token that might have been chosen."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """A token that was chosen. bytes: null for a token that is a part of a character."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    """A value a token."""
+
+    content: list[TokenLogprob]
+
+
+class AnswerMessage(Answer):
+    """What the model said."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(Answer):
+    """One answer to the conversation."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class Chat(Answer):
+    """`POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(Answer):
+    """What is new; the role comes first, alone."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Answer):
+    """What is new of one choice."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(Answer):
+    """Each event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None
+
+
+class Model(Answer):
+    """The base model (parent: null), or an adapter."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class Models(Answer):
+    """`GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class AdapterAnswer(Answer):
+    """One adapter, and where it is. path, content_hash and error: for administrators."""
+
+    name: str
+    state: Literal["known", "loading", "resident", "unloading", "broken"]
+    pinned: bool
+    slot: int | None
+    running: int
+    queued: int
+    requests: int
+    tokens: int
+    path: str | None
+    content_hash: str | None
+    error: str | None
+
+
+class AdaptersAnswer(Answer):
+    """`GET /v1/adapters`."""
+
+    object: Literal["list"]
+    data: list[AdapterAnswer]
+
+
+class Figures(Answer):
+    """How the engine stands, and counts since its start."""
+
+    running: int
+    queued: int
+    slots: int
+    slots_leased: int
+    resident_adapters: int
+    blocks: int
+    blocks_free: int
+    requests: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    loads: int
+    evictions: int
+    uptime_s: float
+
+
+class Status(Answer):
+    """`GET /v1/status`: what the page shows. adapters: those this key may use."""
+
+    ready: bool
+    model: str
+    max_context_tokens: int
+    is_admin: bool
+    figures: Figures
+    adapters: list[AdapterAnswer]
+
+
+class Health(Answer):
+    """`GET /health` and `GET /ready`."""
+
+    status: Literal["ok", "ready"]

@@ -1,0 +1,54 @@
+"""The application: an engine, and the routes around it, behind a gate.
+
+service = make_service(engine, tokenizer, HttpSettings(), keys)
+app = make_app(service)          # any ASGI server runs it; `server.serve` is the one that `roadie serve` uses
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from roadie.serving.engine import Engine
+from roadie.serving.http import adapters, chat, completions, failures, openapi, operations
+from roadie.serving.http.gate import Gate
+from roadie.serving.http.keys import Keys
+from roadie.serving.http.metrics import Metrics
+from roadie.serving.http.naming import BASE, ModelNames
+from roadie.serving.http.prompts import Prompts
+from roadie.serving.http.service import Service
+from roadie.serving.http.settings import HttpSettings
+
+
+def make_service(engine: Engine, tokenizer: Any, settings: HttpSettings, keys: Keys | None) -> Service:
+    """What the routes share. keys: None: everybody may generate, nobody administer."""
+    metrics = Metrics(engine, settings.max_labelled_adapters)
+    names = dict.fromkeys((settings.model_name, BASE, *settings.model_aliases))
+    return Service(
+        engine=engine,
+        prompts=Prompts(tokenizer, settings.max_prompt_chars),
+        names=ModelNames(tuple(names)),
+        settings=settings,
+        metrics=metrics,
+        gate=Gate(settings, keys, metrics),
+    )
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The application; the engine is started and stopped by whoever runs it."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    failures.install(app)
+    for part in (completions, chat, adapters, operations):
+        app.include_router(part.router)
+    document = openapi.document(app, has_keys=service.gate.keys is not None)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def give_document(request: Request) -> Response:
+        return JSONResponse(document)
+
+    return service.gate.around(app)

@@ -1,0 +1,129 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from roadie.serving.engine import Output, TokenLogprob
+from roadie.serving.http.answers import Chat
+from roadie.serving.http.bodies import ChatBody
+from roadie.serving.http.flow import Flow
+from roadie.serving.http.prompts import PLAIN_STOP, Prompts, token_bytes
+from roadie.serving.http.reply import StreamReply, WholeReply
+from roadie.serving.http.service import Call, Service, service_of
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=Chat, tags=["generation"], summary="Answer a conversation")
+async def chat(body: ChatBody, request: Request) -> Response:
+    """Answer a conversation, n times, by the model's chat template, or as plain text where it has none."""
+    service = service_of(request)
+    body.check()
+    call = service.begin("chatcmpl", body.model, body.adapters, request)
+    num_choices = body.n or 1
+    service.check_choices(num_choices)
+    prompt = await service.prompts.encode_chat(body.messages)
+    max_tokens = _max_tokens(body, len(prompt), service)
+    service.check_length(len(prompt), max_tokens)
+    stop = () if service.prompts.has_template else PLAIN_STOP
+    rules = [body.sampling(max_tokens, body.num_logprobs, choice, stop) for choice in range(num_choices)]
+    flow = service.flow(call, [prompt], rules)
+    writer = _Writer(
+        call,
+        flow,
+        [_Choice(index, body.logprobs is True, not service.prompts.has_template) for index in range(num_choices)],
+        service.prompts,
+    )
+    if body.stream:
+        return StreamReply(flow, writer.events(body.wants_usage), service.settings.request_timeout_s)
+    return WholeReply(flow, writer.whole(), service.settings.request_timeout_s)
+
+
+def _max_tokens(body: ChatBody, num_prompt_tokens: int, service: Service) -> int:
+    if body.most_tokens is not None:
+        return body.most_tokens
+    left = max(1, service.engine.limits.max_context_tokens - num_prompt_tokens)
+    return left if service.settings.max_tokens is None else min(left, service.settings.max_tokens)
+
+
+@dataclass
+class _Choice:
+    """One answer as it grows. is_plain: after "Assistant:" comes a space, which is no part of the answer."""
+
+    index: int
+    has_logprobs: bool
+    is_plain: bool
+    text: str = ""
+    finish: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    has_started: bool = False
+
+    def take(self, output: Output) -> str:
+        """An output came; the text that is new."""
+        self.finish = None if output.finish is None else output.finish.value
+        new = output.text.lstrip(" ") if self.is_plain and not self.text else output.text
+        self.text += new
+        return new
+
+
+@dataclass(frozen=True)
+class _Writer:
+    call: Call
+    flow: Flow
+    choices: list[_Choice]
+    prompts: Prompts
+
+    def _object(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, object] | None) -> dict[str, Any]:
+        head = {"id": self.call.id, "object": kind, "created": self.call.created, "model": self.call.model}
+        return {**head, "choices": choices, "usage": usage}
+
+    async def whole(self) -> dict[str, Any]:
+        async for index, output in self.flow.outputs():
+            self.choices[index].take(output)
+            self.choices[index].logprobs.extend(output.logprobs)
+        return self._object(
+            "chat.completion", [self._answer(choice) for choice in self.choices], self.flow.totals.usage()
+        )
+
+    def _answer(self, choice: _Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text},
+            "logprobs": self._logprobs(choice, choice.logprobs),
+            "finish_reason": choice.finish,
+        }
+
+    async def events(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
+        async for index, output in self.flow.outputs():
+            choice = self.choices[index]
+            if not choice.has_started:
+                choice.has_started = True
+                yield self._chunk(choice, {"role": "assistant", "content": ""}, ())
+            text = choice.take(output)
+            if text or output.logprobs or choice.finish is not None:
+                yield self._chunk(choice, {"content": text} if text else {}, output.logprobs)
+        if with_usage:
+            yield self._object("chat.completion.chunk", [], self.flow.totals.usage())
+
+    def _chunk(self, choice: _Choice, delta: dict[str, str], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        head = {"index": choice.index, "delta": delta, "logprobs": self._logprobs(choice, logprobs)}
+        return self._object("chat.completion.chunk", [{**head, "finish_reason": choice.finish}], None)
+
+    def _logprobs(self, choice: _Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return {"content": [_as_json(entry, self.prompts) for entry in logprobs]} if choice.has_logprobs else None
+
+
+def _as_json(entry: TokenLogprob, prompts: Prompts) -> dict[str, Any]:
+    top = [_token(token_id, logprob, prompts) for token_id, logprob in entry.top]
+    return {**_token(entry.token_id, entry.logprob, prompts), "top_logprobs": top}
+
+
+def _token(token_id: int, logprob: float, prompts: Prompts) -> dict[str, Any]:
+    text = prompts.token_text(token_id)
+    return {"token": text, "logprob": logprob, "bytes": token_bytes(text)}

@@ -1,0 +1,102 @@
+"""What the routes share: one engine and what is around it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from roadie.errors import PromptTooLong, UnknownAdapter
+from roadie.serving.engine import AdapterWish, Engine, GenerationRequest, Sampling
+from roadie.serving.http.failures import ApiError, unknown_model
+from roadie.serving.http.flow import Flow
+from roadie.serving.http.gate import Gate
+from roadie.serving.http.keys import Caller
+from roadie.serving.http.metrics import Metrics
+from roadie.serving.http.naming import ModelNames, shown
+from roadie.serving.http.prompts import Prompts
+from roadie.serving.http.settings import HttpSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Service:
+    """One server. started_s: Unix time, whole seconds."""
+
+    engine: Engine
+    prompts: Prompts
+    names: ModelNames
+    settings: HttpSettings
+    metrics: Metrics
+    gate: Gate
+    started_s: int = field(default_factory=lambda: int(time.time()))
+
+    def flow(self, call: Call, prompts: Sequence[tuple[int, ...]], rules: Sequence[Sampling]) -> Flow:
+        """Submit each prompt with each of the rules; raises what `Engine.submit` raises."""
+        requests = [
+            GenerationRequest(f"{call.id}-{place}-{choice}", prompt, call.wish, sampling, call.caller.name)
+            for place, prompt in enumerate(prompts)
+            for choice, sampling in enumerate(rules)
+        ]
+        try:
+            return Flow(self.engine, requests, len(rules), self.metrics.meter(call.wish, call.arrived_s))
+        except UnknownAdapter:
+            raise unknown_model(call.shown) from None  # in the same words as where a key may not use it
+
+    def begin(self, kind: str, model: str, adapters: Mapping[str, float] | None, request: Request) -> Call:
+        """A call of a caller: who, what it is called, which adapter; raises `ApiError` for one they may not use."""
+        caller: Caller = request.state.caller
+        wish = self.names.wish(model, adapters, caller)
+        return Call(
+            f"{kind}-{uuid.uuid4().hex}",
+            int(time.time()),
+            model,
+            shown(model, adapters),
+            wish,
+            caller,
+            request.state.arrived_s,
+        )
+
+    def check_choices(self, num_choices: int) -> None:
+        """Raise `ApiError` for more choices, over all prompts, than the server allows."""
+        if num_choices > self.settings.max_choices:
+            raise ApiError(
+                400,
+                f"got {num_choices} choices over all prompts; wanted at most {self.settings.max_choices}; send several requests",
+                "invalid_value",
+                param="n",
+            )
+
+    def check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raise `PromptTooLong`, before anything is submitted, and `ApiError` for more tokens than this server gives."""
+        most, limit = self.settings.max_tokens, self.engine.limits.max_context_tokens
+        if most is not None and max_tokens > most:
+            raise ApiError(
+                400, f"got max_tokens={max_tokens}; wanted at most {most}", "invalid_value", param="max_tokens"
+            )
+        if num_prompt_tokens + max_tokens > limit:
+            raise PromptTooLong(
+                f"got {num_prompt_tokens} tokens of prompt and max_tokens={max_tokens}; wanted at most {limit} together; shorten "
+                "the prompt or ask for less"
+            )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request to generate. created: Unix time, whole seconds; shown: what it asks for; arrived_s: by time.monotonic."""
+
+    id: str
+    created: int
+    model: str
+    shown: str
+    wish: AdapterWish
+    caller: Caller
+    arrived_s: float
+
+
+def service_of(request: Request) -> Service:
+    """The server that a request came to."""
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,61 @@
+"""What a server allows, and for how long it waits: every limit of the HTTP side in one frozen value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from roadie.errors import ConfigError
+
+MAX_BLEND = 16
+"""Adapters in one blend."""
+MAX_STRENGTH = 10.0
+"""The largest weight of an adapter, either sign."""
+MAX_CHOICES = 128
+"""Choices of one request, over all its prompts: no server may allow more."""
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """Limits and waits of a server; times in seconds. Raises `ConfigError` for values that are not positive.
+
+    model_name: what the base model is called; "base" always works, too. model_aliases: other names of it.
+    max_body_bytes: of a request. max_prompt_chars: of one prompt or conversation. max_tokens: the most a request may ask for;
+    None: what the context holds. max_choices: of a request, over all its prompts. max_concurrent_requests: generating at once,
+    of all callers; max_concurrent_per_key: of one. max_connections: open at once.
+    header_timeout_s, body_timeout_s: a client that has not sent them by then gets a 408. write_timeout_s: one that takes nothing
+    of a stream for so long is cut off. request_timeout_s: from the first byte of an answer's making to its last.
+    drain_timeout_s: how long accepted requests may go on after SIGTERM.
+    allowed_hosts: values of the Host header, without a port; empty: any. max_labelled_adapters: those with a label of their own
+    in /metrics. is_metrics_open: adapters are named in /metrics without an admin's key, too.
+    """
+
+    model_name: str = "base"
+    model_aliases: tuple[str, ...] = ()
+    max_body_bytes: int = 2 << 20
+    max_prompt_chars: int = 400_000
+    max_tokens: int | None = None
+    max_choices: int = 32
+    max_concurrent_requests: int = 2048
+    max_concurrent_per_key: int = 2048
+    max_connections: int = 4096
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    write_timeout_s: float = 30.0
+    keep_alive_s: float = 30.0
+    request_timeout_s: float = 600.0
+    drain_timeout_s: float = 60.0
+    allowed_hosts: tuple[str, ...] = ()
+    max_labelled_adapters: int = 100
+    is_metrics_open: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:
+                raise ConfigError(f"got {field.name}={value!r}; wanted a number above 0")
+        if self.max_choices > MAX_CHOICES:
+            raise ConfigError(f"got max_choices={self.max_choices}; wanted at most {MAX_CHOICES}")
+        for name in (self.model_name, *self.model_aliases):
+            if not name or len(name) > 1024 or not name.isprintable():
+                raise ConfigError(f"got model name {name!r}; wanted 1 to 1024 printable characters")
