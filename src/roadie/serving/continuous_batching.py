@@ -9,7 +9,7 @@ time, in the caller's thread:
     prefix sharing       transformers hashes tokens only; here the hash of a first block begins with the request's salt
 
 Everything is set on objects that belong to one `ContinuousBatch`; no class and no module of transformers is changed. What is
-held is listed in `CONTRACT`; `check_contract` names what has moved. Docs: docs/decisions, on the engine of the server.
+held is listed in `CONTRACT`; `check_contract` names what has moved. Why: docs/decisions/0012.
 
 Legend: T tokens of a step, N requests that get a token, V vocabulary.
 """
