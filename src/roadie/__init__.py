@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from roadie import checkpoint, embedded, errors, inspect, subspaces, testing
+    from roadie import checkpoint, embedded, errors, fit, inspect, subspaces, testing
     from roadie.adapter import Adapter, LayerParameters
     from roadie.adapter_algebra import compose, convert, distance, interpolate, inverse, mean, power, subtract
     from roadie.bank import AdapterBank, rows
@@ -63,6 +63,7 @@ __all__ = [
     "distance",
     "embedded",
     "errors",
+    "fit",
     "from_parameters",
     "get_peft_model",
     "identity",
@@ -105,7 +106,7 @@ _NAMES = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = ("checkpoint", "embedded", "errors", "inspect", "subspaces", "testing")
+_MODULES = ("checkpoint", "embedded", "errors", "fit", "inspect", "subspaces", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,7 @@ PUBLIC = [
     "distance",
     "embedded",
     "errors",
+    "fit",
     "from_parameters",
     "get_peft_model",
     "identity",
