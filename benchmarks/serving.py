@@ -417,9 +417,13 @@ def fairness(num_requests: int = 2000, num_tenants: int = 10, load: float = 0.9)
     model = embedded.load_model()
     adapters = embedded_adapters(model, 32)
     settings = EngineSettings(
-        num_slots=8, num_blocks=512, max_batch_tokens=256, max_running=16, max_queued=num_requests
+        num_slots=8,
+        num_blocks=512,
+        max_batch_tokens=256,
+        max_running=16,
+        max_queued=max(num_requests, 300),
+        max_queued_per_tenant=max(num_requests, 300),
     )
-    settings = EngineSettings(**{**vars(settings), "max_queued_per_tenant": num_requests})
     shares = {"equal": [1 / num_tenants] * num_tenants}
     shares["flood"] = [0.9] + [0.1 / (num_tenants - 1)] * (num_tenants - 1)
     with serving(model, adapters, settings) as (clients, _):
@@ -473,8 +477,8 @@ def _waits(clients: Clients, shares: Sequence[float], num_requests: int, rate: f
 
 
 PARTS: dict[str, tuple[Callable[[], list[Entry]], int | None]] = {
-    "correct": (correct, None),
-    "churn": (churn, None),
+    "correct": (correct, 1),
+    "churn": (churn, 1),
     "throughput": (throughput, None),
     "first_token": (first_token, None),
     "fairness": (fairness, 1),

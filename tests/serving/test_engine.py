@@ -44,9 +44,10 @@ def alone(model: Any, adapters: dict[str, Adapter], wish: Any, prompt_ids: list[
 
 
 def check(model: Any, adapters: dict[str, Adapter], collector: Collector, asked: dict[str, Any]) -> GreedyVerdict:
-    """Every token of these requests (id -> (prompt, wish)) against the model with the adapter alone."""
+    """Every token of these requests (id -> (prompt, wish)) against the model with the adapter alone; all have ended well."""
     reference, verdict = GreedyReference(model, adapters), GreedyVerdict()
     for request_id, (prompt_ids, wish) in asked.items():
+        assert collector.last(request_id).finish is FinishReason.LENGTH, collector.last(request_id)
         verdict += reference.check(prompt_ids, wish, collector.tokens(request_id))
     return verdict
 
@@ -189,6 +190,20 @@ def test_everyone_is_served_where_adapters_outnumber_slots(model: Any, adapters:
         assert statistics.num_evictions > 0
         assert next(one for one in collector.engine.adapters() if one.name == "a7").slot is not None
     assert check(model, adapters, collector, asked).num_wrong == 0
+
+
+def test_a_popular_adapter_gives_its_slot_to_whoever_waits(model: Any, root: Path) -> None:
+    """One slot, and more requests for one adapter whenever one of them ends: another adapter's request is served all the same."""
+    settings = EngineSettings(num_slots=1, page_size=8, num_blocks=128, max_batch_tokens=128, max_running=4)
+    with serving(model, root, settings) as collector:
+        popular = [collector.submit(prompt(one, 8), "a0", max_tokens=10 + 3 * one) for one in range(8)]
+        collector.wait(popular[0], num_tokens=1)
+        rare = collector.submit(prompt(0, 8), "a1", max_tokens=2)
+        while collector.last(rare).finish is None and len(popular) < 200:
+            popular.append(collector.submit(prompt(0, 8), "a0", max_tokens=10 + len(popular) % 7))
+            collector.wait(popular[len(popular) - 8])
+        assert collector.last(rare).finish is FinishReason.LENGTH
+        collector.wait()
 
 
 def test_requests_fail_rather_than_wait_for_a_slot_that_cannot_come(model: Any, root: Path) -> None:

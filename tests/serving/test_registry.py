@@ -146,15 +146,16 @@ def test_what_was_said_is_remembered(folder: Path) -> None:
     assert Registry.open(folder).entries == {}
 
 
-def test_a_full_disk_changes_nothing(folder: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("step", ["roadie.serving.registry.os.fsync", "pathlib.Path.replace"])
+def test_a_full_disk_changes_nothing(folder: Path, monkeypatch: Any, step: str) -> None:
     registry = Registry.open(folder)
     registry.pin("good", True)
     before = (folder / STATE_NAME).read_bytes()
 
-    def full(descriptor: int) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("roadie.serving.registry.os.fsync", full)
+    monkeypatch.setattr(step, full)
     with pytest.raises(CheckpointError, match="No space left"):
         registry.pin("good", False)
     assert registry.entries["good"].is_pinned
