@@ -163,6 +163,22 @@ def test_adapters_in_training_go_on_training_beside_a_loaded_one(tmp_path):
     assert model.active_adapter == "b"
 
 
+def test_nothing_that_is_trained_is_frozen(tmp_path):
+    """PEFT's injection makes the active adapter trainable and all others not, or nothing for a config made for inference."""
+    chain("k").save_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(linear_chain(*SIZES), tmp_path / "k", adapter_name="k")
+    loaded.add_adapter("b", roadie.RoadConfig(group_size=4, target_modules=["second"]))
+    loaded.set_adapter("b")
+    both = chain("kb")
+    for name, parameter in both.named_parameters():
+        parameter.requires_grad_(".road_" in name)
+    for model in (loaded, both):
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        model.add_weighted_adapter(["k"], [0.5], "new")
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable != set()
+        assert model.base_model._layers()[1].road_theta["new"].requires_grad is False
+
+
 def test_the_result_trains():
     model = chain("kc")
     model.add_weighted_adapter(["k", "c"], [0.5, 0.5], "new")
@@ -225,11 +241,13 @@ def test_group_sizes_by_layer_and_mixed_batches():
         assert torch.allclose(mixed[0], model(x)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_result_is_held_in_the_dtype_of_the_others(dtype):
-    base = linear_chain(*SIZES).to(dtype)
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_result_is_held_in_the_dtype_of_the_others(base_dtype, autocast):
+    base = linear_chain(*SIZES).to(base_dtype)
+    dtype = torch.float32 if autocast and base_dtype is torch.bfloat16 else base_dtype
     config = roadie.RoadConfig(group_size=4, target_modules=["first"])
-    model = roadie.get_peft_model(base, config, autocast_adapter_dtype=False)
+    model = roadie.get_peft_model(base, config, autocast_adapter_dtype=autocast)
     randomise(model, scale=0.2)
     model.add_weighted_adapter(["default"], [0.5], "halved")
     layer = model.base_model._layers()[0]
@@ -268,6 +286,17 @@ def test_what_cannot_be_is_refused_with_nothing_changed(case):
     with pytest.raises(error, match=said) as raised:
         model.add_weighted_adapter(adapters, weights, name, how)
     assert isinstance(raised.value, ValueError)
+    assert_same_state(model, before)
+
+
+def test_a_result_too_large_for_half_precision_is_refused_with_nothing_changed():
+    """Known only when the adapter is in the model already."""
+    config = roadie.RoadConfig(group_size=4, target_modules=["first"])
+    model = roadie.get_peft_model(linear_chain(*SIZES).to(torch.float16), config, autocast_adapter_dtype=False)
+    randomise(model, scale=0.2)
+    before = state(model)
+    with pytest.raises(AdapterError, match=r"layer first: got a result too large for torch\.float16"):
+        model.add_weighted_adapter(["default"], [1e6], "new", "linear")
     assert_same_state(model, before)
 
 

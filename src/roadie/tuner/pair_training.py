@@ -91,7 +91,7 @@ class _Part:
     @torch.no_grad()
     def put_back(self) -> None:
         self._follow(self.parameter)
-        self.parameter.copy_(torch.where(self.trained, self.parameter, self.kept.to(self.parameter.dtype)))
+        self.parameter.copy_(torch.where(self.trained, self.parameter, self.kept))
 
     def _follow(self, tensor: Tensor) -> None:
         """Trainer may move the model after the block was entered."""

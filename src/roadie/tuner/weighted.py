@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from roadie.adapter import Adapter, LayerParameters, check_adapter_name
 from roadie.adapter_algebra import blend_adapters, compose_adapters, mean_adapters
@@ -76,7 +75,7 @@ def add_adapter(tuner: BaseTuner, adapter_name: str, adapter: Adapter) -> None:
     trainable = {parameter: parameter.requires_grad for parameter in tuner.model.parameters()}
     tuner.peft_config[adapter_name] = _config(adapter)
     with all_or_nothing(tuner, tuner.model, adapter_name):
-        tuner.inject_adapter(tuner.model, adapter_name, autocast_adapter_dtype=not _are_half(tuner.model))
+        tuner.inject_adapter(tuner.model, adapter_name)
         layers = {path: m for path, m in tuner.model.named_modules() if isinstance(m, RoadLayer)}
         with_it = {path: layer for path, layer in layers.items() if adapter_name in layer.road_theta}
         if set(with_it) != set(adapter.layers):
@@ -92,18 +91,15 @@ def add_adapter(tuner: BaseTuner, adapter_name: str, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def _fill(path: str, layer: RoadLayer, name: str, values: LayerParameters) -> None:
+    """Give the adapter its values, in the dtype that the layer's other adapters have."""
+    others = [theta.dtype for other, theta in layer.road_theta.items() if other != name]
+    dtype = reduce(torch.promote_types, others or [values.theta.dtype])
     for parameter, value in ((layer.road_theta[name], values.theta), (layer.road_alpha[name], values.alpha)):
-        parameter.copy_(value)
+        parameter.data = value.to(parameter.device, dtype)
         if not bool(torch.isfinite(parameter).all()):
             raise AdapterError(
                 f"layer {path}: got a result too large for {parameter.dtype}; wanted finite numbers; use smaller weights"
             )
-
-
-def _are_half(model: nn.Module) -> bool:
-    """Whether the model's adapters are held in half precision, as they are without PEFT's autocast_adapter_dtype."""
-    layers = (module for module in model.modules() if isinstance(module, RoadLayer))
-    return any(p.dtype in (torch.float16, torch.bfloat16) for layer in layers for p in layer.road_theta.values())
 
 
 def _of_the_model(adapters: Sequence[Adapter]) -> dict[str, Any]:
