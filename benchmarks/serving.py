@@ -6,7 +6,8 @@
     first_token  time to first token on that model while adapters are being loaded, against quiet
     fairness     adapters outnumber slots 4 to 1 and a tenant sends 90 % of the traffic: the others' waits, and a plot
 
-Prints what it finds and writes benchmarks/results/<machine>/serving-<commit>.json; parts that are not run keep their entries.
+Prints what it finds and writes benchmarks/results/<machine>/serving.json, in which every entry says its commit; parts that
+are not run keep their entries.
 """
 
 from __future__ import annotations
@@ -513,27 +514,25 @@ def main() -> None:
     """Run the parts that were asked for, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="which parts (all)")
-    made = machine.commit()
-    path = machine.ROOT / "benchmarks" / "results" / machine.machine_name() / f"serving-{made['commit']}.json"
+    path = machine.ROOT / "benchmarks" / "results" / machine.machine_name() / "serving.json"
     kept = json.loads(path.read_text())["entries"] if path.exists() else []
     for name in parser.parse_args().parts:
         run, count = PARTS[name]
         with threads(count or torch.get_num_threads()):
-            entries = run()
+            entries = [{**entry, **machine.commit(), "date": machine.now()} for entry in run()]
         print(json.dumps(entries, indent=1), flush=True)
         kept = [entry for entry in kept if entry["what"] != name] + entries
         if name == "fairness":
             draw_fairness(entries[0], machine.ROOT / "docs" / "images" / "serving-fairness.png")
-    record = {
-        "machine": machine.machine_name(),
-        **made,
-        "date": machine.now(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "entries": kept,
-    }
+    _write(path, kept)
+    print(f"record: {path.relative_to(machine.ROOT)}")
+
+
+def _write(path: Path, entries: Sequence[Entry]) -> None:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    record = {"machine": machine.machine_name(), "versions": versions, "entries": entries}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"record: {path.relative_to(machine.ROOT)}")
 
 
 if __name__ == "__main__":
