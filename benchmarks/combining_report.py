@@ -22,6 +22,11 @@ Losses are nats per token on held-out text, lower is better. In each column * is
 above that of the base model: there the combination does harm.
 """
 
+_SHOWN = f"""![Held-out loss of each adapter's powers from 0 to 2, on each kind of text](images/{PICTURE})
+
+The powers of each adapter on every kind of text; dotted: the base model.
+"""
+
 _SECTIONS = {
     "alone": ("Each alone", "Each adapter was trained on the kind it is named after."),
     "composed": ("Each pair composed", "Both adapters in full, one after the other, as one adapter."),
@@ -47,7 +52,7 @@ def write(record: Record, folder: Path) -> Path:
 
 def text_of(record: Record) -> str:
     """The document; equal for equal records."""
-    sections = [_HEAD, _provenance(record), _summary(record)]
+    sections = [_HEAD, _provenance(record), _summary(record), _SHOWN]
     for variant, found in record["variants"].items():
         sections += [f"## {variant}\n", *_of_variant(variant, found)]
     return "\n".join(section.rstrip() + "\n" for section in sections)
@@ -122,7 +127,7 @@ def _of_variant(variant: str, found: Record) -> Iterator[str]:
     yield f"How far the adapters are apart (chordal, 0 is the same): {distances}."
     yield f"### {variant}: composed with its inverse\n"
     yield markdown(["adapter", "largest relative difference from the base's loss"], _undone_rows(losses))
-    yield f"### {variant}: powers from 0 to 2\n\n![Held-out loss against the exponent](images/{PICTURE})\n"
+    yield f"### {variant}: powers from 0 to 2\n"
     yield _powers(losses)
     yield f"### {variant}: converted\n\n{_CONVERTED}\n"
     yield _conversions(found)
