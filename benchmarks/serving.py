@@ -319,6 +319,7 @@ def _peft_rates(model: Any, rounds: int) -> list[float]:
     adapted = peft.get_peft_model(model, lora, adapter_name=names[0])
     for name in names[1:]:
         adapted.add_adapter(name, lora)
+    adapted.eval()
     rates = []
     for round_ in range(rounds):
         ids = torch.tensor(prompts_of(ROWS, PROMPT, SIZE.vocabulary, seed=round_))
@@ -524,7 +525,7 @@ def main() -> None:
         kept = [entry for entry in kept if entry["what"] != name] + entries
         if name == "fairness":
             draw_fairness(entries[0], machine.ROOT / "docs" / "images" / "serving-fairness.png")
-    _write(path, kept)
+        _write(path, kept)
     print(f"record: {path.relative_to(machine.ROOT)}")
 
 

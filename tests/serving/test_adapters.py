@@ -11,12 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving.harness import PATIENCE_S, adapters_of, prompt, serving
+from tests.serving.harness import PATIENCE_S, SMALL, adapters_of, prompt, serving
 
 from roadie import checkpoint
 from roadie.bank import AdapterBank
@@ -112,6 +112,25 @@ def test_random_loads_replacements_and_unloads_under_traffic(model: Any, adapter
         sources = sources_while(changes[wish], begin_s, collector.heard_s[request_id])
         checks = (reference.check(prompt_ids, source, collector.tokens(request_id)) for source in sources)
         assert any(verdict.num_wrong == 0 for verdict in checks), (request_id, wish, sources)
+
+
+def test_a_blend_of_a_replaced_adapter_is_made_anew_and_fails_alone(model: Any, adapters: Any, root: Path) -> None:
+    wish = {"a0": 0.5, "a3": 0.5}
+    with serving(model, root, replace(SMALL, num_slots=8)) as collector:
+        old = collector.submit(prompt(0, 8), wish, max_tokens=100)
+        collector.wait(old, num_tokens=2)
+        collector.engine.load_adapter("a0", str(root / "a6"), replace=True).result(PATIENCE_S)
+        new = collector.submit(prompt(0, 8), wish)
+        collector.wait(new)
+        collector.engine.load_adapter("a0", str(root / "a1"), replace=True).result(PATIENCE_S)  # of another group size
+        impossible = collector.submit(prompt(0, 8), wish)
+        collector.wait()
+        assert collector.last(impossible).finish is FinishReason.FAILED
+        assert "group" in str(collector.last(impossible).error)
+        assert collector.engine.is_ready
+    reference = GreedyReference(model, {**adapters, "a0": adapters["a6"]})
+    assert reference.check(prompt(0, 8), wish, collector.tokens(new)).num_wrong == 0
+    assert GreedyReference(model, adapters).check(prompt(0, 8), wish, collector.tokens(old)).num_wrong == 0
 
 
 def test_unloading_waits_refuses_or_cancels(model: Any, root: Path) -> None:

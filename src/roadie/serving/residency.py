@@ -8,9 +8,8 @@ A key is what a request asks for: None (the base model), a name, or a `Blend`. A
 a request keeps the version of its adapter that it started with. What the worker has brought for a request that waits is held
 until that request starts or leaves.
 
-**When every slot is in use,** a key that was asked for waits its turn, and as many of those in use as it needs take no new
-requests until their running ones have ended (those closest to their end are chosen). So whoever waits gets a slot after at most
-the longest run of a request, however popular the others are.
+**When every slot is in use,** a key that was asked for waits its turn, and others drain for it (`contention`). So whoever waits gets
+a slot after at most the longest run of a request, however popular the others are.
 
 Everything but the worker's reading, checking and blending happens under the engine's condition, `changed`.
 """
@@ -22,7 +21,7 @@ import logging
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,8 @@ from torch import Tensor
 from roadie.adapter import check_adapter_name
 from roadie.bank import AdapterBank
 from roadie.bank.blends import Blend
-from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, RoutingError, ShuttingDown, UnknownAdapter
+from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, ShuttingDown, UnknownAdapter
+from roadie.serving.contention import SlotLine
 from roadie.serving.engine import AdapterState, AdapterStatus
 from roadie.serving.registry import Entry, ReadAdapter, Registry
 
@@ -107,9 +107,11 @@ class Residency:
         self._read: dict[str, ReadAdapter] = {}  # checked, and waiting for a slot
         self._live: Counter[Key] = Counter()
         self._held: dict[Key, Tensor] = {}
+        self._made: dict[
+            Blend, tuple[Version | None, ...]
+        ] = {}  # of which versions the blends that are held or live are
         self._coming: set[Key] = set()
-        self._starved: dict[Key, int] = {}  # in order of arrival: how many slots each needs
-        self._draining: set[Key] = set()
+        self._line: SlotLine[Key] = SlotLine(bank.num_slots)
         self._failures: dict[Key, Exception] = {}
         self._broken: dict[str, str] = {}
         self._unloading: set[str] = set()
@@ -123,7 +125,7 @@ class Residency:
         """A slot for a request that starts now, or None; `want` has been called then."""
         if key is None:
             return Lease(None, -1, self._salt("base"))
-        if key in self._draining or key in self._coming or self._is_blending:
+        if self._line.is_draining(key) or key in self._coming or self._is_blending:
             return None
         lease = self._lease_resident(key)
         if lease is None:
@@ -135,17 +137,20 @@ class Residency:
 
     def _lease_resident(self, key: str | Blend) -> Lease | None:
         versions = [self._versions.get(name) for name in names_of(key)]
-        is_ready = isinstance(key, str) or self._live[key] > 0 or key in self._held
-        if not is_ready or any(version is None for version in versions):
+        if None in versions or not (isinstance(key, str) or self._is_made(key, versions)):
             return None
         try:
             slots = self._bank.slots([_wish(key)])
-        except (RoutingError, BankFull):
-            return None  # it has just been evicted
+        except RoadieError:
+            return None  # it has just been evicted; whatever else it is, the worker will find out
         slot = int(slots[0])
         if isinstance(key, str) and slot != self._versions[key].slot:
             return None  # a replacement is being published
         return Lease(key, slot, self._salt_of(key, slot), slots)
+
+    def _is_made(self, blend: Blend, versions: Sequence[Version | None]) -> bool:
+        """Whether a blend of these versions is in a slot and stays there: nothing has to be computed to lease it."""
+        return self._made.get(blend) == tuple(versions) and (self._live[blend] > 0 or blend in self._held)
 
     def release(self, lease: Lease) -> None:
         """A request has ended; drop the lease itself, too."""
@@ -155,17 +160,19 @@ class Residency:
         self._live[key] -= 1
         if self._live[key] <= 0:
             del self._live[key]
-            if isinstance(key, str) and key in self._bank:
+            if isinstance(key, Blend) and key not in self._held:
+                self._made.pop(key, None)
+            elif isinstance(key, str) and key in self._bank:
                 self._bank.slots([key])  # it was in use until now
-        self._retry_starved()
+        self._retry_first_in_line()
 
     def not_wanted(self, key: Key) -> None:
         """No request waits for this key any more."""
         self._held.pop(key, None)
-        self._starved.pop(key, None)
+        self._line.leave(key)
         self._failures.pop(key, None)
         self._plan_draining()
-        self._retry_starved()
+        self._retry_first_in_line()
 
     def failure(self, key: Key) -> Exception | None:
         """Why a key cannot be had, or None."""
@@ -194,10 +201,10 @@ class Residency:
     # Slots.
 
     def _want(self, key: str | Blend) -> None:
-        if key in self._coming or key in self._starved or key in self._failures or self._is_closed:
+        if key in self._coming or key in self._line or key in self._failures or self._is_closed:
             return
-        if self._starved:  # others wait for a slot: behind them
-            self._starved[key] = self._num_missing(key)
+        if self._line:  # others wait for a slot: behind them
+            self._line.join(key, self._num_missing(key))
             return
         self._coming.add(key)
         self._worker.submit(self._bring, key)
@@ -206,26 +213,17 @@ class Residency:
         """How many slots a key that is in none still needs."""
         return max(1, sum(name not in self._versions for name in names_of(key)) + isinstance(key, Blend))
 
-    def _retry_starved(self) -> None:
+    def _retry_first_in_line(self) -> None:
         self._num_releases += 1
-        first = next((key for key in self._starved if key not in self._coming), None)
+        first = next((key for key in self._line if key not in self._coming), None)
         if first is not None and not self._is_closed:
             self._coming.add(first)
             self._worker.submit(self._bring, first)
 
     def _plan_draining(self) -> None:
-        """As many keys drain as those that wait longest need slots, a quarter of the slots at most (but one key at least)."""
-        most = max(1, self._bank.num_slots // 4)
-        needed = 0
-        for num_slots in self._starved.values():
-            if needed and needed + num_slots > most:
-                break
-            needed += num_slots
-        self._draining = set([key for key in self._draining if self._is_in_slot(key)][:needed])
-        candidates = [key for key in self._live if key not in self._draining and not self._is_pinned(key)]
-        candidates.sort(key=self._engine.remaining_tokens)
-        self._draining.update(candidates[: max(0, needed - len(self._draining))])
-        for key in self._draining:
+        """Those closest to their end drain; what is held for waiting requests of theirs is let go."""
+        candidates = [key for key in self._live if not self._is_pinned(key)]
+        for key in self._line.plan(sorted(candidates, key=self._engine.remaining_tokens), self._is_in_slot):
             self._held.pop(key, None)
 
     def _is_in_slot(self, key: Key) -> bool:
@@ -258,18 +256,20 @@ class Residency:
 
     def _settle_bring(self, key: str | Blend, outcome: Tensor | Exception, num_releases: int) -> None:
         if not self._engine.is_wanted(key):
-            self._starved.pop(key, None)
+            self._line.leave(key)
         elif isinstance(outcome, BankFull) and self._may_have_a_slot_later(key, num_releases):
-            self._starved[key] = self._num_missing(key)  # keeps its place
+            self._line.join(key, self._num_missing(key))
         elif isinstance(outcome, Exception):
-            self._starved.pop(key, None)
+            self._line.leave(key)
             self._failures[key] = outcome
         else:
-            self._starved.pop(key, None)
+            self._line.leave(key)
             self._held[key] = outcome
+            if isinstance(key, Blend):
+                self._made[key] = tuple(self._versions.get(name) for name in key.names)
         self._plan_draining()
         if not isinstance(outcome, BankFull) or num_releases != self._num_releases:
-            self._retry_starved()
+            self._retry_first_in_line()
 
     def _may_have_a_slot_later(self, key: Key, num_releases: int) -> bool:
         """Whether somebody holds a slot, or has given one back since; otherwise all are pinned."""
@@ -286,7 +286,7 @@ class Residency:
             self._admit(name, read)
         except BankFull:
             assert read is not None
-            self._read[name] = read
+            self._keep(name, read)
             raise
         except RoadieError as error:
             with self._changed:
@@ -294,6 +294,12 @@ class Residency:
                 self._broken[name] = str(error)
             raise
         return self._bank.slots([name])
+
+    def _keep(self, name: str, read: ReadAdapter) -> None:
+        """Keep what waits for a slot from being read again; of no more adapters than there are slots."""
+        self._read[name] = read
+        while len(self._read) > self._bank.num_slots:
+            del self._read[next(iter(self._read))]
 
     def _admit(self, name: str, read: ReadAdapter) -> None:
         """Publish an adapter that is in no slot; only the worker does so."""
@@ -373,7 +379,7 @@ class Residency:
             slot = publish(name, read.adapter)
         except BankFull:
             with self._changed:
-                self._read[name] = read
+                self._keep(name, read)
                 self._hashes[name] = read.content_hash
                 self._leave(name)
                 self._engine.on_news()
@@ -408,7 +414,7 @@ class Residency:
             self._leave(name)
             for table in (self._read, self._hashes, self._broken):
                 table.pop(name, None)
-            self._retry_starved()
+            self._retry_first_in_line()
             return AdapterStatus(name, AdapterState.KNOWN)
 
     def pin(self, name: str, is_pinned: bool) -> AdapterStatus:
@@ -419,7 +425,7 @@ class Residency:
             if name in self._bank:
                 self._bank.unpin(name)
             with self._changed:
-                self._retry_starved()
+                self._retry_first_in_line()
             return self.status(name)
         lease = self._bring_name(name)
         self._registry.pin(name, True)
