@@ -14,7 +14,7 @@ from roadie import inspect as looking
 from roadie.errors import ConfigError
 from roadie.inspect.states import PlaceChange, StateChange
 
-VOID = {"meta", "link", "br", "img", "hr", "input"}
+VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
 HOSTILE = '<script>alert(1)</script>" onload="x'
 
 

@@ -93,10 +93,11 @@ def test_states_are_those_of_the_model_itself(places, tiny_path):
     tokens = encode(read([str(places / "text.txt")]), load_tokenizer(ModelSource(str(tiny_path))), 128)[0].input_ids[
         :20
     ]
-    outputs = [
-        AutoModelForCausalLM.from_pretrained(path)(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-        for path in (tiny_path, places / "merged")
-    ]
+    with torch.no_grad():
+        outputs = [
+            AutoModelForCausalLM.from_pretrained(path)(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+            for path in (tiny_path, places / "merged")
+        ]
     for place, before, after in zip(gathered.states[0].places, *outputs, strict=True):
         length, direction = change_of_states(before, after)
         assert place.length == pytest.approx(float(length.mean()), abs=1e-6)

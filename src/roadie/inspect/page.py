@@ -99,7 +99,7 @@ def _tables(section: Section, findings: Findings) -> tuple[str, str, str]:
     if section.key == "overview":
         return "", "", _adapters(findings.portraits)
     if section.key == "states":
-        return "", "", _states(findings.states)
+        return "", _last_states(findings.states), _states(findings.states)
     assert findings.comparison is not None
     if section.key == "sharing":
         sharing = findings.comparison.closest
@@ -128,8 +128,13 @@ def _facts(portrait: Portrait) -> str:
 
 
 def _definitions(rows: Iterable[tuple[str, str]]) -> str:
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{_breakable(value)}</dd></div>" for name, value in rows)
     return f'<dl class="facts">{items}</dl>'
+
+
+def _breakable(value: str) -> str:
+    """Text that breaks after slashes first: paths of base models are long."""
+    return escape(value).replace("/", "/<wbr>")
 
 
 def _most_changed(portrait: Portrait) -> str:
@@ -266,6 +271,15 @@ def _sharing_layers(sharing: Sharing) -> str:
     ]
     table = _table(head, rows, f"Layers of {sharing.first} and {sharing.second}")
     return f"<details><summary>All {len(rows)} layers in numbers</summary>{table}</details>"
+
+
+def _last_states(changes: Sequence[StateChange]) -> str:
+    rows = [
+        (change.name, *(_number(v, digits=4) for v in (change.places[-1].length, change.places[-1].direction)))
+        for change in changes
+    ]
+    table = _table(("After", "dM", "dD"), rows, "The last hidden state")
+    return f'<div class="card"><h3>The last hidden state</h3>{table}</div>'
 
 
 def _states(changes: Sequence[StateChange]) -> str:

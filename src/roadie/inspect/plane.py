@@ -24,7 +24,8 @@ def plane(axes: Axes, theme: Theme, turning: Any, mirroring: Any) -> None:
     if len(mirroring):
         x, y, _ = _occupied(mirroring, centre, reach)
         axes.plot(x, y, "x", color=theme.series[1], markersize=4, markeredgewidth=1.1, zorder=4)
-    axes.plot([1], [0], marker="+", color=theme.ink, markersize=9, markeredgewidth=1.1, zorder=5)
+    for colour, width, length in ((theme.panel, 3.6, 12), (theme.ink, 1.3, 10)):  # with a rim, to be seen among dots
+        axes.plot([1], [0], marker="+", color=colour, markersize=length, markeredgewidth=width, zorder=5)
     axes.set_xlim(centre.real - reach, centre.real + reach)
     axes.set_ylim(centre.imag - reach, centre.imag + reach)
     axes.set_aspect("equal")

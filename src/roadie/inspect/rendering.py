@@ -124,7 +124,7 @@ def _parameters(theme: Theme) -> dict[str, Any]:
 
 
 def _inline(text: str, picture: Picture) -> str:
-    """matplotlib's SVG file as an element: no prologue, metadata or style; short numbers; ids that begin with the picture's key."""
+    """matplotlib's SVG file as an element: no prologue, metadata or style; short numbers; ids that begin with the key."""
     text = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL
     )
