@@ -77,6 +77,19 @@ def test_idleness_earns_nothing_and_costs_nothing() -> None:
     assert {start_next(queue).tenant for _ in range(2)} == {"busy", "late"}
 
 
+def test_being_served_alone_costs_nothing_later() -> None:
+    queue: FairQueue[Job] = FairQueue()
+    for _ in range(100):  # nobody else wanted anything
+        queue.push(Job("early", "x", 10))
+        start_next(queue)
+    for _ in range(50):
+        queue.push(Job("late", "x", 10))
+    for _ in range(50):
+        queue.push(Job("early", "x", 10))
+    started = [start_next(queue).tenant for _ in range(40)]
+    assert 19 <= started.count("late") <= 21
+
+
 def test_what_was_not_used_is_given_back() -> None:
     queue: FairQueue[Job] = FairQueue()
     for _ in range(20):

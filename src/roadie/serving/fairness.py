@@ -3,7 +3,7 @@
 Every tenant has a counter of the tokens that it was charged, divided by its weight; the tenant with the lowest counter is next,
 and within it the adapter with the lowest counter, first come first served. A request is charged for its prompt and all the
 tokens it may generate when it starts, and what it did not generate is given back when it ends. Who comes back from idleness
-starts where the lowest of those waiting is: idleness earns nothing, and costs nothing.
+starts no lower than whoever started last: idleness earns nothing, and being served alone costs nothing.
 
 So a tenant that floods the queue waits for itself: between two requests of another tenant it can start at most the tokens
 that the other is behind by, however many it has waiting.
@@ -33,27 +33,27 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 
 class _Counters(Generic[_Key]):
-    """Tokens charged by key; keys without anybody waiting are kept until they would not matter any more."""
+    """Tokens charged by key. `_floor` is where the one that started last stood then: whoever comes, starts no lower."""
 
     def __init__(self, weights: Mapping[_Key, float] | None = None) -> None:
         self._charged: dict[_Key, float] = {}
         self._weights = weights or {}
         self._floor = 0.0
 
-    def join(self, key: _Key, waiting: Iterator[_Key]) -> None:
-        """A key that nobody waited for: it starts no lower than the lowest of those that somebody waits for."""
-        lowest = min((self.of(other) for other in waiting), default=self._floor)
-        self._floor = max(self._floor, lowest)
-        self._charged[key] = max(self._charged.get(key, 0.0), self._floor)
+    def join(self, key: _Key) -> None:
+        """A key that nobody waited for."""
+        self._charged[key] = max(self.of(key), self._floor)
 
     def of(self, key: _Key) -> float:
         """What the key was charged."""
         return self._charged.get(key, self._floor)
 
     def charge(self, key: _Key, tokens: float) -> None:
-        """Add tokens (negative: give them back)."""
-        if key in self._charged:
-            self._charged[key] += tokens / self._weights.get(key, 1.0)
+        """Add the tokens of a start, or give some back (negative)."""
+        before = self.of(key)
+        if tokens > 0:
+            self._floor = max(self._floor, before)
+        self._charged[key] = before + tokens / self._weights.get(key, 1.0)
 
     def forget_idle(self, in_use: Callable[[_Key], bool], limit: int = 4096) -> None:
         """Let keys go that are not in use, once there are many: tenants and adapters come and go."""
@@ -89,13 +89,13 @@ class FairQueue(Generic[Item]):
         tenant = item.tenant
         if tenant not in self._queues:
             self._tenants.forget_idle(self._queues.__contains__)
-            self._tenants.join(tenant, iter(self._queues))
+            self._tenants.join(tenant)
             self._queues[tenant] = {}
             self._flows.setdefault(tenant, _Counters())
         flows = self._queues[tenant]
         if item.flow not in flows:
             self._flows[tenant].forget_idle(flows.__contains__)
-            self._flows[tenant].join(item.flow, iter(flows))
+            self._flows[tenant].join(item.flow)
             flows[item.flow] = deque()
         flows[item.flow].append(item)
         self._size += 1
