@@ -270,7 +270,7 @@ SIZE = ModelSize()
 ROWS, PROMPT, NEW = 64, 16, 24
 
 
-def throughput(rounds: int = 5, rounds_of_peft: int = 2) -> list[Entry]:
+def throughput(rounds: int = 9, rounds_of_peft: int = 2) -> list[Entry]:
     """Generated tokens a second of 64 requests in flight, the three loads in turn; new prompts in every run."""
     model = llama(SIZE, torch.float32).eval()
     adapters = {f"a{seed}": random_adapter(model, seed, group_size=64) for seed in range(ROWS)}
@@ -337,64 +337,81 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(np.median(values)), "lowest": min(values), "highest": max(values)}
 
 
-def first_token(phases: int = 6, seconds: float = 12.0) -> list[Entry]:
-    """Four clients, one request after another; phases with adapters loaded one after another, and quiet ones, in turn."""
+PAUSES_S = {"quiet": None, "a load every 150 ms": 0.15, "loads without a pause": 0.0}
+
+
+def first_token(phases: int = 4, seconds: float = 10.0) -> list[Entry]:
+    """Four clients, one request after another, in quiet phases and in two kinds of loading, in turn.
+
+    Counted are the requests that waited for their first token while an adapter was being loaded, and all of the quiet phases.
+    """
     model = llama(SIZE, torch.float32).eval()
     adapters = {f"a{seed}": random_adapter(model, seed, group_size=64) for seed in range(24)}
     settings = EngineSettings(num_slots=16, num_blocks=256, max_batch_tokens=256, max_running=16)
-    waits: dict[str, list[float]] = {"quiet": [], "loading": []}
-    medians: dict[str, list[float]] = {"quiet": [], "loading": []}
-    num_loads = 0
+    waits: dict[str, list[list[float]]] = {kind: [] for kind in PAUSES_S}
+    loads: dict[str, list[tuple[float, float]]] = {kind: [] for kind in PAUSES_S}
     with serving(model, adapters, settings) as (clients, folder):
         _first_tokens(clients, 3.0, seed=0)
-        for phase in range(2 * phases):
-            kind = ("quiet", "loading", "loading", "quiet")[phase % 4]
-            stop = threading.Event()
-            with _loads(clients, folder, stop) if kind == "loading" else contextlib.nullcontext([0]) as counted:
-                found = _first_tokens(clients, seconds, seed=phase)
-                stop.set()
-            num_loads += counted[0]
-            waits[kind] += found
-            medians[kind].append(float(np.median(found)))
-    quantiles = {
-        kind: {f"p{level}_ms": 1e3 * float(np.quantile(values, level / 100)) for level in (50, 95, 99)}
-        for kind, values in waits.items()
-    }
+        for phase in range(phases):
+            for kind in list(PAUSES_S)[:: 1 if phase % 2 else -1]:
+                pause_s = PAUSES_S[kind]
+                with _loads(clients, folder, pause_s) if pause_s is not None else contextlib.nullcontext([]) as made:
+                    ids = _first_tokens(clients, seconds, seed=phase)
+                counted = [one for one in ids if pause_s is None or _overlaps(clients, one, made)]
+                waits[kind].append([clients.first_token_s(one) for one in counted])
+                loads[kind] += made
+    medians = {kind: [float(np.median(values)) for values in of_phases] for kind, of_phases in waits.items()}
     entry = {
         "what": "first_token",
         "case": {"clients": 4, "prompt": PROMPT, "new": 4, "model": "Llama 160M", "dtype": "float32"},
-        "requests": {kind: len(values) for kind, values in waits.items()},
-        "loads": num_loads,
-        "load_ms": 1e3 * phases * seconds / max(1, num_loads),
-        "time_to_first_token": quantiles,
-        "medians_of_phases_to_quiet": median_ratio(medians["loading"], medians["quiet"]),
+        "requests": {kind: sum(map(len, of_phases)) for kind, of_phases in waits.items()},
+        "loads": {kind: len(made) for kind, made in loads.items()},
+        "load_ms": {
+            kind: 1e3 * float(np.median([end - begin for begin, end in made])) for kind, made in loads.items() if made
+        },
+        "time_to_first_token": {
+            kind: _quantiles_ms([w for values in of for w in values]) for kind, of in waits.items()
+        },
+        "median_to_quiet": {kind: median_ratio(values, medians["quiet"]) for kind, values in medians.items()},
     }
     return [entry]
 
 
+def _quantiles_ms(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{level}_ms": 1e3 * float(np.quantile(values, level / 100)) for level in (50, 95, 99)}
+
+
+def _overlaps(clients: Clients, request_id: str, loads: Sequence[tuple[float, float]]) -> bool:
+    """Whether a load was under way while the request waited for its first token."""
+    begin_s, end_s = clients.submitted_s[request_id], clients.first_s[request_id]
+    return any(begin <= end_s and end >= begin_s for begin, end in loads)
+
+
 @contextmanager
-def _loads(clients: Clients, folder: Path, stop: threading.Event) -> Iterator[list[int]]:
-    """Load one adapter after another in the background, without a pause; how many, in the end."""
-    counted = [0]
+def _loads(clients: Clients, folder: Path, pause_s: float) -> Iterator[list[tuple[float, float]]]:
+    """Load one adapter after another in the background; when each began and ended."""
+    made: list[tuple[float, float]] = []
+    stop = threading.Event()
 
     def load() -> None:
-        while not stop.is_set():
-            name = f"a{counted[0] % 8}"
-            clients.engine.load_adapter(name, str(folder / f"a{8 + counted[0] % 16}"), replace=True).result()
-            counted[0] += 1
+        while not stop.wait(pause_s):
+            begin, name, source = time.perf_counter(), f"a{len(made) % 8}", f"a{8 + len(made) % 12}"
+            clients.engine.load_adapter(name, str(folder / source), replace=True).result()
+            made.append((begin, time.perf_counter()))
 
     thread = threading.Thread(target=load)
     thread.start()
     try:
-        yield counted
+        yield made
     finally:
         stop.set()
         thread.join()
 
 
-def _first_tokens(clients: Clients, seconds: float, seed: int) -> list[float]:
-    """The times to first token of four clients that send one request after another; half of them use the base model."""
-    deadline, found = time.perf_counter() + seconds, []
+def _first_tokens(clients: Clients, seconds: float, seed: int) -> list[str]:
+    """The requests of four clients that send one after another; half of them use the base model."""
+    deadline = time.perf_counter() + seconds
+    found: list[str] = []
 
     def talk(number: int) -> None:
         rng = random.Random(100 * seed + number)
@@ -403,7 +420,7 @@ def _first_tokens(clients: Clients, seconds: float, seed: int) -> list[float]:
             with lock:
                 request_id = clients.submit(prompt_ids, f"a{20 + number}" if number % 2 else None, max_tokens=4)
             clients.wait([request_id])
-            found.append(clients.first_token_s(request_id))
+            found.append(request_id)
 
     lock = threading.Lock()
     talkers = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
