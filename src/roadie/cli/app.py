@@ -12,10 +12,12 @@ from roadie import __version__
 from roadie.cli.combine import combine
 from roadie.cli.compare import compare
 from roadie.cli.demo import demo
+from roadie.cli.fit import fit
 from roadie.cli.generate import generate
 from roadie.cli.info import info
 from roadie.cli.inspect import inspect
 from roadie.cli.merge import merge
+from roadie.cli.serve import api_key, serve
 from roadie.cli.train import train
 from roadie.cli.train_many import train_many
 from roadie.errors import RoadieError
@@ -57,6 +59,9 @@ app.command(short_help="Train many adapters of one base model at once.")(train_m
 app.command(short_help="Continue prompts in one batch, each with its own adapter.")(generate)
 app.command(short_help="Write a whole model with adapters merged into it.")(merge)
 app.command(short_help="Show what is in an adapter file.")(info)
+app.command(short_help="Fit an adapter to a fine-tuned model or a LoRA adapter, without training.")(fit)
+app.command(short_help="Serve a base model and many adapters by OpenAI's API.")(serve)
+app.command("api-key", short_help="Make an API key for roadie serve.")(api_key)
 app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")
 app.command(short_help="Show what adapters do to each layer: numbers, pictures, a report.")(inspect)
 app.command(short_help="Show how far adapters are apart, and what two of them share.")(compare)

@@ -3,6 +3,7 @@
     model = embedded.load_model()                  a Llama of 4.3 million parameters, float32
     tokenizer = embedded.load_tokenizer()          byte-level BPE, 2048 tokens
     embedded.corpus.split("asyncio").train         documents that the model never saw
+    embedded.adapters_path()                       three small adapters of the model, for those kinds of text
 
 The directory `model_path()` is an ordinary transformers checkpoint; `scripts/pretrain_embedded.py` made it.
 Importing this package loads neither torch nor transformers.
@@ -18,12 +19,17 @@ from roadie.embedded import corpus
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["corpus", "load_model", "load_tokenizer", "model_path", "name_here"]
+__all__ = ["adapters_path", "corpus", "load_model", "load_tokenizer", "model_path", "name_here"]
 
 
 def model_path() -> Path:
     """The directory of the embedded model and its tokenizer, for `from_pretrained`."""
     return Path(__file__).parent / "model"
+
+
+def adapters_path() -> Path:
+    """The directory of the adapters that come with the embedded model, one directory each."""
+    return Path(__file__).parent / "adapters"
 
 
 def name_here(name: str) -> str:

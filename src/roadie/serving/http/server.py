@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from roadie.errors import ConfigError
 from roadie.serving.http.app import make_app
@@ -57,6 +58,7 @@ def serve(
     read_keys_again: for SIGHUP. on_ready: called once connections are taken.
     """
     _allow_many_files()
+    disable_created_metrics()  # a second series for each, which says when it began
     server = Server(service, read_keys_again, on_ready)
     try:
         server.run(sockets=[bound])

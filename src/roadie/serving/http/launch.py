@@ -1,0 +1,138 @@
+"""From a model, a folder of adapters and a file of keys to a server that runs.
+
+Without a folder of adapters there is an empty one, or, for the embedded model, the three that come with roadie; what is loaded or
+pinned then is forgotten when the server ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from roadie import embedded
+from roadie.checkpoint import read_config
+from roadie.errors import ConfigError, RoadieError
+from roadie.serving.batch_engine import ContinuousBatchingEngine
+from roadie.serving.engine import EngineSettings
+from roadie.serving.http.app import make_service
+from roadie.serving.http.keys import read_keys
+from roadie.serving.http.server import LOOPBACK, bind, serve
+from roadie.serving.http.settings import HttpSettings
+from roadie.serving.registry import Registry
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server is found, and who may come. Raises `ConfigError` for one that everybody could use without a key.
+
+    port 0: any free one. keys_file: see `keys`. is_anonymous: no keys are meant, whoever can reach the host.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys_file: Path | None = None
+    is_anonymous: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.is_loopback or self.keys_file or self.is_anonymous):
+            raise ConfigError(
+                f"got host {self.host!r} without API keys, which others could use; wanted --api-keys FILE; or say --anonymous"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in LOOPBACK
+
+
+@dataclass(frozen=True)
+class Folders:
+    """adapters: None: see the module. others: more folders that adapters may be loaded from. state_file: None: in `adapters`."""
+
+    adapters: Path | None = None
+    others: tuple[Path, ...] = ()
+    state_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything but the model."""
+
+    place: Place = field(default_factory=Place)
+    folders: Folders = field(default_factory=Folders)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server that takes requests: where, and what it serves."""
+
+    url: str
+    model_name: str
+    adapter_names: tuple[str, ...]
+
+
+def run(
+    launch: Launch,
+    load: Callable[[], tuple[Any, Any]],
+    *,
+    is_embedded: bool,
+    on_started: Callable[[Started], None] = lambda started: None,
+) -> bool:
+    """Serve until a signal ends it; whether every accepted request was answered. load: the model and its tokenizer.
+
+    The address, the keys and the folders are looked at first, since loading a model takes a while.
+    """
+    place = launch.place
+    keys = read_keys(place.keys_file) if place.keys_file else None
+    bound = bind(place.host, place.port)
+    with contextlib.closing(bound), open_registry(launch, is_embedded=is_embedded) as registry:
+        model, tokenizer = load()
+        engine = ContinuousBatchingEngine(model, tokenizer, registry, launch.engine)
+        service = make_service(engine, tokenizer, _with_hosts(launch.http, place), keys)
+        engine.start()
+        started = Started(_url(place.host, bound.getsockname()[1]), launch.http.model_name, registry.names())
+        again = partial(read_keys, place.keys_file) if place.keys_file else None
+        return serve(service, bound, read_keys_again=again, on_ready=partial(on_started, started))
+
+
+def _with_hosts(settings: HttpSettings, place: Place) -> HttpSettings:
+    """On loopback other names are those of pages that try to get at this machine by way of its browser."""
+    if settings.allowed_hosts or not place.is_loopback:
+        return settings
+    return replace(settings, allowed_hosts=("localhost", "127.0.0.1", "[::1]"))
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def open_registry(launch: Launch, *, is_embedded: bool) -> Iterator[Registry]:
+    """The registry of a server's folders."""
+    folders = launch.folders
+    open_folder = partial(
+        Registry.open, allowed_roots=folders.others, max_adapter_bytes=launch.engine.max_adapter_bytes
+    )
+    if folders.adapters is not None:
+        yield open_folder(folders.adapters, state_file=folders.state_file)
+        return
+    with tempfile.TemporaryDirectory(prefix="roadie-serve-") as scratch:
+        root = embedded.adapters_path() if is_embedded else Path(scratch)
+        yield open_folder(root, state_file=folders.state_file or Path(scratch) / "state.json")
+
+
+def recorded_bases(folder: Path) -> list[str]:
+    """The base models that the adapters in a folder name; those that name none, or cannot be read, are left out."""
+    found = []
+    for config in sorted(folder.glob("*/adapter_config.json")):
+        with contextlib.suppress(RoadieError):
+            base = read_config(config.parent).get("base_model_name_or_path")
+            found += [base] if isinstance(base, str) else []
+    return found
