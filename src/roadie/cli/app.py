@@ -13,6 +13,7 @@ from roadie.cli.combine import combine
 from roadie.cli.compare import compare
 from roadie.cli.demo import demo
 from roadie.cli.fit import fit
+from roadie.cli.fit import fit
 from roadie.cli.generate import generate
 from roadie.cli.info import info
 from roadie.cli.inspect import inspect
@@ -59,6 +60,7 @@ app.command(short_help="Train many adapters of one base model at once.")(train_m
 app.command(short_help="Continue prompts in one batch, each with its own adapter.")(generate)
 app.command(short_help="Write a whole model with adapters merged into it.")(merge)
 app.command(short_help="Show what is in an adapter file.")(info)
+app.command(short_help="Fit an adapter to a fine-tuned model or a LoRA adapter, without training.")(fit)
 app.command(short_help="Fit an adapter to a fine-tuned model or a LoRA adapter, without training.")(fit)
 app.command(short_help="Serve a base model and many adapters by OpenAI's API.")(serve)
 app.command("api-key", short_help="Make an API key for roadie serve.")(api_key)

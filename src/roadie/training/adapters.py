@@ -96,17 +96,18 @@ def _local_folder(path: str, *, allow_pickle: bool) -> Path:
         raise CheckpointError(
             f"{path}: got no such file or folder; wanted an adapter folder or a hub repository; check the path"
         )
-    return _hub_folder(
+    return hub_folder(
         path, [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, *([PICKLE_NAME] if allow_pickle else [])]
     )
 
 
-def _hub_folder(name: str, files: list[str]) -> Path:
+def hub_folder(name: str, files: list[str], revision: str | None = None) -> Path:
+    """The local copy of a hub repository's `files` (names or patterns); raises `CheckpointError` where there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
