@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters, check_adapter_name
-from roadie.bank.admission import rotations
+from roadie.bank.admission import Rows, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
@@ -86,26 +86,37 @@ class AdapterBank:
         not fit the model, `BankFull` where every slot is pinned or being read. Nothing is changed then.
         """
         check_adapter_name(name)
-        made = self._checked(name, source)
+        made = self._made({name: source})
         with self._lock:
             if name in self._book:
                 raise ConfigError(f"got {name!r}, which is in the bank already; use replace, or evict it first")
-            return self._publish(name, made)
+            return self._publish([name], made)[0]
 
     def check(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> None:
         """Raise what `admit` would raise because of the name or the adapter itself; changes nothing."""
         check_adapter_name(name)
-        self._checked(name, source)
+        self._made({name: source})
 
     def replace(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> int:
         """Put another adapter behind a name; gives its new slot. Rows that run now go on with the old one.
 
         Raises as `admit` does, and `RoutingError` for unknown names; the old adapter stays then.
         """
-        made = self._checked(name, source)
+        made = self._made({name: source})
         with self._lock:
             self._require(name)
-            return self._publish(name, made)
+            return self._publish([name], made)[0]
+
+    def update(self, sources: Mapping[str, Adapter | str | Path | tuple[nn.Module, str]]) -> None:
+        """Admit or replace many adapters at once, all or none: much faster than one by one.
+
+        Raises as `admit` does; `BankFull` where there are not as many slots free (or to be had from others) as adapters.
+        """
+        for name in sources:
+            check_adapter_name(name)
+        made = self._made(sources)
+        with self._lock:
+            self._publish(list(sources), made)
 
     def evict(self, name: str) -> None:
         """Let an adapter go, and the blends it is part of; rows that run now go on. Raises `RoutingError` for unknown names."""
@@ -143,6 +154,11 @@ class AdapterBank:
     def num_slots(self) -> int:
         """How many adapters and blends fit."""
         return self._book.num_slots - self._spare
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tables."""
+        return self._dtype
 
     @property
     def nbytes(self) -> int:
@@ -206,10 +222,14 @@ class AdapterBank:
         check_slots(slots, self._book.num_slots)
         # Layers remember their last choice; the leases hang on the tensor that was given, and end with it.
         choice = Choice(slots.clone(), expansion)
+
+        def in_force(held: Tensor = slots) -> AbstractContextManager[None]:
+            return self._routing.in_force(choice)  # what runs again in backward reads the slots until then
+
         with ExitStack() as stack:
-            stack.enter_context(self._routing.in_force(choice))
+            stack.enter_context(in_force())
             if torch.is_grad_enabled():
-                stack.enter_context(checkpoints_keep_rows(self.model, lambda: self._routing.in_force(choice)))
+                stack.enter_context(checkpoints_keep_rows(self.model, in_force))
             yield
 
     def close(self) -> None:
@@ -226,9 +246,14 @@ class AdapterBank:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checked(self, name: str, source: Any) -> dict[str, Rotation]:
-        """The rotations of a source, by layer, once they fit the model; in the dtype and on the device of their layers."""
-        adapter = self._read(source)
+    def _made(self, sources: Mapping[str, Any]) -> dict[str, list[Rows]]:
+        """The rotations of sources, by layer, once they fit the model; in the dtype and on the device of their layers."""
+        adapters = {name: self._read(source) for name, source in sources.items()}
+        for name, adapter in adapters.items():
+            self._check_fits(name, adapter)
+        return rotations({name: adapter.layers for name, adapter in adapters.items()}, self._dtype, self._device_of)
+
+    def _check_fits(self, name: str, adapter: Adapter) -> None:
         problems = [f"{path}: not a linear layer of the model" for path in adapter.layers if path not in self._modules]
         if problems:
             raise AdapterError(
@@ -237,7 +262,6 @@ class AdapterBank:
             )
         for path, layer in adapter.layers.items():
             self._check_width(name, path, layer)
-        return rotations(name, adapter.layers, self._dtype, self._device_of)
 
     def _read(self, source: Any) -> Adapter:
         if isinstance(source, Adapter):
@@ -257,27 +281,36 @@ class AdapterBank:
                 f"got adapter {name!r} with {layer.out_features} outputs for {path!r}; wanted {wanted}; use its own base model"
             )
 
-    def _publish(self, name: str | Blend, made: Mapping[str, Rotation]) -> int:
-        slot = self._slot_to_write(name)
+    def _publish(self, names: Sequence[str | Blend], made: Mapping[str, Sequence[Rows]]) -> list[int]:
+        """Write rows for names into slots of their own, and then let the names move there; all or none."""
+        slots: list[int] = []
         try:
+            for name in names:
+                slots.append(self._slot_to_write(name, names[: len(slots)]))
             with torch.no_grad():
-                self._write(slot, made)
+                self._write(slots, made)
         except BaseException:
-            self._book.give_back(slot)
+            for slot in slots:
+                self._book.give_back(slot)
             raise
-        if isinstance(name, str):
-            self._forget(name)
-            self._admissions += 1
-            self._versions[name] = self._admissions
-            self._layers_of[name] = frozenset(made)
-        self._book.publish(name, slot)
-        return slot
+        for index, (name, slot) in enumerate(zip(names, slots, strict=True)):
+            if isinstance(name, str):
+                self._forget(name)
+                self._admissions += 1
+                self._versions[name] = self._admissions
+                self._layers_of[name] = frozenset(path for path, parts in made.items() if _has(parts, index))
+            self._book.publish(name, slot)
+        return slots
 
-    def _slot_to_write(self, name: str | Blend) -> int:
-        """A slot that nobody reads; lets another name go where the bank is full, and waits where all are being read."""
+    def _slot_to_write(self, name: str | Blend, coming: Sequence[str | Blend]) -> int:
+        """A slot that nobody reads; lets another name go where the bank is full, and waits where all are being read.
+
+        coming: what will be in the bank soon.
+        """
         deadline = time.monotonic() + self._wait_s
         while True:
-            if name in self._book or len(self._book) < self.num_slots or self._let_one_go():
+            expected = len(self._book) + sum(other not in self._book for other in coming)
+            if name in self._book or expected < self.num_slots or self._let_one_go():
                 slot = self._book.take()
                 if slot is not None:
                     return slot
@@ -294,12 +327,17 @@ class AdapterBank:
             self._forget(evicted)
         return evicted is not None
 
-    def _write(self, slot: int, made: Mapping[str, Rotation]) -> None:
+    def _write(self, slots: Sequence[int], made: Mapping[str, Sequence[Rows]]) -> None:
         for path in made:
             if path not in self._attached:
                 self._attach(path)
         for path, held in self._attached.items():
-            held.table.write(slot, made.get(path))
+            parts = made.get(path, ())
+            for rows in parts:
+                held.table.write([slots[index] for index in rows.of], rows.rotation)
+            others = [slot for index, slot in enumerate(slots) if not _has(parts, index)]
+            if others:
+                held.table.clear(others)
 
     def _attach(self, path: str) -> None:
         module = self._modules[path]
@@ -328,9 +366,9 @@ class AdapterBank:
         if slot is not None:
             return slot
         assert isinstance(wish, Blend)
-        return self._publish(wish, self._blend(wish))
+        return self._publish([wish], self._blend(wish))[0]
 
-    def _blend(self, wish: Blend) -> dict[str, Rotation]:
+    def _blend(self, wish: Blend) -> dict[str, list[Rows]]:
         slots = {name: self._book.use(name) for name in wish.names}
         made = {}
         for path, held in self._attached.items():
@@ -342,7 +380,7 @@ class AdapterBank:
                 parts.append((name, weight, held.table.read(slot) if has_layer else None))
             rotation = blended(path, parts)
             if rotation is not None:
-                made[path] = _in_range(rotation, self._dtype, path, wish)
+                made[path] = [Rows((0,), _in_range(rotation, self._dtype, path, wish))]
         return made
 
     def _require(self, name: str) -> None:
@@ -351,10 +389,20 @@ class AdapterBank:
             raise RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")
 
 
+def keep_lease(slots: Tensor, held: Tensor) -> Tensor:
+    """`slots`, which were made of `held`, a tensor of `AdapterBank.slots`; they stay what they are as long as either lives."""
+    slots._roadie_leases = held._roadie_leases  # type: ignore[attr-defined]
+    return slots
+
+
+def _has(parts: Sequence[Rows], index: int) -> bool:
+    return any(index in rows.of for rows in parts)
+
+
 def _in_range(rotation: Rotation, dtype: torch.dtype, path: str, wish: Blend) -> Rotation:
-    """The blend, if the tables' dtype can hold it; powers grow fast."""
-    held = torch.stack((rotation.direct, rotation.cross)).to(dtype)
-    if not bool(torch.isfinite(held).all()):
+    """The blend as a row ``[1, D]``, if the tables' dtype can hold it; powers grow fast."""
+    direct, cross = (vector.unsqueeze(0).to(dtype) for vector in (rotation.direct, rotation.cross))
+    if not bool(torch.isfinite(direct).all() and torch.isfinite(cross).all()):
         shown = " + ".join(f"{weight:g} {name}" for name, weight in wish.weights)
         raise AdapterError(f"got blend {shown}, which {dtype} cannot hold in layer {path!r}; wanted smaller weights")
-    return rotation
+    return Rotation(direct, cross, rotation.group_size)

@@ -5,6 +5,8 @@ Legend: S slots, D out features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,16 +34,20 @@ class LayerTable:
         sizes = self.current.sizes
         return self.current.direct.nbytes + self.current.cross.nbytes + (sizes.nbytes if sizes is not None else 0)
 
-    def write(self, slot: int, rotation: Rotation | None) -> None:
-        """Put a rotation ``[D]`` (None: the identity) into a slot that nobody reads, rounded to the tables' dtype."""
+    def write(self, slots: Sequence[int], rotation: Rotation) -> None:
+        """Put rotations ``[K, D]`` into K slots that nobody reads, rounded to the tables' dtype."""
+        for slot in slots:
+            self._set_group_size(slot, rotation.group_size)
         direct, cross = self.current.direct, self.current.cross
-        if rotation is None:
-            direct[slot].fill_(1.0)
-            cross[slot].zero_()
-            return
-        self._set_group_size(slot, rotation.group_size)
-        direct[slot].copy_(rotation.direct)
-        cross[slot].copy_(rotation.cross)
+        rows = torch.tensor(slots, device=direct.device)
+        direct.index_copy_(0, rows, rotation.direct.to(direct.dtype))
+        cross.index_copy_(0, rows, rotation.cross.to(direct.dtype))
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Put the identity into slots that nobody reads."""
+        rows = torch.tensor(slots, device=self.current.direct.device)
+        self.current.direct.index_fill_(0, rows, 1.0)
+        self.current.cross.index_fill_(0, rows, 0.0)
 
     def read(self, slot: int) -> Rotation:
         """A copy of the rotation in a slot."""

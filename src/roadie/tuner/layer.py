@@ -19,6 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
+from roadie.bank.attachment import LayerRotation
+from roadie.bank.blends import Blend
 from roadie.errors import ConfigError, MergeError, RoutingError, UnsupportedLayer
 from roadie.kernels import (
     Keep,
@@ -33,8 +35,9 @@ from roadie.rotation import Rotation, Variant, check_group_size, from_parameters
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.merging import ExactUnmerge, combined
 from roadie.tuner.output import KeptForBackward, gives_fresh_memory, one_rotation
+from roadie.tuner.residents import Watch, names_in
 from roadie.tuner.routing import Routing, adapter_rows
-from roadie.tuner.table import PLAIN, LastRotation, SlotParameters, TableCache, build_table
+from roadie.tuner.table import PLAIN, LastRotation, SlotParameters, TableCache, build_table, with_blends
 from roadie.tuner.trained import rotated_by_one, trained_table
 from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
 
@@ -65,6 +68,8 @@ class RoadLayer(BaseTunerLayer):
         self._merges: list[Merge] = []
         self._tables = TableCache()
         self._routing = Routing()
+        self.resident: LayerRotation | None = None
+        self._watch: Watch | None = None
 
     @property
     def _available_adapters(self) -> set[str]:
@@ -133,35 +138,61 @@ class RoadLayer(BaseTunerLayer):
         if slot is not None:
             return self._trained(y, slot, is_fresh)
         if self._routing.slots is not None:
-            names = self._routing.names
-            table = self._table(names, self._routing.batch)
-            return y if table is None else self._turned(y, table, self._routing.slots_of(y), names, is_fresh)
+            return self._routed(y, is_fresh)
         for names in self._runs():
             table = self._table(names, None)
             if table is not None:
                 y = self._turned(y, one_rotation(table), None, names, is_fresh)
         return y
 
+    def _routed(self, y: Tensor, is_fresh: bool) -> Tensor:
+        """y, each row rotated as its wish says: from the bank, or from a table made for this batch."""
+        routing = self._routing
+        if not torch.compiler.is_compiling() and self._is_in_bank():
+            if self.resident is None:
+                return y
+            if y.dim() <= 1 or y.shape[0] != len(routing.slots):  # type: ignore[arg-type]
+                routing.slots_of(y)  # says what is wrong, if it is
+            return self.resident.of(y, lambda: is_fresh)
+        table = self._table_of_wishes(routing.names, routing.batch)
+        return y if table is None else self._turned(y, table, routing.slots_of(y), routing.names, is_fresh)
+
+    def _is_in_bank(self) -> bool:
+        """Whether the bank has what the rows wish for, as the parameters are now."""
+        routing, watch = self._routing, self._watch
+        if not routing.in_bank or (routing.trains and torch.is_grad_enabled()):
+            return False
+        if watch is None or watch.batch is not routing.batch:
+            self._watch = Watch.of(self, routing.names, routing.batch)
+            return True
+        return watch.is_unwritten()
+
+    def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> RotationTable | None:
+        if not any(isinstance(wish, Blend) for wish in wishes):
+            return self._table(wishes, batch)  # type: ignore[arg-type]
+        names = tuple(dict.fromkeys(name for wish in wishes for name in names_in(wish)))
+        return with_blends(self._table(names, batch), names, wishes)
+
     def _turned(
-        self, y: Tensor, table: RotationTable, slots: Tensor | None, names: tuple[str, ...], is_fresh: bool
+        self, y: Tensor, table: RotationTable, slots: Tensor | None, names: tuple[str | Blend, ...], is_fresh: bool
     ) -> Tensor:
         if is_fresh and can_rotate_in_place(y, table):
             z = rotate_rows_(y, table, slots)
-            self._remember(z, table, slots, names)
+            if slots is None:
+                self._remember(z, table, names[0])  # type: ignore[arg-type]
             return z
-        keep = self.kept_for_backward.of({self.variant[name] for name in names if name in self.variant})
+        parts = {name for wish in names for name in names_in(wish)}
+        keep = self.kept_for_backward.of({self.variant[name] for name in parts if name in self.variant})
         return rotate_rows(y, table, slots, keep=keep)
 
-    def _remember(self, y: Tensor, table: RotationTable, slots: Tensor | None, names: tuple[str, ...]) -> None:
+    def _remember(self, y: Tensor, table: RotationTable, name: str) -> None:
         """Get ready to rotate in the same way the next time, where all that the table was made from can be watched."""
-        entry, is_routed = self._tables.entries.get(names), slots is not None
-        active = self._active_adapter
-        if entry is None or not (is_routed or active in (names[0], [names[0]])):
+        entry, active = self._tables.entries.get((name,)), self._active_adapter
+        if entry is None or active not in (name, [name]):
             return
-        watched = None if is_routed else (entry.parameters[0], entry.parameters[1])
-        prepared = prepare_rotation(y, table, slots, watched)
+        prepared = prepare_rotation(y, table, None, (entry.parameters[0], entry.parameters[1]))
         if prepared is not None:
-            self._tables.last = LastRotation(prepared, self._routing.batch, copy(active), entry)
+            self._tables.last = LastRotation(prepared, copy(active), entry)
 
     def _runs(self) -> list[tuple[str, ...]]:
         """The active adapters of this layer, in order; neighbours of one group size, which compose, stand together."""

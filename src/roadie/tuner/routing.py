@@ -10,34 +10,40 @@ Legend: B rows of the batch, T tokens, S adapters. A slot is the position of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from roadie.bank.bank import keep_lease
+from roadie.bank.blends import BASE, Blend, Wish, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
 from roadie.bank.servers import announce
 from roadie.errors import RoutingError
-
-BASE = "__base__"
+from roadie.tuner.residents import Residents, names_in
 
 
 @dataclass(eq=False)
 class Routing:
     """The choice that is in force: `slots` (None: every row uses the active adapters) into `names`.
 
-    slots: int64, ``[B]``, ``[B, T]`` or any leading shape of the layers' outputs; names: the adapters of the table, in
-    slot order; expansion: how many consecutive rows generation makes of one (beams or returned sequences).
+    slots: int64, ``[B]``, ``[B, T]`` or any leading shape of the layers' outputs; names: the adapters (and blends of them) of
+    the table, in slot order; expansion: how many consecutive rows generation makes of one (beams or returned sequences).
+    batch: one set of rows; in_bank: whether the bank of the model knows them too; trains: whether a parameter of them is trained.
+    residents: the bank, kept from one batch to the next.
     """
 
     slots: Tensor | None = None
-    names: tuple[str, ...] = ()
+    names: tuple[str | Blend, ...] = ()
     expansion: int = 1
     batch: object = None
+    in_bank: bool = False
+    trains: bool = False
+    residents: Residents = field(default_factory=Residents)
 
     def slots_of(self, y: Tensor) -> Tensor:
         """The slots for a layer's output y ``[B, ..., D]``: int64, in the shape of y's first dimensions."""
@@ -94,15 +100,17 @@ def rows(model: nn.Module, slots: Tensor | Sequence[str]) -> Iterator[None]:
 
     model: a PeftModel, or any model with RoAd layers inside, compiled or not. slots: an integer tensor, ``[B]`` for a
     slot a row or ``[B, T]`` for a slot a token (-1: the base model; k: the k-th adapter of ``model.peft_config``), or a
-    sequence of B adapter names ("__base__" for the base model). Works in training too: each row's gradient goes to its
-    own adapter, and trainable adapters that no row uses get a gradient of zero: the table holds all adapters, so that a
-    compiled model stays one program whatever the rows choose.
+    sequence of B wishes: adapter names, "__base__" or None for the base model, mappings of names to weights for blends. Works in
+    training too: each row's gradient goes to its own adapter (to all of a blend), and trainable adapters that no row uses get a
+    gradient of zero: the table holds all adapters, so that a compiled model stays one program whatever the rows choose.
 
     Raises `RoutingError` for unknown adapters, slots out of range, or a model with merged adapters.
     """
-    table = adapter_slots(model)
+    table: tuple[str | Blend, ...] = adapter_slots(model)
     if not isinstance(slots, Tensor):
-        slots = _slots_in(table, _checked_names(model, slots))
+        wishes = _checked_wishes(model, slots)
+        table = (*table, *dict.fromkeys(wish for wish in wishes if isinstance(wish, Blend)))
+        slots = _slots_in(table, wishes)
     with _route(model, slots, table):
         yield
 
@@ -111,36 +119,37 @@ announce(rows)
 
 
 @contextmanager
-def adapter_rows(model: nn.Module, adapter_names: Sequence[str], expansion: int) -> Iterator[None]:
+def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int) -> Iterator[None]:
     """Route the rows of one call by name, where generation may make `expansion` consecutive rows of each.
 
     Where nothing is compiled the table holds just the adapters that are asked for: others cost nothing and get no gradient.
     """
-    names = _checked_names(model, adapter_names)
-    table = adapter_slots(model)
+    wishes = _checked_wishes(model, adapter_names)
+    table: tuple[str | Blend, ...] = adapter_slots(model)
+    wanted = {wish for wish in wishes if wish is not None}
     if not _has_compiled_part(model):
-        wanted = set(names)
         table = tuple(name for name in table if name in wanted)
-    with _route(model, _slots_in(table, names), table, expansion):
+    table = (*table, *(wish for wish in wanted if isinstance(wish, Blend)))
+    with _route(model, _slots_in(table, wishes), table, expansion):
         yield
 
 
-def _slots_in(table: tuple[str, ...], names: Sequence[str]) -> Tensor:
+def _slots_in(table: tuple[str | Blend, ...], wishes: Sequence[str | Blend | None]) -> Tensor:
     position = {name: slot for slot, name in enumerate(table)}
-    return torch.tensor([position.get(name, -1) for name in names], dtype=torch.int64)
+    return torch.tensor([-1 if wish is None else position[wish] for wish in wishes], dtype=torch.int64)
 
 
-def _checked_names(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
-    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+def _checked_wishes(model: nn.Module, adapter_names: Sequence[Wish]) -> list[str | Blend | None]:
+    if isinstance(adapter_names, (str, Mapping)):
         raise RoutingError(f"got adapter_names={adapter_names!r}; wanted a list with one adapter name for each row")
-    known = set(adapter_slots(model))
-    unknown = sorted({name for name in adapter_names if name != BASE} - known)
+    wishes = [parse(wish) for wish in adapter_names]
+    unknown = sorted({name for wish in wishes for name in names_in(wish)} - (known := set(adapter_slots(model))))
     if unknown:
         raise RoutingError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Wanted names among "
             f"{sorted(known)} or {BASE!r}; load the adapter first."
         )
-    return list(adapter_names)
+    return wishes
 
 
 def _has_compiled_part(model: nn.Module) -> bool:
@@ -149,23 +158,52 @@ def _has_compiled_part(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _route(model: nn.Module, slots: Tensor, names: tuple[str, ...], expansion: int = 1) -> Iterator[None]:
+def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expansion: int = 1) -> Iterator[None]:
     _check_slots(slots, len(names))
     routing = shared_routing(model)
-    layers = list(road_layers(model))
-    if any(layer.merged for layer in layers):
+    layers = {
+        path: module for path, module in model.named_modules() if isinstance(getattr(module, "_routing", None), Routing)
+    }
+    if any(layer.merged for layer in layers.values()):
         raise RoutingError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    device = layers[0].get_base_layer_device() if layers else slots.device
+    device = next(iter(layers.values())).get_base_layer_device() if layers else slots.device
     chosen = Routing(slots.to(device=device, dtype=torch.int64), names, expansion, object())
+    chosen.trains = _trains(layers.values(), names)
     with ExitStack() as stack:
+        if not (_is_compiled(model) or (chosen.trains and torch.is_grad_enabled())):
+            chosen.in_bank = _enter_bank(stack, model, routing, layers, chosen)
         stack.enter_context(_in_force(routing, chosen))
         stack.enter_context(_saved_modules_by_row(model, routing))
         if torch.is_grad_enabled():
-            again = Routing(routing.slots, routing.names, routing.expansion, routing.batch)
-            stack.enter_context(checkpoints_keep_rows(model, lambda: _in_force(routing, again)))
+            stack.enter_context(checkpoints_keep_rows(model, lambda: _in_force(routing, chosen)))
         yield
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return torch.compiler.is_compiling() or _has_compiled_part(model)
+
+
+def _trains(layers: Iterable[Any], names: Sequence[str | Blend]) -> bool:
+    wanted = {name for wish in names for name in names_in(wish)}
+    return any(
+        slot is not None and slot.requires_grad for layer in layers for slot in (layer._slot(name) for name in wanted)
+    )
+
+
+def _enter_bank(stack: ExitStack, model: nn.Module, routing: Routing, layers: dict[str, Any], chosen: Routing) -> bool:
+    """Put the rows in force in the bank too; whether that is possible."""
+    assert chosen.slots is not None
+    places = [slot for slot in chosen.slots.unique().tolist() if slot >= 0]
+    held = routing.residents.admit(model, layers, [chosen.names[slot] for slot in places])
+    if held is None:
+        return False
+    place = torch.full((len(chosen.names) + 1,), -1, dtype=torch.int64)  # the last is -1 too: the base model
+    place[places] = held
+    slots = keep_lease(place.to(chosen.slots.device)[chosen.slots], held)
+    stack.enter_context(routing.residents.bank.rows(slots, expansion=chosen.expansion))
+    return True
 
 
 def _check_slots(slots: Tensor, num_names: int) -> None:
@@ -180,13 +218,17 @@ def _check_slots(slots: Tensor, num_names: int) -> None:
 
 @contextmanager
 def _in_force(routing: Routing, chosen: Routing) -> Iterator[None]:
-    before = (routing.slots, routing.names, routing.expansion, routing.batch)
-    routing.slots, routing.names, routing.expansion = chosen.slots, chosen.names, chosen.expansion
-    routing.batch = chosen.batch
+    before = replace(routing)
+    _set(routing, chosen)
     try:
         yield
     finally:
-        routing.slots, routing.names, routing.expansion, routing.batch = before
+        _set(routing, before)
+
+
+def _set(routing: Routing, chosen: Routing) -> None:
+    routing.slots, routing.names, routing.expansion = chosen.slots, chosen.names, chosen.expansion
+    routing.batch, routing.in_bank, routing.trains = chosen.batch, chosen.in_bank, chosen.trains
 
 
 @contextmanager
@@ -227,8 +269,8 @@ def _mix(wrapper: AuxiliaryTrainingWrapper, routing: Routing, x: Tensor, *args: 
             "tokens); these are chosen by row; pass one slot for each row"
         )
     copies = wrapper._get_available_adapters()
-    chosen = [routing.names[slot] if slot >= 0 else BASE for slot in slots.tolist()]
-    chosen = [name if name in copies else BASE for name in chosen]
+    wishes = [routing.names[slot] if slot >= 0 else BASE for slot in slots.tolist()]
+    chosen = [_whole(wish, copies) for wish in wishes]
     order, parts = [], []
     for name in dict.fromkeys(chosen):
         indices = [row for row, other in enumerate(chosen) if other == name]
@@ -239,6 +281,16 @@ def _mix(wrapper: AuxiliaryTrainingWrapper, routing: Routing, x: Tensor, *args: 
     inverse[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
     joined = torch.cat(parts)
     return joined.index_select(0, inverse.to(joined.device))
+
+
+def _whole(wish: str | Blend, copies: Iterable[str]) -> str:
+    """Whose copy of a whole module a row goes through."""
+    if isinstance(wish, Blend) and not set(wish.names).isdisjoint(copies):
+        raise RoutingError(
+            f"got a blend of {', '.join(wish.names)}, of which some train whole modules (modules_to_save, trainable tokens); "
+            "wanted adapters that only rotate: whole modules do not blend"
+        )
+    return wish if isinstance(wish, str) and wish in copies else BASE
 
 
 def _through_copy(wrapper: AuxiliaryTrainingWrapper, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _every_module
 
+from roadie.bank.blends import Blend, blended
 from roadie.kernels import PreparedRotation, RotationTable, Watched
-from roadie.rotation import from_parameters
+from roadie.rotation import Rotation, from_parameters
 
 PLAIN = (Tensor, nn.Parameter)
 ANY_SIZE = 2  # of an identity row: it pairs nothing
@@ -83,6 +84,32 @@ def _in_order(direct: Tensor, cross: Tensor, order: list[int], num_slots: int) -
     return direct.index_select(0, rows), cross.index_select(0, rows)
 
 
+def with_blends(table: RotationTable | None, names: Sequence[str], wishes: Sequence[Any]) -> RotationTable | None:
+    """From a table whose rows are the adapters `names`, the table whose rows are `wishes`, blends of these adapters included.
+
+    Differentiable. Raises `AdapterError` or `ConfigError` where a blend does not exist.
+    """
+    if table is None:
+        return None
+    sizes = table.group_sizes if isinstance(table.group_sizes, Tensor) else None
+    rows: list[Rotation] = []
+    for wish in wishes:
+        parts = []
+        for name, weight in wish.weights if isinstance(wish, Blend) else ((wish, 1.0),):
+            row = names.index(name)
+            size = table.uniform_size if sizes is None else int(sizes[row])
+            parts.append((name, weight, Rotation(table.direct[row], table.cross[row], size)))
+        rotation = parts[0][2] if isinstance(wish, str) else blended(f"of {table.direct.shape[1]} outputs", parts)
+        assert rotation is not None
+        rows.append(rotation)
+    direct = torch.stack([row.direct.to(table.direct.dtype) for row in rows])
+    cross = torch.stack([row.cross.to(table.direct.dtype) for row in rows])
+    of_rows = [row.group_size for row in rows]
+    if len(set(of_rows)) == 1:
+        return RotationTable(direct, cross, of_rows[0])
+    return RotationTable(direct, cross, torch.tensor(of_rows, dtype=torch.int32, device=direct.device))
+
+
 def _group_sizes(slots: Sequence[SlotParameters | None], device: torch.device) -> int | Tensor:
     sizes = {slot.group_size for slot in slots if slot is not None}
     if len(sizes) == 1:
@@ -134,13 +161,9 @@ class TableEntry:
 
 @dataclass
 class LastRotation:
-    """The last rotation in place of a layer: when it may be done again, and how.
-
-    batch: the set of rows it was for, or None for a plain batch, of which `active` were the active adapters.
-    """
+    """The last rotation in place of a plain batch, of which `active` were the active adapters, and how to do it again."""
 
     prepared: PreparedRotation
-    batch: object
     active: str | list[str]
     entry: TableEntry
 
@@ -150,7 +173,7 @@ class LastRotation:
         The base layer is not called but computed, as `nn.Linear` does it: without its hooks, of which it has none.
         All in one function, because each call of one costs microseconds here (`roadie.kernels.cpu.prepared`).
         """
-        modules, routing, slot = layer._modules, layer._routing, self.entry.slots[0]
+        modules, routing, slot, name = layer._modules, layer._routing, self.entry.slots[0], self.entry.name
         base = modules["base_layer"]
         weight = base._parameters.get("weight")
         if (
@@ -164,19 +187,13 @@ class LastRotation:
             or _every_module._global_forward_pre_hooks
             or layer._disable_adapters
             or layer.merged_adapters
+            or routing.slots is not None
+            or slot is None
+            or layer._active_adapter != self.active
+            or modules["road_theta"]._parameters.get(name) is not slot.theta
+            or modules["road_alpha"]._parameters.get(name) is not slot.alpha
+            or layer.group_size.get(name) != slot.group_size
         ):
-            return None
-        if self.batch is None and routing.slots is None:
-            name = self.entry.name
-            if (
-                slot is None
-                or layer._active_adapter != self.active
-                or modules["road_theta"]._parameters.get(name) is not slot.theta
-                or modules["road_alpha"]._parameters.get(name) is not slot.alpha
-                or layer.group_size.get(name) != slot.group_size
-            ):
-                return None
-        elif routing.slots is None or routing.batch is not self.batch or not self.entry.is_unwritten():
             return None
         y = nn.functional.linear(x, weight, base._parameters["bias"])
         if self.prepared.rotate_(y):
@@ -219,7 +236,7 @@ class TableCache:
         if entry is not None and entry.is_current(slots, batch):
             return entry.table
         parameters = [tensor for slot in slots if slot is not None for tensor in slot[:2]]
-        if not all(_can_be_kept(tensor) for tensor in parameters):
+        if not all(can_be_kept(tensor) for tensor in parameters):
             with torch.no_grad():
                 return build_table(slots, out_features)
         return self._make(key, slots, parameters, out_features, batch)
@@ -263,7 +280,8 @@ def _same_slot(old: SlotParameters | None, new: SlotParameters | None) -> bool:
     return old.theta is new.theta and old.alpha is new.alpha and old[2:] == new[2:]
 
 
-def _can_be_kept(tensor: Tensor) -> bool:
+def can_be_kept(tensor: Tensor) -> bool:
+    """Whether what is made of a parameter may be kept: every later write to it will be seen."""
     if type(tensor) not in PLAIN or tensor.is_inference() or tensor.device.type == "meta":
         return False
     return tensor.device.type == "cpu" or not tensor.requires_grad

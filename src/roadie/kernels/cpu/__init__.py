@@ -75,16 +75,23 @@ class Watched:
 
     __slots__ = ("_content", "_pairs", "_same", "_tensors")
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Of CPU tensors the content is remembered (a copy of each); others are trusted."""
-        self._tensors = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+    def __init__(self, tensors: Sequence[Tensor], content: Sequence[Tensor] | None = None) -> None:
+        """Of CPU tensors the content is remembered (a copy of each, made here or given); others are trusted."""
+        self._tensors = _on_cpu(tensors)
         with torch.no_grad():
-            self._content = _copies(self._tensors)
+            self._content = list(content) if content is not None else _copies(self._tensors)
         self._pairs = [
             (tensor, copy.data_ptr(), copy.nbytes) for tensor, copy in zip(self._tensors, self._content, strict=True)
         ]
         plain = loaded().problem is None and all(tensor.is_contiguous() for tensor in self._tensors)
         self._same = loaded().same if plain else None
+
+    @classmethod
+    def each(cls, groups: Sequence[Sequence[Tensor]]) -> list[Watched]:
+        """One for each group of tensors, all copied together."""
+        with torch.no_grad():
+            content = iter(_copies([tensor for tensors in groups for tensor in _on_cpu(tensors)]))
+        return [cls(tensors, [next(content) for _ in _on_cpu(tensors)]) for tensors in groups]
 
     def are_unchanged(self) -> bool:
         """Whether all hold what they held."""
@@ -93,6 +100,10 @@ class Watched:
             return all(map(torch.equal, self._tensors, self._content))
         # The tensor's own memory may have been replaced: its address is asked for each time.
         return all(same(tensor.data_ptr(), address, nbytes) for tensor, address, nbytes in self._pairs)
+
+
+def _on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.device.type == "cpu"]
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
