@@ -25,6 +25,7 @@ ADAPTERS = {
     "half-A-interleaved": "half 1 interleaved, trained on A",
     "half-B-interleaved": "half 2 interleaved, trained on B",
     "both-interleaved": "both interleaved halves joined",
+    "both-halved": "both halves joined, at the strength 0.5",
     "full-A": "full, trained on A alone",
     "full-B": "full, trained on B alone",
     "full-A-then-B": "both full adapters, A first",
@@ -56,8 +57,10 @@ def write(record: Record) -> Path:
 def text_of(record: Record) -> str:
     """The document; equal for equal records."""
     variants = list(dict.fromkeys(entry["variant"] for entry in record["entries"]))
-    parts = [GUIDE.read_text(encoding="utf-8"), _how(record), *(_results(record, variant) for variant in variants)]
-    return "\n".join(part.rstrip() + "\n" for part in [*parts, _provenance(record)])
+    results = [_results(record, variant) for variant in variants]
+    guide, entries = GUIDE.read_text(encoding="utf-8"), record["entries"]
+    parts = [guide, _how(record), _shortfall(entries), *results, _provenance(record)]
+    return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
 
 def _how(record: Record) -> str:
@@ -73,8 +76,30 @@ def _how(record: Record) -> str:
     )
 
 
-def _paragraph(*parts: str) -> str:
-    return textwrap.fill(" ".join(parts), width=140, break_on_hyphens=False) + "\n"
+def _paragraph(*parts: str, indent: str = "") -> str:
+    return textwrap.fill(" ".join(parts), width=140, break_on_hyphens=False, subsequent_indent=indent) + "\n"
+
+
+def _shortfall(entries: list[Record]) -> str:
+    """Where joining costs something, and why; nothing where it does not."""
+    texts = [text for text in "AB" if all(_gain(entry, "both-contiguous", text) < 0 for entry in entries)]
+    if not texts:
+        return ""
+    pairs = [(entry, text) for entry in entries for text in "AB"]
+    is_harmful = all(_gain(entry, f"half-{_other(text)}-contiguous", text) < 0 for entry, text in pairs)
+    why = (
+        ": each half by itself makes the other text worse, and what they do adds up in the hidden states. That no pair is shared"
+        " does not keep one task from disturbing the other"
+    )
+    return _paragraph(
+        f"**What falls short.** Joined at full strength the halves are worse than the base model on {' and '.join(texts)},",
+        f"with every variant and seed{why if is_harmful else ''}. The comparisons below each table say what does better.",
+        "Tasks that do not pull in opposite directions, as in the paper, were not measured here.",
+    )
+
+
+def _other(text: str) -> str:
+    return "B" if text == "A" else "A"
 
 
 def _results(record: Record, variant: str) -> str:
@@ -103,30 +128,29 @@ def _findings(entries: list[Record]) -> Iterator[str]:
     yield markdown(
         ["share of a gain", "on A", "on B"],
         [
-            [title, *(_spread([_gain(e, name(t), t) / _gain(e, of(t), t) for e in entries], 2) for t in "AB")]
-            for title, name, of in _SHARES
+            [title, *(_spread([_share_of_gain(e, adapter, measure, text) for e in entries], 2) for text in "AB")]
+            for title, adapter, measure in _SHARES
         ],
     )
     yield from _verdicts(entries)
 
 
+# What is said, the adapter, and the one whose gain is the measure; {t} is the text and {o} the other one.
 _SHARES = (
-    ("a half alone, of the full adapter's", lambda t: f"half-{t}-contiguous", lambda t: f"full-{t}"),
-    ("both halves joined, of the half's", lambda t: "both-contiguous", lambda t: f"half-{t}-contiguous"),
-    ("both interleaved halves joined, of the half's", lambda t: "both-interleaved", lambda t: f"half-{t}-interleaved"),
-    (
-        "the other text's half, of the half's",
-        lambda t: f"half-{_other(t)}-contiguous",
-        lambda t: f"half-{t}-contiguous",
-    ),
-    ("both full adapters in turn, of the full adapter's", lambda t: "full-A-then-B", lambda t: f"full-{t}"),
-    ("both full adapters blended, of the full adapter's", lambda t: "full-blended", lambda t: f"full-{t}"),
-    ("the mixture's adapter, of the full adapter's", lambda t: "mixture", lambda t: f"full-{t}"),
+    ("a half alone, of the full adapter's", "half-{t}-contiguous", "full-{t}"),
+    ("both halves joined, of the half's", "both-contiguous", "half-{t}-contiguous"),
+    ("both interleaved halves joined, of the half's", "both-interleaved", "half-{t}-interleaved"),
+    ("both halves joined at 0.5, of the half's", "both-halved", "half-{t}-contiguous"),
+    ("the other text's half, of the half's", "half-{o}-contiguous", "half-{t}-contiguous"),
+    ("both full adapters in turn, of the full adapter's", "full-A-then-B", "full-{t}"),
+    ("both full adapters blended, of the full adapter's", "full-blended", "full-{t}"),
+    ("the mixture's adapter, of the full adapter's", "mixture", "full-{t}"),
 )
 
 
-def _other(text: str) -> str:
-    return "B" if text == "A" else "A"
+def _share_of_gain(entry: Record, adapter: str, measure: str, text: str) -> float:
+    found, full = (name.format(t=text, o=_other(text)) for name in (adapter, measure))
+    return _gain(entry, found, text) / _gain(entry, full, text)
 
 
 def _gain(entry: Record, name: str, text: str) -> float:
@@ -137,12 +161,13 @@ def _gain(entry: Record, name: str, text: str) -> float:
 def _verdicts(entries: list[Record]) -> Iterator[str]:
     for first, second, title in (
         ("both-contiguous", "base", "Both halves joined against the base model"),
+        ("both-halved", "base", "Both halves joined at 0.5 against the base model"),
         ("both-contiguous", "full-A-then-B", "Both halves joined against both full adapters in turn"),
-        ("both-contiguous", "full-blended", "Both halves joined against both full adapters blended"),
+        ("both-halved", "full-blended", "Both halves joined at 0.5 against both full adapters blended 0.5 and 0.5"),
         ("both-contiguous", "mixture", "Both halves joined against the mixture's adapter"),
     ):
         said = " and ".join(_compared(entries, first, second, text) for text in "AB")
-        yield f"- {title}: {said}."
+        yield _paragraph(f"- {title}: {said}.", indent="  ").rstrip()
 
 
 def _compared(entries: list[Record], first: str, second: str, text: str) -> str:

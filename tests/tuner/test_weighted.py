@@ -164,7 +164,7 @@ def test_adapters_in_training_go_on_training_beside_a_loaded_one(tmp_path):
 
 
 def test_nothing_that_is_trained_is_frozen(tmp_path):
-    """PEFT's injection makes the active adapter trainable and all others not, or nothing for a config made for inference."""
+    """Neither beside an adapter loaded for inference, nor where adapters that are not active are trained."""
     chain("k").save_pretrained(str(tmp_path))
     loaded = peft.PeftModel.from_pretrained(linear_chain(*SIZES), tmp_path / "k", adapter_name="k")
     loaded.add_adapter("b", roadie.RoadConfig(group_size=4, target_modules=["second"]))

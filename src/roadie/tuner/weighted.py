@@ -70,9 +70,8 @@ def weighted_adapter(
 def add_adapter(tuner: BaseTuner, adapter_name: str, adapter: Adapter) -> None:
     """Add an adapter value to the model, frozen and not active, or leave the model as it was and raise.
 
-    What was trainable stays trainable, whatever the adapter's config says of inference.
+    What was trainable stays trainable, whatever the adapter's config says of inference: PEFT's injection sees to it.
     """
-    trainable = {parameter: parameter.requires_grad for parameter in tuner.model.parameters()}
     tuner.peft_config[adapter_name] = _config(adapter)
     with all_or_nothing(tuner, tuner.model, adapter_name):
         tuner.inject_adapter(tuner.model, adapter_name)
@@ -85,8 +84,6 @@ def add_adapter(tuner: BaseTuner, adapter_name: str, adapter: Adapter) -> None:
             )
         for path, layer in with_it.items():
             _fill(path, layer, adapter_name, adapter.layers[path])
-    for parameter, requires_grad in trainable.items():
-        parameter.requires_grad_(requires_grad)
 
 
 @torch.no_grad()
