@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from roadie import checkpoint
+from roadie.bank.blends import BASE
 from roadie.testing.accuracy import (
     assert_same_bits,
     assert_within,
@@ -31,7 +32,6 @@ from roadie.testing.laws import ROOM, apply_dense
 from roadie.testing.reference import dense_rotation
 from roadie.tuner import RoadLayer
 from roadie.tuner.merging import ExactUnmerge
-from roadie.tuner.routing import BASE
 from roadie.tuner.weight import is_conv1d
 
 # float64 results that differ only in the order of sums: 1e-16, times the length of the sums and what the rotations amplify.
