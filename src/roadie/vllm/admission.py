@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm.lora.request import LoRARequest
 
 from roadie.errors import AdapterError
-from roadie.vllm.store import AdapterStore
+from roadie.vllm.store import AdapterStore, reason_left
 
 FIRST_OWN_NUMBER = 1 << 30  # below are the users' numbers; above 2^31 some of vLLM's arrays end
+KEPT_S = 3600.0  # how long a copy stays that no name stands for any more: requests that began with it may still run
 
 
 class _Given(NamedTuple):
@@ -40,22 +42,34 @@ class Admissions:
         self._names: set[str] = set()
         self._own_numbers = itertools.count(FIRST_OWN_NUMBER)
         self._loaded: set[int] = set()
+        self._unused_since: dict[Path, float] = {}
         self._lock = threading.Lock()
 
-    def admit(self, request: Any) -> Any:
-        """The engine's `LoRARequest` for a user's; read from the files the first time, and where it says ``load_inplace``.
+    def known(self, request: Any) -> Any:
+        """The engine's request for one that is settled and needs no reading; None for others. Waits for nothing."""
+        if request.load_inplace:
+            return None
+        return self._current.get(_Given(request.lora_name, request.lora_int_id, request.lora_path))
 
-        Raises `CheckpointError` where the files are not a sound RoAd adapter; nothing has changed then.
+    def admit(self, request: Any) -> Any:
+        """The engine's `LoRARequest` for what is in the files now; nothing stands for it before `settle`.
+
+        Raises `CheckpointError` where the files are not a sound RoAd adapter.
         """
         given = _Given(request.lora_name, request.lora_int_id, request.lora_path)
         with self._lock:
-            known = self._current.get(given)
-            if known is not None and not request.load_inplace:
-                return known
             copy = self._store.add(_local_folder(request.lora_path))
-            admitted = self._of_content.get((given.name, copy)) or self._new(given, copy, request.base_model_name)
+            return self._of_content.get((given.name, copy)) or self._new(given, copy, request.base_model_name)
+
+    def settle(self, request: Any, admitted: Any) -> None:
+        """From now on the user's request stands for this one, which the workers have taken."""
+        given = _Given(request.lora_name, request.lora_int_id, request.lora_path)
+        with self._lock:
+            before = self._current.get(given)
             self._current[given] = admitted
-            return admitted
+            self._loaded.add(admitted.lora_int_id)
+            if self._unused_since or before not in (None, admitted):
+                self._remove_unused()
 
     def _new(self, given: _Given, copy: Path, base_model_name: str | None) -> Any:
         name = given.name if given.name not in self._names else f"{given.name}@{copy.name[:12]}"
@@ -66,17 +80,26 @@ class Admissions:
         self._of_content[given.name, copy] = admitted
         return admitted
 
+    def unload(self, name: str) -> None:
+        """Forget what `name` stands for; requests that run with it go on."""
+        with self._lock:
+            for given in [given for given in self._current if given.name == name]:
+                del self._current[given]
+            self._remove_unused()
+
+    def _remove_unused(self) -> None:
+        """Remove the copies that nothing has stood for since `KEPT_S`; their names and numbers are not given again."""
+        used, now = {Path(admitted.lora_path) for admitted in self._current.values()}, time.monotonic()
+        for name, copy in list(self._of_content):
+            if copy in used:
+                self._unused_since.pop(copy, None)
+            elif now - self._unused_since.setdefault(copy, now) >= KEPT_S:
+                self._loaded.discard(self._of_content.pop((name, copy)).lora_int_id)
+                self._store.remove(copy)
+
     def is_loaded(self, admitted: Any) -> bool:
         """Whether the workers have taken it once, so that it is known to fit the model."""
         return admitted.lora_int_id in self._loaded
-
-    def mark_loaded(self, admitted: Any) -> None:
-        """Remember that the workers took it."""
-        self._loaded.add(admitted.lora_int_id)
-
-    def forget(self, request: Any) -> None:
-        """Read the files again at the next request: the workers refused what was in them."""
-        self._current.pop(_Given(request.lora_name, request.lora_int_id, request.lora_path), None)
 
 
 def _local_folder(path: str) -> str:
@@ -86,8 +109,13 @@ def _local_folder(path: str) -> str:
     return str(get_adapter_absolute_path(path))
 
 
+def refused(request: Any, admitted: Any) -> AdapterError:
+    """The error for an adapter that the workers would not take."""
+    return AdapterError(f"{request.lora_name} ({request.lora_path}): {reason_left(admitted.lora_path)}")
+
+
 def explained(error: Exception) -> Exception:
-    """What a worker's refusal means, where it is that the plug-in does not run there."""
+    """An error of the workers; a better one, where it is that the plug-in is not there."""
     if "Missing required configuration fields" not in str(error):
         return error
     return AdapterError(

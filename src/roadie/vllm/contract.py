@@ -40,6 +40,7 @@ TOUCHED = (
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM.add_request", takes=("lora_request",)),
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", takes=("lora_request",)),
     Symbol(_SERVING, "OpenAIServingModels._check_load_lora_adapter_request", takes=("request",)),
+    Symbol(_SERVING, "OpenAIServingModels.unload_lora_adapter", takes=("request",)),
     Symbol("vllm.lora.utils", "_all_lora_classes"),
 )
 
@@ -74,6 +75,7 @@ RELIED_ON = (
     Symbol(_WORKER, "LRUCacheWorkerLoRAManager.__init__", takes=("vllm_config", "device", "embedding_modules")),
     Symbol(_WORKER, "LRUCacheWorkerLoRAManager._apply_adapters", takes=("lora_requests",)),
     Symbol(_WORKER, "LRUCacheWorkerLoRAManager.add_adapter", takes=("lora_request",)),
+    Symbol(_WORKER, "LRUCacheWorkerLoRAManager.create_lora_manager", takes=("model", "vllm_config")),
     Symbol(_WORKER, "WorkerLoRAManager._load_adapter", takes=("lora_request",)),
     Symbol(_WORKER, "WorkerLoRAManager._manager_cls"),
     Symbol("vllm.lora.request", "LoRARequest", takes=_REQUEST),

@@ -1,7 +1,7 @@
 """The process that takes requests: adapters are checked and loaded before a request that needs them is passed on.
 
-A worker that meets a bad adapter in the middle of a step takes the engine down with it. Loading by call is safe: what a
-worker raises then comes back to the caller. So the first request for an adapter loads it by call.
+A worker that meets a bad adapter in the middle of a step takes the engine down with it. Loading by call is safe: a worker
+that will not have an adapter says so, and why. So the first request for an adapter loads it by call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from roadie.vllm.admission import Admissions, explained
+from roadie.vllm.admission import Admissions, explained, refused
 from roadie.vllm.limits import check_supported
 from roadie.vllm.resolver import look_in
 from roadie.vllm.settings import KEY, settings_of
@@ -50,18 +50,23 @@ def begin(input_processor: Any, vllm_config: Any) -> None:
 
 
 def load(engine: Any, request: Any) -> Any:
-    """The engine's request for a user's, once the workers have the adapter; raises what they raise."""
+    """The engine's request for a user's, once the workers have the adapter; raises what they raise, and changes nothing then."""
     admissions = admissions_of(engine)
     if admissions is None or request is None:
         return request
+    known = admissions.known(request)
+    if known is not None:
+        return known
     admitted = admissions.admit(request)
     if not admissions.is_loaded(admitted):
         try:
-            engine.engine_core.add_lora(admitted)
+            taken = engine.engine_core.add_lora(admitted)
         except Exception as error:
-            admissions.forget(request)
             raise explained(error) from None
-        admissions.mark_loaded(admitted)
+        if not taken:
+            engine.engine_core.remove_lora(admitted.lora_int_id)  # from the workers that did
+            raise refused(request, admitted)
+    admissions.settle(request, admitted)
     return admitted
 
 
@@ -70,14 +75,19 @@ async def load_async(engine: Any, request: Any) -> Any:
     admissions = admissions_of(engine)
     if admissions is None or request is None:
         return request
+    known = admissions.known(request)
+    if known is not None:
+        return known
     admitted = await asyncio.to_thread(admissions.admit, request)
     if not admissions.is_loaded(admitted):
         try:
-            await engine.engine_core.add_lora_async(admitted)
+            taken = await engine.engine_core.add_lora_async(admitted)
         except Exception as error:
-            admissions.forget(request)
             raise explained(error) from None
-        admissions.mark_loaded(admitted)
+        if not taken:
+            await engine.engine_core.remove_lora_async(admitted.lora_int_id)  # from the workers that did
+            raise refused(request, admitted)
+    admissions.settle(request, admitted)
     return admitted
 
 
@@ -89,6 +99,7 @@ def touch() -> None:
     _replace(AsyncLLM, "add_request", _add_request_async)
     _replace(AsyncLLM, "add_lora", _add_lora_async)
     _replace(OpenAIServingModels, "_check_load_lora_adapter_request", _check_load)
+    _replace(OpenAIServingModels, "unload_lora_adapter", _unload)
 
 
 def _replace(owner: type, name: str, wrapper: Callable[[Any], Any]) -> None:
@@ -167,5 +178,16 @@ def _check_load(original: Any) -> Any:
                 status_code=HTTPStatus.BAD_REQUEST,
             )
         return None
+
+    return wrapped
+
+
+def _unload(original: Any) -> Any:
+    async def wrapped(self: Any, request: Any) -> Any:
+        answer = await original(self, request)
+        admissions = admissions_of(self.engine_client)
+        if isinstance(answer, str) and admissions is not None:  # an error is another kind of answer
+            await asyncio.to_thread(admissions.unload, request.lora_name)
+        return answer
 
     return wrapped

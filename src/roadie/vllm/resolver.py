@@ -9,6 +9,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from roadie import checkpoint
+from roadie.errors import ConfigError
+from roadie.vllm.settings import KEY
 
 NAME = "roadie"
 
@@ -33,5 +35,7 @@ class FolderResolver(LoRAResolver):
 
 
 def look_in(folder: str) -> None:
-    """From now on, servers of this process look for unknown names in `folder`."""
+    """From now on, servers of this process look for unknown names in `folder`; raises `ConfigError` where it is none."""
+    if not Path(folder).is_dir():
+        raise ConfigError(f"got {KEY}.adapters={folder!r}; wanted a folder; make it, or correct the path")
     LoRAResolverRegistry.register_resolver(NAME, FolderResolver(folder))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from roadie import __version__
@@ -47,8 +46,6 @@ class Settings:
             object.__setattr__(self, "packing", Packing(self.packing))
         except ValueError:
             raise ConfigError(f"got {KEY}.packing={self.packing!r}; wanted 'whole' or 'parts'") from None
-        if self.adapters is not None and not Path(self.adapters).is_dir():
-            raise ConfigError(f"got {KEY}.adapters={self.adapters!r}; wanted a folder; make it, or correct the path")
 
     def as_config(self) -> dict[str, Any]:
         """What stands under "roadie" in `additional_config` once the front end has read it."""

@@ -6,6 +6,7 @@ an adapter that has changed is another copy, so that no key-value cache of the o
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -21,6 +22,7 @@ from roadie.adapter import Adapter
 
 _PREFIX = "roadie-vllm-"
 _LOCK = "in-use"
+_REASON = "refused.txt"
 
 
 class AdapterStore:
@@ -31,8 +33,9 @@ class AdapterStore:
     """
 
     def __init__(self, folder: str | None = None) -> None:
+        self.is_temporary = folder is None
         if folder is not None:
-            self.folder = Path(folder)
+            self.folder = Path(folder).absolute()
             self.folder.mkdir(parents=True, exist_ok=True)
             return
         _remove_abandoned(Path(tempfile.gettempdir()))
@@ -48,6 +51,11 @@ class AdapterStore:
         if not (copy / checkpoint.CONFIG_NAME).is_file():
             checkpoint.save(adapter, copy)
         return copy
+
+    def remove(self, copy: Path) -> None:
+        """Take a copy out of a temporary store; a folder that the user named keeps what is in it."""
+        if self.is_temporary:
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 def content_hash(adapter: Adapter) -> str:
@@ -69,6 +77,25 @@ def is_road(path: str) -> bool:
         return bool(checkpoint.read_config(Path(path)))
     except (OSError, ValueError):
         return False
+
+
+def leave_reason(copy: str, reason: str) -> None:
+    """Leave in a copy's folder why a worker refused it; whoever made the copy reads it there."""
+    with (
+        contextlib.suppress(OSError),
+        tempfile.NamedTemporaryFile("w", dir=copy, delete=False, encoding="utf-8") as file,
+    ):
+        file.write(reason)
+        file.flush()
+        os.replace(file.name, Path(copy) / _REASON)
+
+
+def reason_left(copy: str) -> str:
+    """Why a worker refused a copy."""
+    try:
+        return (Path(copy) / _REASON).read_text(encoding="utf-8")
+    except OSError:
+        return "the workers refused it; their log says why"
 
 
 def _remove(folder: Path, lock: int) -> None:

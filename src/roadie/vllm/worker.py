@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,9 @@ from roadie.vllm import layers
 from roadie.vllm.limits import check_supported
 from roadie.vllm.placement import place
 from roadie.vllm.settings import KEY, Settings, settings_of
-from roadie.vllm.store import is_road
+from roadie.vllm.store import is_road, leave_reason
+
+log = logging.getLogger("vllm.roadie")  # in vLLM's own log
 
 
 def manager_for(vllm_config: Any, device: Any, embedding_modules: Any, **more: Any) -> LRUCacheWorkerLoRAManager:
@@ -81,6 +84,18 @@ class RoadWorkerManager(LRUCacheWorkerLoRAManager):
         self._manager_cls = type("RoadModelManager", (RoadModelManager,), {"settings": settings})
         super().__init__(vllm_config, device, embedding_modules, **more)
 
+    def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
+        """The model with layers that rotate; the log says so, and what their tables take."""
+        adapted = super().create_lora_manager(model, vllm_config)
+        tables = [table for module in self._adapter_manager.modules.values() for table in module.slot_tables]
+        log.info(
+            "This worker serves RoAd adapters: %d slots in %d layers, %.1f MiB",
+            self._adapter_manager.lora_slots,
+            len(self._adapter_manager.modules),
+            sum(table.nbytes for table in tables) / 2**20,
+        )
+        return adapted
+
     def _load_adapter(self, lora_request: Any) -> Any:
         """The adapter at ``lora_path``, placed; raises before anything of the engine has changed."""
         adapter = checkpoint.load(lora_request.lora_path)
@@ -99,7 +114,20 @@ class RoadWorkerManager(LRUCacheWorkerLoRAManager):
             )
         absent = [request for number, request in wanted.items() if not _touched(manager, number)]
         for request in absent:
-            self.add_adapter(request)
+            super().add_adapter(request)
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        """Load an adapter by call; False, with the reason beside its copy, where it will not do.
+
+        Never raises: with several workers, vLLM reads the answers up to the first that is an error, takes the others for
+        answers to the next call, and the engine dies of it.
+        """
+        try:
+            return bool(super().add_adapter(lora_request))
+        except Exception as error:
+            log.warning("Refused the RoAd adapter %s: %s", lora_request.lora_name, error)
+            leave_reason(lora_request.lora_path, str(error))
+            return False
 
 
 def _touched(manager: Any, adapter_id: int) -> bool:

@@ -1,0 +1,192 @@
+"""vLLM's own OpenAI server: adapters listed, loaded, replaced and unloaded while it runs."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM, which has an environment of its own: make test-vllm")
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+from tests.vllm import cases
+
+START_TIMEOUT_S = 400
+
+
+class Server:
+    """A running server, and its clients."""
+
+    def __init__(self, port: int, process: subprocess.Popen[str], log: Path, folder: Path) -> None:
+        self.url, self.process, self.log, self.folder = f"http://127.0.0.1:{port}", process, log, folder
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+
+    def wait(self) -> None:
+        end = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise TimeoutError(self.log.read_text()[-4000:])
+
+    def load(self, name: str, path: Path, **more: bool) -> httpx.Response:
+        return self.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **more})
+
+    def unload(self, name: str) -> httpx.Response:
+        return self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+    def names(self) -> dict[str, str | None]:
+        return {model.id: getattr(model, "parent", None) for model in self.openai.models.list()}
+
+    def complete(self, model: str, prompt: Sequence[int], tokens: int = 10) -> tuple[int, ...]:
+        more = {"return_token_ids": True, "ignore_eos": True}
+        answer = self.openai.completions.create(
+            model=model, prompt=list(prompt), max_tokens=tokens, temperature=0, extra_body=more
+        )
+        return tuple(answer.choices[0].token_ids)
+
+
+@pytest.fixture(scope="module")
+def server(base: Path, kinds: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that looks for unknown names in a folder, in which "found" and "broken" are."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(kinds["all-2"], folder / "found")
+    shutil.copytree(kinds["all-1"], folder / "broken")
+    (folder / "broken" / "adapter_model.safetensors").write_bytes(b"nothing")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = (
+        f"-m vllm.entrypoints.openai.api_server --model {base} --served-model-name base --dtype float32 --max-model-len 128 "
+        f"--enforce-eager --block-size 32 --enable-lora --max-loras 32 --host 127.0.0.1 --port {port} --additional-config"
+    )
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, *command.split(), json.dumps({"roadie": {"adapters": str(folder)}})],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LOGGING_LEVEL": "INFO"},
+        )
+    running = Server(port, process, log, folder)
+    try:
+        running.wait()
+        yield running
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_adapters_are_loaded_listed_used_together_and_unloaded(server: Server, kinds: dict[str, Path]) -> None:
+    for name, path in kinds.items():
+        assert server.load(name, path).status_code == 200
+    assert server.names() == {"base": None, **dict.fromkeys(kinds, "base")}
+    asked = [("base", None), *kinds.items()] * 2
+    with ThreadPoolExecutor(len(asked)) as pool:
+        tokens = list(pool.map(lambda i: server.complete(asked[i][0], cases.prompt(i)), range(len(asked))))
+    verdict = cases.judged([cases.Generated(path, cases.prompt(i), tokens[i]) for i, (_, path) in enumerate(asked)])
+    print(f"\nserver: {verdict}")
+    assert verdict.wrong == 0
+    assert verdict.like_base <= 2 + 4
+    for name in kinds:
+        assert server.unload(name).status_code == 200
+    assert server.names() == {"base": None}
+    with pytest.raises(openai.NotFoundError):
+        server.complete("all-1", cases.prompt(0))
+
+
+def test_an_unknown_name_is_looked_for_in_the_folder(server: Server, kinds: dict[str, Path]) -> None:
+    tokens = server.complete("found", cases.prompt(1))
+    assert cases.judged([cases.Generated(kinds["all-2"], cases.prompt(1), tokens)]).wrong == 0
+    assert "found" in server.names()
+    assert server.unload("found").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["nowhere", "..", "../adapters/found", "found/", "found/../found", "/etc", "a\\b"])
+def test_names_that_are_not_in_the_folder_are_not_found(server: Server, name: str) -> None:
+    with pytest.raises(openai.NotFoundError):
+        server.complete(name, cases.prompt(0))
+
+
+def test_a_broken_adapter_of_the_folder_is_the_callers_error_and_the_server_lives(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError):
+        server.complete("broken", cases.prompt(0))
+    assert len(server.complete("base", cases.prompt(0))) == 10
+
+
+def test_bad_adapters_are_refused_with_the_reason_and_the_server_lives(
+    server: Server, kinds: dict[str, Path], tmp_path: Path
+) -> None:
+    foreign = cases.write_adapter(tmp_path / "foreign", "road_1", 64, ("q_proj",), base=cases.deeper_model())
+    for path, reason in {
+        server.folder / "broken": "adapter_model.safetensors",
+        tmp_path / "nowhere": "no such file",
+        foreign: "model.layers.2.self_attn.q_proj (not in the model)",
+    }.items():
+        refused = server.load("bad", path)
+        assert refused.status_code == 400
+        assert reason in refused.json()["error"]["message"]
+    assert server.load("good", kinds["all-1"]).status_code == 200
+    before = server.complete("good", cases.prompt(2))
+    assert server.load("good", foreign, load_inplace=True).status_code == 400
+    assert server.complete("good", cases.prompt(2)) == before
+    assert server.unload("good").status_code == 200
+    assert server.load("", kinds["all-1"]).status_code == 400
+    assert server.unload("bad").status_code == 404
+    assert "bad" not in server.names()
+    assert len(server.complete("base", cases.prompt(0))) == 10
+    assert server.process.poll() is None
+
+
+def test_an_adapter_is_replaced_under_load_without_a_mixed_answer(
+    server: Server, kinds: dict[str, Path], tmp_path: Path
+) -> None:
+    """Four clients never stop asking; the files change and are loaded in place; every answer is the old or the new one's."""
+    place, versions = tmp_path / "place", [kinds["all-1"], kinds["all-4"], kinds["pairs-2"]]
+    shutil.copytree(versions[0], place)
+    assert server.load("swap", place).status_code == 200
+    stop, answers, asked = threading.Event(), [], cases.prompt(5) * 3
+
+    def client() -> None:
+        while not stop.is_set():
+            answers.append(server.complete("swap", asked[:100], tokens=20))
+
+    expected = []
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client) for _ in range(4)]
+        for version in versions:
+            shutil.copytree(version, place, dirs_exist_ok=True)
+            assert server.load("swap", place, load_inplace=True).status_code == 200
+            expected.append(server.complete("swap", asked[:100], tokens=20))
+            time.sleep(0.5)
+        stop.set()
+        for each in clients:
+            each.result()
+    whole = [cases.Generated(path, asked[:100], tokens) for path, tokens in zip(versions, expected, strict=True)]
+    assert cases.judged(whole).wrong == 0
+    assert len(set(expected)) == 3
+    assert set(answers) <= set(expected)
+    assert len(answers) >= 8
+    print(
+        f"\nreplaced under load: {len(answers)} answers, {[answers.count(each) for each in expected]} of the versions"
+    )
+
+
+def test_the_log_says_that_the_server_is_for_road_adapters(server: Server) -> None:
+    assert "serves RoAd adapters" in server.log.read_text()
