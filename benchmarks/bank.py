@@ -316,12 +316,42 @@ def _scaling(factor: float) -> Adapter:
     return Adapter(layers)
 
 
+def blends(rounds: int = 60) -> list[dict[str, Any]]:
+    """A layer of a bank: 128 rows of one token, each an adapter, or each a blend of two that was asked for before."""
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).requires_grad_(False)
+    bank = roadie.AdapterBank(net, slots=2 * ROWS)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(ROWS):
+        theta, alpha = (0.1 * torch.randn(WIDTH // 2, generator=generator) for _ in range(2))
+        layers = {"0": LayerParameters(theta, 1 + alpha, "road_1", GROUP_SIZE)}  # type: ignore[arg-type]
+        bank.admit(f"a{index}", Adapter(layers))
+    names: list[Any] = [f"a{index}" for index in range(ROWS)]
+    mixtures: list[Any] = [{f"a{index}": 0.7, f"a{(index + 1) % ROWS}": 0.3} for index in range(ROWS)]
+    start = time.perf_counter()
+    bank.slots(mixtures)
+    first_ms = 1e3 * (time.perf_counter() - start)
+    x = torch.randn(ROWS, WIDTH)
+
+    def run(wishes: list[Any]) -> None:
+        with torch.no_grad(), bank.rows(wishes):
+            net(x)
+
+    summary = summarise(
+        measure({"names": partial(run, names), "blends": partial(run, mixtures)}, Budget(8.0, rounds)), "names", None
+    )
+    entry = {"what": "blends", "case": {"rows": ROWS}, "making_them_all_ms": first_ms, "rivals": summary}
+    print(entry, flush=True)
+    bank.close()
+    return [entry]
+
+
 PARTS: dict[str, tuple[Callable[[], list[dict[str, Any]]], int | None]] = {
     "layer": (layer, 1),
     "growth": (growth, 1),
     "model": (model, None),
     "memory": (memory, None),
     "stress": (stress, 1),
+    "blends": (blends, 1),
 }
 
 
@@ -338,12 +368,17 @@ def main() -> None:
     record = {
         "machine": machine.machine_name(),
         **made,
+        "date": machine.now()[:10],
         "torch": torch.__version__,
         "peft": peft.__version__,
         "entries": entries,
     }
     path = machine.ROOT / "benchmarks" / "results" / machine.machine_name() / f"bank-{made['commit']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # parts that were run before stay
+        ran = {entry["what"] for entry in entries}
+        before = [entry for entry in json.loads(path.read_text())["entries"] if entry["what"] not in ran]
+        record["entries"] = [*before, *entries]
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"record: {path.relative_to(machine.ROOT)}")
 
