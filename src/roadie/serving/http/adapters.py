@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from roadie.serving.engine import AdapterStatus, Unload
 from roadie.serving.http.answers import AdapterAnswer, AdaptersAnswer, Model, Models
 from roadie.serving.http.bodies import LoadBody, LoadLoraBody, PinBody, UnloadBody, UnloadLoraBody
-from roadie.serving.http.failures import unknown_model
+from roadie.serving.http.failures import ApiError, unknown_model
 from roadie.serving.http.keys import Caller
 from roadie.serving.http.service import Service, service_of
 
@@ -114,6 +114,9 @@ async def pin(body: PinBody, request: Request) -> Any:
 
 
 async def _load(request: Request, name: str, path: str | None, replace: bool) -> Any:
+    if name in service_of(request).names.base:
+        message = f"got adapter name {name!r}, which the base model has; wanted another"
+        raise ApiError(400, message, "invalid_value", param="name")
     return await _done(service_of(request).engine.load_adapter(name, path, replace=replace), request)
 
 

@@ -52,6 +52,7 @@ ROUTES = {
     "/": Route(Right.NONE),
     "/page.js": Route(Right.NONE),
     "/page.css": Route(Right.NONE),
+    "/icon.svg": Route(Right.NONE),
     "/health": Route(Right.NONE),
     "/ready": Route(Right.NONE),
     "/metrics": Route(Right.NONE),

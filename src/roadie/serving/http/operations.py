@@ -109,3 +109,9 @@ async def page_script() -> Response:
 async def page_style() -> Response:
     """How it looks."""
     return _page_file("page.css", "text/css; charset=utf-8")
+
+
+@router.get("/icon.svg", include_in_schema=False)
+async def page_icon() -> Response:
+    """A pair, and how far it is turned."""
+    return _page_file("icon.svg", "image/svg+xml")
