@@ -349,7 +349,7 @@ PARTS: dict[str, tuple[Callable[[], list[dict[str, Any]]], int | None]] = {
     "layer": (layer, 1),
     "growth": (growth, 1),
     "model": (model, None),
-    "memory": (memory, None),
+    "memory": (memory, 1),
     "stress": (stress, 1),
     "blends": (blends, 1),
 }

@@ -70,6 +70,7 @@ class AdapterBank:
         self._spare = 1
         self._versions: dict[str, int] = {}
         self._layers_of: dict[str, frozenset[str]] = {}
+        self._blends: set[Blend] = set()
         self._admissions = 0
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -238,6 +239,7 @@ class AdapterBank:
             self._hold.close(self.model)
             self._detach.close()
             self._attached.clear()
+            self._blends.clear()
             self._book = SlotBook(self._book.num_slots)
 
     def __enter__(self) -> AdapterBank:
@@ -299,6 +301,8 @@ class AdapterBank:
                 self._admissions += 1
                 self._versions[name] = self._admissions
                 self._layers_of[name] = frozenset(path for path, parts in made.items() if _has(parts, index))
+            else:
+                self._blends.add(name)
             self._book.publish(name, slot)
         return slots
 
@@ -323,7 +327,9 @@ class AdapterBank:
 
     def _let_one_go(self) -> bool:
         evicted = self._book.evict(is_dispensable=lambda name: isinstance(name, Blend))
-        if isinstance(evicted, str):
+        if isinstance(evicted, Blend):
+            self._blends.discard(evicted)
+        elif isinstance(evicted, str):
             self._forget(evicted)
         return evicted is not None
 
@@ -352,7 +358,8 @@ class AdapterBank:
         """An adapter's blends are not those of the one that comes after it."""
         self._versions.pop(name, None)
         self._layers_of.pop(name, None)
-        for wish in [wish for wish in self._book if isinstance(wish, Blend) and name in wish.names]:
+        for wish in [wish for wish in self._blends if name in wish.names]:
+            self._blends.discard(wish)
             self._book.drop(wish)
 
     def _slot_of(self, wish: str | Blend) -> int:

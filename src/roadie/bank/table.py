@@ -39,6 +39,11 @@ class LayerTable:
         for slot in slots:
             self._set_group_size(slot, rotation.group_size)
         direct, cross = self.current.direct, self.current.cross
+        if len(slots) == 1:  # twice as fast, and there are a hundred layers
+            row = slice(slots[0], slots[0] + 1)
+            direct[row].copy_(rotation.direct)
+            cross[row].copy_(rotation.cross)
+            return
         rows = torch.tensor(slots, device=direct.device)
         direct.index_copy_(0, rows, rotation.direct.to(direct.dtype))
         cross.index_copy_(0, rows, rotation.cross.to(direct.dtype))

