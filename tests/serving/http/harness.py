@@ -99,3 +99,10 @@ def until(condition: Any, seconds: float = PATIENCE_S) -> None:
     while not condition():
         assert time.monotonic() < give_up_s, "it never came to hold"
         time.sleep(0.005)
+
+
+def free_port() -> int:
+    """A port that nobody listens at just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
