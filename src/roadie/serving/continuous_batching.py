@@ -16,7 +16,6 @@ Legend: T tokens of a step, N requests that get a token, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,7 +31,6 @@ from roadie.errors import ServingError
 from roadie.serving.engine import EngineSettings
 
 TESTED_VERSIONS = ("5.23",)
-_PACKAGE = "transformers.generation.continuous_batching"
 
 CONTRACT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("continuous_api", "ContinuousBatchingManager._create_batch_processor", ("self",)),
@@ -69,22 +67,23 @@ FREE_SHARE_WANTED = 0.15
 
 def contract_problems() -> list[str]:
     """What of `CONTRACT` this transformers does not have, in words."""
-    return [problem for entry in CONTRACT if (problem := _problem(*entry))]
-
-
-def _problem(module: str, name: str, wanted: tuple[str, ...]) -> str | None:
-    where = f"{_PACKAGE}.{module}"
     try:
-        found: Any = importlib.import_module(where)
-        for part in name.split("."):
+        from transformers.generation import continuous_batching as package
+    except ImportError as error:
+        return [f"transformers.generation.continuous_batching is not there ({error})"]
+    return [problem for entry in CONTRACT if (problem := _problem(package, *entry))]
+
+
+def _problem(package: Any, module: str, name: str, wanted: tuple[str, ...]) -> str | None:
+    where, found = f"{package.__name__}.{module}.{name}", package
+    try:
+        for part in f"{module}.{name}".split("."):
             found = getattr(found, part)
-        if name == "FutureRequestState":
-            found = found.__init__
-        names = tuple(inspect.signature(found).parameters)
-    except (ImportError, AttributeError) as error:
-        return f"{where}.{name} is not there ({error})"
-    is_met = set(wanted) <= set(names) if inspect.isclass(found) else names == wanted
-    return None if is_met else f"{where}.{name} takes ({', '.join(names)}) instead of ({', '.join(wanted)})"
+        names = tuple(inspect.signature(found.__init__ if name == "FutureRequestState" else found).parameters)
+    except AttributeError as error:
+        return f"{where} is not there ({error})"
+    is_met = set(wanted) <= set(names) if inspect.isclass(found) and "self" not in wanted else names == wanted
+    return None if is_met else f"{where} takes ({', '.join(names)}) instead of ({', '.join(wanted)})"
 
 
 def check_contract(allow_unknown_version: bool = False) -> None:

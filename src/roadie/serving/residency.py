@@ -8,8 +8,8 @@ A key is what a request asks for: None (the base model), a name, or a `Blend`. A
 a request keeps the version of its adapter that it started with. What the worker has brought for a request that waits is held
 until that request starts or leaves.
 
-**When every slot is in use,** a key that was asked for waits its turn, and others drain for it (`contention`). So whoever waits gets
-a slot after at most the longest run of a request, however popular the others are.
+**When every slot is in use,** a key that was asked for waits its turn, and others drain for it (`contention`). So whoever waits
+gets a slot after at most the longest run of a request, however popular the others are.
 
 Everything but the worker's reading, checking and blending happens under the engine's condition, `changed`.
 """
