@@ -44,6 +44,9 @@ def adapted(tmp_path: Path, **settings: Any) -> tuple[nn.Module, nn.Module, Path
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     arguments = {"target_modules": ["up", "out"], "r": 3, "lora_alpha": 5, "init_lora_weights": False, **settings}
     model = peft.get_peft_model(net, peft.LoraConfig(**arguments))
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" in name:  # they start as the lengths of the rows, which change nothing
+            parameter.data *= 1 + torch.rand_like(parameter)
     model.save_pretrained(tmp_path / "lora")
     merged = model.merge_and_unload()
     plain = Net()
