@@ -31,7 +31,7 @@ class FolderResolver(LoRAResolver):
         path = self._folder / lora_name
         if not (path / checkpoint.CONFIG_NAME).is_file():
             return None
-        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(path), base_model_name=base_model_name)
+        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(path))
 
 
 def look_in(folder: str) -> None:
