@@ -83,8 +83,9 @@ def test_a_blend_of_weight_one_is_the_adapter_bit_for_bit() -> None:
     assert torch.equal(_logits(model, adapter_names=[{"a": 1.0}] * 4), _logits(model, adapter_names=["a"] * 4))
 
 
-def test_blends_in_generate() -> None:
-    model = _model("a", "b")
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_blends_in_generate(task: str | None) -> None:
+    model = _model("a", "b", task_type=task)
     rows = [{"a": 0.5, "b": 0.5}, "a", "b", None]
     made = model.generate(input_ids=IDS, adapter_names=rows, max_new_tokens=4, do_sample=False, pad_token_id=0)
     for row, wish in enumerate(rows):

@@ -87,8 +87,8 @@ def cells(
     bar.minorticks_off()
     bar.set_ticks(_bar_ticks(scale), labels=[f"{tick:.3g}" for tick in _bar_ticks(scale)])
     first, _, last = bar.ax.get_xticklabels()
-    first.set_ha("left")  # at the edge of the figure there is no room for the other half
-    last.set_ha("right")
+    first.set_horizontalalignment("left")  # at the edge of the figure there is no room for the other half
+    last.set_horizontalalignment("right")
     bar.set_label(label)
 
 

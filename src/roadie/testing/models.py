@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from roadie.adapter import Adapter, LayerParameters
-from roadie.rotation import parameter_size
+from roadie.rotation import Variant, parameter_size
 
 
 def tiny_llama(*, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Any:
@@ -66,11 +66,12 @@ def random_adapter(
     Equal for equal seeds and models. group_size has to divide the outputs of every layer.
     """
     generator = torch.Generator().manual_seed(seed)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output: Any = getattr(model, "get_output_embeddings", None)
+    head = output() if output is not None else None
     layers = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             size = parameter_size(variant, module.out_features)
             theta, alpha = (torch.randn(size, generator=generator) * scale for _ in range(2))
-            layers[path] = LayerParameters(theta, 1 + alpha, variant, group_size)
+            layers[path] = LayerParameters(theta, 1 + alpha, Variant.parse(variant), group_size)
     return Adapter(layers, {"peft_type": "ROAD", "variant": variant, "group_size": group_size})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ class RoadModel(BaseTuner):
     """
 
     prefix: str = "road_"
+    peft_config: dict[str, Any]
     tuner_layer_cls = RoadLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 
@@ -62,6 +63,8 @@ class RoadModel(BaseTuner):
             self._share_routing(model)
             self._spare_in_place_modules(model)
             mark_shared_weights(model)
+        if type(self.peft_config) is dict:
+            self.peft_config = Configs(self.peft_config)
 
     def _share_routing(self, model: nn.Module) -> None:
         routing = shared_routing(model)
@@ -248,6 +251,17 @@ class RoadModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_new_values(model, adapter_name, remapped)
         return remapped
+
+
+class Configs(dict[str, Any]):
+    """Configs by adapter name, in which PEFT may look for what a row of `adapter_names` asks for, also where it is a mapping.
+
+    PEFT's models for causal language modelling look whether a row's config has invocation tokens of aLoRA.
+    """
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """As `dict.get`; what cannot be hashed has no config."""
+        return default if isinstance(key, Mapping) else super().get(key, default)
 
 
 @contextmanager
