@@ -10,7 +10,17 @@ import sys
 
 HEAVY = ("accelerate", "numpy", "peft", "safetensors", "torch", "transformers", "typer")
 ROTATION_LEVEL = (
-    *("Adapter", "LayerParameters", "RoadieError", "Rotation", "Variant", "compose", "convert", "errors", "from_parameters"),
+    *(
+        "Adapter",
+        "LayerParameters",
+        "RoadieError",
+        "Rotation",
+        "Variant",
+        "compose",
+        "convert",
+        "errors",
+        "from_parameters",
+    ),
     *("identity", "inverse", "rotate", "rotate_weight", "shard", "to_dense", "to_parameters"),
 )
 

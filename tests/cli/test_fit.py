@@ -51,14 +51,19 @@ def test_a_whole_model(roadie_cli, tiny_path, turned_path, tmp_path):
 def test_json_and_options(roadie_cli, tiny_path, turned_path, tmp_path):
     arguments = (turned_path, "-m", tiny_path, "-o", tmp_path / "a", "--group-size", 48, "--adapt-group-size")
     arguments += ("--variant", "road_1")
-    printed = fit(roadie_cli, *arguments, "-t", "q_proj", "-t", "up_proj", "--ridge", 0.01, "--minimum-share", 0.001, "--json")
+    printed = fit(
+        roadie_cli, *arguments, "-t", "q_proj", "-t", "up_proj", "--ridge", 0.01, "--minimum-share", 0.001, "--json"
+    )
     found = json.loads(printed)
     assert {layer["path"].rpartition(".")[2] for layer in found["layers"]} == {"q_proj", "up_proj"}
     assert {layer["group_size"] for layer in found["layers"]} == {16}
     assert {layer["variant"] for layer in found["layers"]} == {"road_1"}
     assert 0 < found["share_explained"] < 1
     assert 0 < found["share_of_everything"] < found["share_explained"]
-    assert {each["name"] for each in found["not_fitted"]} >= {"model.norm.weight", "model.layers.0.mlp.down_proj.weight"}
+    assert {each["name"] for each in found["not_fitted"]} >= {
+        "model.norm.weight",
+        "model.layers.0.mlp.down_proj.weight",
+    }
     adapter = checkpoint.load(tmp_path / "a")
     assert adapter.num_parameters == found["parameters"]
     result = roadie_cli("info", tmp_path / "a")

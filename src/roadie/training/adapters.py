@@ -96,9 +96,7 @@ def _local_folder(path: str, *, allow_pickle: bool) -> Path:
         raise CheckpointError(
             f"{path}: got no such file or folder; wanted an adapter folder or a hub repository; check the path"
         )
-    return hub_folder(
-        path, [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, *([PICKLE_NAME] if allow_pickle else [])]
-    )
+    return hub_folder(path, [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, *([PICKLE_NAME] if allow_pickle else [])])
 
 
 def hub_folder(name: str, files: list[str], revision: str | None = None) -> Path:
