@@ -63,6 +63,14 @@ def test_compare_prints_the_closest_pairs(roadie_cli, trained, tmp_path):
     assert "Most changed layers" not in (tmp_path / "pair.html").read_text()
 
 
+@pytest.mark.parametrize("names", [("one", "two"), ("two", "one")])
+def test_adapters_that_change_most_come_first(roadie_cli, trained, names):
+    lines = roadie_cli("inspect", *(trained[name] for name in names)).stdout.splitlines()
+    rows = [line.split() for line in lines if line.split()[:1] in (["one"], ["two"]) and "road_" in line]
+    changes = {name: examine({name: checkpoint.load(trained[name])}).portraits[0].change for name in names}
+    assert [row[0] for row in rows] == sorted(names, key=lambda name: -changes[name])
+
+
 def test_compare_wants_two(roadie_cli, trained):
     result = roadie_cli("compare", trained["one"])
     assert result.exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -12,6 +13,7 @@ from tests.inspect.made import drawn
 
 from roadie import inspect as looking
 from roadie.errors import ConfigError
+from roadie.inspect.page import _table
 from roadie.inspect.states import PlaceChange, StateChange
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
@@ -92,6 +94,16 @@ def test_names_from_outside_are_text_and_nothing_else(page, outline):
     assert outline.all("script") == []
     assert not [name for _, attributes in outline.elements for name in attributes if name.startswith("on")]
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_words_and_cells_of_a_picture_are_text_too(report):
+    section = report.sections[-1]
+    picture = replace(section.pictures[0], title=HOSTILE, caption=HOSTILE, alternative=HOSTILE)
+    page = looking.to_html(replace(report, sections=(replace(section, pictures=(picture,)),)))
+    outline = Outline(page + _table((HOSTILE, HOSTILE), [(HOSTILE, HOSTILE)], HOSTILE))
+    assert outline.all("script") == []
+    assert not [name for _, attributes in outline.elements for name in attributes if name.startswith("on")]
+    assert outline.all("svg")[0]["aria-label"] == HOSTILE
 
 
 def test_it_asks_for_nothing(outline):

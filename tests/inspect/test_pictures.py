@@ -184,7 +184,7 @@ def test_settings_of_matplotlib_are_neither_used_nor_changed():
     import matplotlib
 
     plain = to_svg(cell_map())
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path"}):
         before = dict(matplotlib.rcParams)
         assert to_svg(cell_map()) == plain
         assert dict(matplotlib.rcParams) == before

@@ -22,9 +22,23 @@ from roadie.training.merging import merge_to_disk
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, tiny_path):
-    """The tiny model's RoAd adapter, the same merged, a LoRA, and the same merged; text to look at them with."""
+    """Two RoAd adapters of the tiny model, a LoRA, and each of them merged; text to look at them with."""
     folder = tmp_path_factory.mktemp("looked-at")
-    generator = torch.Generator().manual_seed(0)
+    for seed, (name, merged) in enumerate((("road", "merged"), ("turn", "turn-merged"))):
+        checkpoint.save(drawn(seed, tiny_path), folder / name)
+        merge_to_disk([str(folder / name)], folder / merged)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+    lora.save_pretrained(folder / "lora")
+    lora.merge_and_unload().save_pretrained(folder / "lora-merged")
+    (folder / "text.txt").write_text("A turtle walks. " * 20)
+    return folder
+
+
+def drawn(seed, base):
+    """An adapter of the tiny model."""
+    generator = torch.Generator().manual_seed(seed)
     layers = {
         f"model.layers.{depth}.self_attn.{name}": LayerParameters(
             0.3 * torch.randn(32, generator=generator), 1 + 0.1 * torch.randn(32, generator=generator), "road_1", 16
@@ -33,16 +47,7 @@ def places(tmp_path_factory, tiny_path):
         for name in ("q_proj", "v_proj", "o_proj")
     }
     config = {"variant": "road_1", "group_size": 16, "target_modules": ["q_proj", "v_proj", "o_proj"]}
-    adapter = Adapter(layers, {**config, "task_type": "CAUSAL_LM", "base_model_name_or_path": str(tiny_path)})
-    checkpoint.save(adapter, folder / "road")
-    merge_to_disk([str(folder / "road")], folder / "merged")
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(tiny_path)
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
-    lora.save_pretrained(folder / "lora")
-    lora.merge_and_unload().save_pretrained(folder / "lora-merged")
-    (folder / "text.txt").write_text("A turtle walks. " * 20)
-    return folder
+    return Adapter(layers, {**config, "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)})
 
 
 def measured(places, *names, tokens=100, model=None):
@@ -69,11 +74,11 @@ def test_without_a_text_rotations_alone_are_looked_at(places):
 
 
 def test_an_adapter_moves_states_as_the_model_does_that_it_is_merged_into(places):
-    gathered, subjects = measured(places, "road", "lora", "merged", "lora-merged")
-    road, lora, merged, lora_merged = gathered.states
+    gathered, subjects = measured(places, "road", "lora", "merged", "turn", "lora-merged", "turn-merged")
+    road, lora, merged, turn, lora_merged, turn_merged = gathered.states
     assert [each.name for each in gathered.states] == [each.name for each in subjects]
-    assert list(gathered.adapters) == ["road"]
-    for ours, whole in ((road, merged), (lora, lora_merged)):
+    assert list(gathered.adapters) == ["road", "turn"]
+    for ours, whole in ((road, merged), (lora, lora_merged), (turn, turn_merged)):
         assert (ours.tokens, len(ours.places)) == (whole.tokens, len(whole.places)) == (100, 3)
         for one, other in zip(ours.places, whole.places, strict=True):
             assert one.length == pytest.approx(other.length, abs=1e-5)  # float32 weights, merged with one rounding
@@ -81,6 +86,7 @@ def test_an_adapter_moves_states_as_the_model_does_that_it_is_merged_into(places
     assert (road.places[0].length, road.places[0].direction) == (0, 1)
     assert road.places[1].direction < 0.999
     assert abs(road.places[1].direction - lora.places[1].direction) > 1e-3
+    assert abs(road.places[1].direction - turn.places[1].direction) > 1e-3
 
 
 def test_states_are_those_of_the_model_itself(places, tiny_path):
