@@ -107,15 +107,19 @@ def refusal(call: Callable[[], object]) -> str:
 MISTAKES: dict[str, tuple[str, str, Callable[[], None]]] = {
     "log: sign of the angle": ("atan2(root, middle)", "atan2(-root, middle)", logarithms),
     "log: arc tangent without quadrant": ("torch.atan2(root, middle)", "torch.atan(root / middle)", closed_form),
-    "log: size of a turn": ("torch.hypot(middle, root).log()", "middle.abs().log()", logarithms),
-    "log: the larger eigenvalue": ("lower.log()", "(middle + root).log()", logarithms),
+    "log: size of a turn": ("torch.hypot(middle, spectrum.root).log()", "middle.abs().log()", logarithms),
+    "log: the larger eigenvalue": ("lower.log()", "(middle + spectrum.root).log()", logarithms),
     "log: half the stretch": ("(2 * root / lower) / (2 * root)", "(root / lower) / (2 * root)", logarithms),
     "log: slope of shears": (
         "torch.where(root > 0, rise, 1 / middle)",
         "torch.where(root > 0, rise, middle)",
         logarithms,
     ),
-    "log: smaller eigenvalue by subtraction": ("det / (middle + root)", "middle - root", small_eigenvalues),
+    "log: smaller eigenvalue by subtraction": (
+        "det / (spectrum.middle + spectrum.root)",
+        "spectrum.middle - spectrum.root",
+        small_eigenvalues,
+    ),
     "log: half turns the other way": ("half_turn, math.pi,", "half_turn, -math.pi,", quarter_of_a_half_turn),
     "log: size of half turns": ("middle.abs().log(), base", "middle * 0, base", quarter_of_a_half_turn),
     "exp: sine for cosine": ("middle.exp() * root.cos()", "middle.exp() * root.sin()", powers),
@@ -123,7 +127,7 @@ MISTAKES: dict[str, tuple[str, str, Callable[[], None]]] = {
     "exp: the larger eigenvalue": ("(middle - root).exp()", "(middle + root).exp()", powers),
     "exp: half the stretch": ("torch.expm1(-2 * root)", "torch.expm1(-root)", powers),
     "exp: slope of shears": ("torch.where(root > 0, rise, middle.exp())", "torch.where(root > 0, rise, 1.0)", powers),
-    "exp: cross forgotten": ("slope * generator.cross", "generator.cross", powers),
+    "exp: cross forgotten": ("slope * generator.cross", "1 * generator.cross", powers),
     "spectrum: trace for its half": (
         "(direct + partner) / 2, root * unit",
         "(direct + partner), root * unit",

@@ -20,6 +20,10 @@ where it stretches (d >= 0) and t +- i s where it turns (d < 0), and for every s
 
 so that a result is a base on the diagonal and a multiple of the block, with no case in between: near s = 0 both say the same.
 
+**Gradients** reach every block a result depends on, in closed form (derivatives.py): they are finite wherever the result is
+differentiable, above all where training starts, at the identity. There a blend's gradient is each weight times that of its
+adapter alone.
+
 All arithmetic is in float64. Legend: D out features, P = D/2 pairs; tensors are ``[..., D]``, equal or mirrored in a pair.
 """
 
@@ -28,11 +32,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from roadie.algebra.derivatives import Derivative, Spectrum, differentiable, of_exponential, of_logarithm
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, compose, determinant, identity, inverse, swap_unsigned
 
@@ -88,44 +92,63 @@ def logarithm(rotation: Rotation) -> Rotation:
     Raises `AdapterError`, naming the outputs, where a block is not finite or has none.
     """
     _check_finite(rotation, "a block", "check the parameters of the adapter")
-    rotation = _in_float64(rotation)
+    return differentiable(_logarithm, _derivative_of_logarithm, _in_float64(rotation))
+
+
+def _logarithm(rotation: Rotation) -> Rotation:
     det, spectrum = determinant(rotation), _spectrum(rotation)
     _check_logarithm(rotation, det, spectrum)
-    middle, root, turns = spectrum.middle, spectrum.root, spectrum.turns
-    lower = det / (middle + root)  # the eigenvalue nearer to 0; middle - root would cancel
-    base = torch.where(turns, torch.hypot(middle, root).log(), lower.log())
-    rise = torch.where(turns, torch.atan2(root, middle) / root, torch.log1p(2 * root / lower) / (2 * root))
-    slope = torch.where(root > 0, rise, 1 / middle)
-    half_turn = spectrum.is_scalar & (middle < 0)
+    middle, half_turn = spectrum.middle, spectrum.is_half_turn
+    lower, slope = _lower_eigenvalue(spectrum, det), _slope_of_logarithm(spectrum, det)
+    base = torch.where(spectrum.turns, torch.hypot(middle, spectrum.root).log(), lower.log())
     base = torch.where(half_turn, middle.abs().log(), base)
     cross = torch.where(half_turn, math.pi, slope * rotation.cross)
     return Rotation(base + slope * spectrum.offset, cross, rotation.group_size)
 
 
+def _slope_of_logarithm(spectrum: Spectrum, det: Tensor) -> Tensor:
+    middle, root, lower = spectrum.middle, spectrum.root, _lower_eigenvalue(spectrum, det)
+    rise = torch.where(spectrum.turns, torch.atan2(root, middle) / root, torch.log1p(2 * root / lower) / (2 * root))
+    return torch.where(root > 0, rise, 1 / middle)
+
+
+def _lower_eigenvalue(spectrum: Spectrum, det: Tensor) -> Tensor:
+    """The one nearer to 0, where the block stretches; middle - root would cancel."""
+    return det / (spectrum.middle + spectrum.root)
+
+
+def _derivative_of_logarithm(rotation: Rotation) -> Derivative:
+    det, spectrum = determinant(rotation), _spectrum(rotation)
+    return of_logarithm(rotation, spectrum, _slope_of_logarithm(spectrum, det), det)
+
+
 def _exponential(generator: Rotation) -> Rotation:
     """exp of each block."""
+    return differentiable(_exponential_alone, _derivative_of_exponential, generator)
+
+
+def _exponential_alone(generator: Rotation) -> Rotation:
     spectrum = _spectrum(generator)
-    middle, root, turns = spectrum.middle, spectrum.root, spectrum.turns
-    base = torch.where(turns, middle.exp() * root.cos(), (middle - root).exp())
-    rise = torch.where(
-        turns, middle.exp() * root.sin() / root, (middle + root).exp() * -torch.expm1(-2 * root) / (2 * root)
-    )
-    slope = torch.where(root > 0, rise, middle.exp())
+    middle, root = spectrum.middle, spectrum.root
+    slope = _slope_of_exponential(spectrum)
+    base = torch.where(spectrum.turns, middle.exp() * root.cos(), (middle - root).exp())
     return Rotation(base + slope * spectrum.offset, slope * generator.cross, generator.group_size)
 
 
-@dataclass(frozen=True, eq=False)
-class _Spectrum:
-    """The eigenvalues of each block, and what of its diagonal the slope multiplies; ``[..., D]`` each."""
-
-    middle: Tensor  # t, half the trace
-    root: Tensor  # s >= 0: the eigenvalues are t +- s, or t +- i s where it turns
-    turns: Tensor  # bool: the eigenvalues are complex, by more than rounding makes them
-    offset: Tensor  # the row's element on the diagonal, less t - s; less t where it turns
-    is_scalar: Tensor  # bool: the block is t I
+def _slope_of_exponential(spectrum: Spectrum) -> Tensor:
+    middle, root, turns = spectrum.middle, spectrum.root, spectrum.turns
+    rise = torch.where(
+        turns, middle.exp() * root.sin() / root, (middle + root).exp() * -torch.expm1(-2 * root) / (2 * root)
+    )
+    return torch.where(root > 0, rise, middle.exp())
 
 
-def _spectrum(block: Rotation) -> _Spectrum:
+def _derivative_of_exponential(generator: Rotation) -> Derivative:
+    spectrum = _spectrum(generator)
+    return of_exponential(generator, spectrum, _slope_of_exponential(spectrum))
+
+
+def _spectrum(block: Rotation) -> Spectrum:
     direct, cross = block.direct, block.cross
     partner, partner_cross = swap_unsigned(direct, block.group_size), swap_unsigned(cross, block.group_size)
     deviation = (direct - partner) / 2
@@ -137,7 +160,7 @@ def _spectrum(block: Rotation) -> _Spectrum:
     root = torch.where(turns, -discriminant, discriminant.clamp(min=0)).sqrt()
     # root + n, which cancels where n < 0: there it is (root^2 - n^2) / (root - n).
     above = torch.where(n < 0, -product / (root - n), root + n)
-    return _Spectrum((direct + partner) / 2, root * unit, turns, torch.where(turns, n, above) * unit, size == 0)
+    return Spectrum((direct + partner) / 2, root * unit, turns, torch.where(turns, n, above) * unit, size == 0)
 
 
 def _integer_power(rotation: Rotation, exponent: int) -> Rotation:
@@ -180,7 +203,7 @@ def _check_blend(rotations: Sequence[Rotation], weights: Sequence[float]) -> Non
         raise AdapterError(f"got rotations of {widths} outputs; wanted equal numbers; blend adapters of the same layer")
 
 
-def _check_logarithm(rotation: Rotation, det: Tensor, spectrum: _Spectrum) -> None:
+def _check_logarithm(rotation: Rotation, det: Tensor, spectrum: Spectrum) -> None:
     straight = rotation.direct * swap_unsigned(rotation.direct, rotation.group_size)
     rounding = CANCELLATION * (straight.abs() + (det - straight).abs())
     negative = ~spectrum.turns & ~spectrum.is_scalar & (spectrum.middle <= 0)
