@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -47,8 +48,6 @@ CHECKS = (
 
 def make_folder(folder: Path) -> Path:
     """A folder for a server, as the tests have it."""
-    import shutil
-
     shutil.copytree(embedded.adapters_path(), folder / "adapters")
     (folder / "state").mkdir()
     add_to_file(folder / "keys.yaml", entry_of("operator", ADMIN_KEY, None, is_admin=True))

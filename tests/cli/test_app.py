@@ -18,7 +18,21 @@ from roadie.cli import app as app_module
 from roadie.cli.app import app
 from roadie.errors import CheckpointError
 
-VERBS = ("combine", "compare", "demo", "fit", "generate", "info", "inspect", "merge", "train", "train-many")
+VERBS = (
+    "api-key",
+    "bench-serve",
+    "combine",
+    "compare",
+    "demo",
+    "fit",
+    "generate",
+    "info",
+    "inspect",
+    "merge",
+    "serve",
+    "train",
+    "train-many",
+)
 HEAVY = ("torch", "transformers", "peft", "numpy", "rich", "safetensors", "huggingface_hub", "datasets", "roadie.tuner")
 
 

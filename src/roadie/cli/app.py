@@ -9,10 +9,10 @@ import typer
 from typer.core import TyperGroup
 
 from roadie import __version__
+from roadie.cli.bench_serve import bench_serve
 from roadie.cli.combine import combine
 from roadie.cli.compare import compare
 from roadie.cli.demo import demo
-from roadie.cli.fit import fit
 from roadie.cli.fit import fit
 from roadie.cli.generate import generate
 from roadie.cli.info import info
@@ -61,9 +61,9 @@ app.command(short_help="Continue prompts in one batch, each with its own adapter
 app.command(short_help="Write a whole model with adapters merged into it.")(merge)
 app.command(short_help="Show what is in an adapter file.")(info)
 app.command(short_help="Fit an adapter to a fine-tuned model or a LoRA adapter, without training.")(fit)
-app.command(short_help="Fit an adapter to a fine-tuned model or a LoRA adapter, without training.")(fit)
 app.command(short_help="Serve a base model and many adapters by OpenAI's API.")(serve)
 app.command("api-key", short_help="Make an API key for roadie serve.")(api_key)
+app.command("bench-serve", short_help="Drive a server with many adapters, and measure it.")(bench_serve)
 app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")
 app.command(short_help="Show what adapters do to each layer: numbers, pictures, a report.")(inspect)
 app.command(short_help="Show how far adapters are apart, and what two of them share.")(compare)

@@ -80,7 +80,7 @@ def serve(
     """Serve a base model and many adapters by OpenAI's API; every request may use another adapter, or a blend.
 
     Without arguments: the small model that comes with roadie, with three adapters, on http://127.0.0.1:8000, which is also a page
-    to try them. Without --api-keys only this machine can come in, and nobody can load or unload adapters.
+    to try them. Without a file of API keys only this machine can come in, and nobody can load or unload adapters.
 
     \b
     The adapter is the model of a request:
