@@ -256,11 +256,14 @@ def make_record(parts: Sequence[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write, or only write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="which parts (all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"which parts: {', '.join(PARTS)} (all)")
     parser.add_argument("--report", action="store_true", help="only make the document, from the newest record")
     options = parser.parse_args(arguments)
+    parts = options.parts or list(PARTS)
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"got {unknown[0]!r}; wanted some of {', '.join(PARTS)}")
     if not options.report:
-        record = make_record(options.parts)
+        record = make_record(parts)
         path = fit_report.path_of(record)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

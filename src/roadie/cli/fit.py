@@ -83,8 +83,8 @@ def fit(
     """Write the RoAd adapter that is nearest to a fine-tuned model or a LoRA adapter, in closed form, without training.
 
     Each linear layer is fitted by least squares, a pair of tensors at a time, so that the models may be larger than the
-    memory (with --text they are loaded). The table says which share of the squared change of each layer is explained: a
-    fully fine-tuned model is mostly no rotation, and then little is.
+    memory (with --text they are loaded). The table says which share of the squared change of each layer is explained: what
+    full fine-tuning does may be hardly a rotation, and then little is.
 
     \b
     Examples:
