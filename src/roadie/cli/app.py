@@ -67,7 +67,6 @@ app.command("bench-serve", short_help="Drive a server with many adapters, and me
 app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")
 app.command(short_help="Show what adapters do to each layer: numbers, pictures, a report.")(inspect)
 app.command(short_help="Show how far adapters are apart, and what two of them share.")(compare)
-app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")
 
 
 def _print_version(asked: bool) -> None:
