@@ -76,13 +76,24 @@ def rest(server: Process) -> Entry:
 
 def schema(folder: Path) -> Entry:
     """schemathesis against a server, with an administrator's key."""
-    with served(make_folder(folder), "--request-timeout", "60") as server:
+    with served(make_folder(folder), "--max-tokens", "64") as server:
         started_s = time.monotonic()
         report = folder / "report.json"
         command = [
             *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json"),
             *("-H", f"Authorization: Bearer {ADMIN_KEY}", "--checks", CHECKS, "--phases", "coverage,fuzzing"),
-            *("--max-examples", str(CASES), "--seed", "1", "--continue-on-failure", "--warnings", "off", "--no-color"),
+            *(
+                "--request-timeout",
+                "60",
+                "--max-examples",
+                str(CASES),
+                "--seed",
+                "1",
+                "--continue-on-failure",
+                "--warnings",
+                "off",
+                "--no-color",
+            ),
             *("--report", "ndjson", "--report-ndjson-path", str(report)),
         ]
         done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
@@ -91,10 +102,12 @@ def schema(folder: Path) -> Entry:
         with server.client() as client:
             is_ready = client.get("/ready").status_code == 200
         counted = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
+        unanswered = re.search(r"(\d+) errored", done.stdout)
         assert counted is not None, done.stderr
         return {
             "cases": int(counted[1]),
             "passed": int(counted[2]),
+            "unanswered": int(unanswered[1]) if unanswered else 0,
             "server_errors": sum(status >= 500 for status in statuses),
             "answers": {str(status): statuses.count(status) for status in sorted(set(statuses))},
             "is_ready_afterwards": is_ready,
@@ -185,7 +198,7 @@ def document(results: Entry) -> str:
     says: dict[str, Callable[[Entry], str]] = {
         "schema": lambda e: (
             f"schemathesis over the OpenAPI document: {e['cases']} cases, {e['cases'] - e['passed']} violations, "
-            f"{e['server_errors']} answers of 500 or more"
+            f"{e['server_errors']} answers of 500 or more, {e['unanswered']} cases without an answer in time"
         ),
         "corpus": lambda e: (
             f"hostile requests and adapters, 10 times over: {e['other_statuses']} answers other than documented; resident "
