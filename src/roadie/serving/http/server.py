@@ -123,14 +123,14 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _handlers(self) -> list[tuple[int, Callable[[], None]]]:
-        return [(signal.SIGTERM, self.end), (signal.SIGINT, self.end), (signal.SIGHUP, self._renew_keys)]
+        return [(signal.SIGTERM, self.end), (signal.SIGINT, self.end), (signal.SIGHUP, self.renew_keys)]
 
     def end(self) -> None:
         """Stop in good order; called twice, at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
-    def _renew_keys(self) -> None:
+    def renew_keys(self) -> None:
         if self._read_keys_again is None:
             return
         try:
