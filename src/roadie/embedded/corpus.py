@@ -26,7 +26,7 @@ import ast
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -113,7 +113,11 @@ def split(kind: str, root: Path | None = None) -> Split:
         raise LookupError(f"got the kind {kind!r}, wanted one of {list(KINDS)}")
     if not _is_usable(kind, root):
         raise LookupError(f"the text of the kind {kind!r} is not installed in {root}; kinds() names those that are")
-    documents = _of_kind(kind, root)
+    return cut(kind, _of_kind(kind, root))
+
+
+def cut(kind: str, documents: Sequence[Document]) -> Split:
+    """`documents` cut in two by the rules above; cutting `train` again gives a validation part."""
     held_out = _chosen(documents, HELD_OUT_SHARE)
     train = [document for document in documents if document not in held_out]
     return Split(kind, _without(train, _paragraphs(held_out)), held_out)

@@ -1,0 +1,107 @@
+"""The methods, a line each: what PEFT (for RoAd: roadie) makes of a model, and the learning rate the search starts from.
+
+Rates are exponents of the grid ``rate(n) = 10 ** (n / 2)``: -4 is 1e-2, -3 is 3.2e-2. A search goes on from its first
+guess until the best rate has a worse one on both sides, so a guess costs time, not quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+from torch import nn
+
+import roadie
+from benchmarks.quality.tasks import CLASSIFICATION, LANGUAGE, Task
+
+GROUP_SIZE = 64
+Adapt = Callable[[nn.Module, Task], nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt a model.
+
+    first: exponent of the first rate by kind of task; kept_per_parameter: float32 numbers a server keeps for a trained
+    one (RoAd is served as direct and cross, whatever its variant).
+    """
+
+    name: str
+    family: str
+    adapt: Adapt
+    first: Mapping[str, int]
+    kept_per_parameter: float = 1.0
+    kinds: tuple[str, ...] = (LANGUAGE, CLASSIFICATION)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def rate(exponent: int) -> float:
+    """A learning rate of the grid: 10 ** (exponent / 2), two digits."""
+    return float(f"{10 ** (exponent / 2):.2g}")
+
+
+def _through_peft(config: type, **settings: Any) -> Adapt:
+    def adapt(model: nn.Module, task: Task) -> nn.Module:
+        targets = {} if settings.get("target_modules", "") is None else {"target_modules": task.targets}
+        return peft.get_peft_model(model, config(**{**settings, **targets, "modules_to_save": list(task.head) or None}))
+
+    return adapt
+
+
+def _road(variant: str, **settings: Any) -> Adapt:
+    def adapt(model: nn.Module, task: Task) -> nn.Module:
+        config = roadie.RoadConfig(
+            variant=variant,
+            group_size=GROUP_SIZE,
+            target_modules=task.targets,
+            modules_to_save=list(task.head) or None,
+            **settings,
+        )
+        return roadie.get_peft_model(model, config)
+
+    return adapt
+
+
+def _everything(model: nn.Module, task: Task) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _head_only(model: nn.Module, task: Task) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(task.head))
+    return model
+
+
+def _rates(language: int, classification: int) -> dict[str, int]:
+    return {LANGUAGE: language, CLASSIFICATION: classification}
+
+
+def _lora(rank: int, **settings: Any) -> Adapt:
+    return _through_peft(peft.LoraConfig, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **settings)
+
+
+ROAD, LORA, OTHER = "RoAd", "LoRA", "other"
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("road_1", ROAD, _road("road_1"), _rates(-3, -4), kept_per_parameter=2.0),
+        Method("road_2", ROAD, _road("road_2"), _rates(-3, -4)),
+        Method("road_4", ROAD, _road("road_4"), _rates(-3, -4), kept_per_parameter=0.5),
+        Method("lora_r1", LORA, _lora(1), _rates(-4, -5)),
+        Method("lora_r4", LORA, _lora(4), _rates(-4, -5)),
+        Method("ia3", OTHER, _through_peft(peft.IA3Config, target_modules=None), _rates(-2, -3)),
+        Method("lora_r8", LORA, _lora(8), _rates(-4, -5)),
+        Method("lora_r16", LORA, _lora(16), _rates(-4, -5)),
+        Method("dora_r1", OTHER, _lora(1, use_dora=True), _rates(-4, -5)),
+        Method("oft_4", OTHER, _through_peft(peft.OFTConfig, oft_block_size=4, r=0), _rates(-4, -5)),
+        Method("vera_r256", OTHER, _through_peft(peft.VeraConfig, r=256), _rates(-3, -4)),
+        Method("full", OTHER, _everything, _rates(-6, -7)),
+        Method("probe", OTHER, _head_only, _rates(0, -4), kinds=(CLASSIFICATION,)),
+    )
+}
+
+MINIMUM = ("road_1", "road_2", "road_4", "lora_r1", "lora_r4", "ia3")
+CAPACITY: tuple[str, ...] = ()

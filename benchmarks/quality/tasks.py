@@ -1,0 +1,103 @@
+"""What is learnt: rows of tokens in three splits, a model to adapt, and what its loss is.
+
+A task is built once and used by all methods; `Task.model` gives a fresh copy of the base model each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Row = Mapping[str, Any]
+Batch = dict[str, Tensor]
+IGNORED = -100
+
+LANGUAGE, CLASSIFICATION = "language", "classification"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows to learn from, to choose a learning rate on, and to report; no file or module is in two of them."""
+
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to learn.
+
+    kind: LANGUAGE or CLASSIFICATION; width: hidden size of the model; targets: the modules that adapters adapt;
+    head: names of modules that every method trains whole, at head_rate; steps, batch_rows: of a run; first_row: whether
+    the text was in the pretraining of the model, in words; facts: counts for the report.
+    """
+
+    name: str
+    kind: str
+    title: str
+    model: Callable[[], nn.Module]
+    splits: Splits
+    pad_id: int
+    targets: str | list[str]
+    steps: int
+    batch_rows: int
+    head: tuple[str, ...] = ()
+    head_rate: float | None = None
+    facts: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The mean loss of a batch (nats), over how many predictions, and how many of them were right."""
+
+    loss: Tensor
+    count: int
+    correct: int
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Rows of different lengths as one batch, padded on the right; labels that are lists are padded with IGNORED."""
+    fills = {"attention_mask": 0, "labels": IGNORED, "token_type_ids": 0}
+    batch: Batch = {}
+    for key, first in rows[0].items():
+        if isinstance(first, int):
+            batch[key] = torch.tensor([row[key] for row in rows])
+            continue
+        longest = max(len(row[key]) for row in rows)
+        fill = fills.get(key.removeprefix("second_"), pad_id)
+        batch[key] = torch.tensor([[*row[key], *[fill] * (longest - len(row[key]))] for row in rows])
+    return batch
+
+
+def tally(task: Task, model: nn.Module, batch: Batch) -> Tally:
+    """One forward pass: next tokens for LANGUAGE, the class of the row for CLASSIFICATION."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if task.kind == LANGUAGE:
+        inputs["use_cache"] = False  # type: ignore[assignment]
+        logits = model(**inputs).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+    else:
+        logits, labels = model(**inputs).logits, batch["labels"]
+    logits = logits.flatten(0, -2).float()
+    labels = labels.flatten()
+    counted = labels != IGNORED
+    correct = int(((logits.detach().argmax(-1) == labels) & counted).sum())
+    return Tally(functional.cross_entropy(logits, labels, ignore_index=IGNORED), int(counted.sum()), correct)
+
+
+def measured(task: Task, model: nn.Module, rows: Sequence[Row], batch_rows: int = 16) -> dict[str, float]:
+    """Loss (nats a prediction) and accuracy over all rows."""
+    model.eval()
+    loss = count = correct = 0.0
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    with torch.inference_mode():
+        for start in range(0, len(ordered), batch_rows):
+            one = tally(task, model, collate(ordered[start : start + batch_rows], task.pad_id))
+            loss, count, correct = loss + float(one.loss) * one.count, count + one.count, correct + one.correct
+    return {"loss": loss / count, "accuracy": correct / count}
