@@ -154,6 +154,22 @@ def test_bad_adapters_are_refused_with_the_reason_and_the_server_lives(
     assert server.process.poll() is None
 
 
+def test_what_was_loaded_in_place_is_not_read_again_for_each_request(
+    server: Server, kinds: dict[str, Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(kinds["all-1"], place)
+    assert server.load("once", place).status_code == 200
+    shutil.copytree(kinds["all-4"], place, dirs_exist_ok=True)
+    assert server.load("once", place, load_inplace=True).status_code == 200
+    loaded = server.complete("once", cases.prompt(3))
+    (place / "adapter_model.safetensors").write_bytes(b"half of a file that somebody is writing")
+    assert server.complete("once", cases.prompt(3)) == loaded
+    assert server.load("once", place, load_inplace=True).status_code == 400
+    assert server.complete("once", cases.prompt(3)) == loaded
+    assert server.unload("once").status_code == 200
+
+
 def test_an_adapter_is_replaced_under_load_without_a_mixed_answer(
     server: Server, kinds: dict[str, Path], tmp_path: Path
 ) -> None:

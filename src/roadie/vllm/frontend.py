@@ -139,16 +139,26 @@ def _add_request_async(original: Any) -> Any:
 
 def _add_lora(original: Any) -> Any:
     def wrapped(self: Any, lora_request: Any) -> Any:
-        return original(self, load(self, lora_request))
+        answer = original(self, load(self, lora_request))
+        _has_been_loaded(self, lora_request)
+        return answer
 
     return wrapped
 
 
 def _add_lora_async(original: Any) -> Any:
     async def wrapped(self: Any, lora_request: Any) -> Any:
-        return await original(self, await load_async(self, lora_request))
+        answer = await original(self, await load_async(self, lora_request))
+        _has_been_loaded(self, lora_request)
+        return answer
 
     return wrapped
+
+
+def _has_been_loaded(engine: Any, request: Any) -> None:
+    """A server keeps the request that it loaded in place and passes it on with every prompt: it is not to be read again for each."""
+    if admissions_of(engine) is not None:
+        request.load_inplace = False
 
 
 def _candidate(models: Any, request: Any) -> Any:
