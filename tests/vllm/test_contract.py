@@ -19,6 +19,7 @@ from roadie.vllm import contract, plugin, register
 from roadie.vllm.contract import OVERRIDE, Symbol
 
 
+@pytest.mark.smoke
 def test_this_vllm_has_every_symbol() -> None:
     assert contract.missing() == []
     assert contract.refusal() is None

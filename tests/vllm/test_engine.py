@@ -14,6 +14,7 @@ from typing import Any
 from tests.vllm import cases, measured
 
 
+@pytest.mark.smoke
 def test_a_mixed_batch_is_right_token_by_token(llm: Any, requests: Any, kinds: dict[str, Path]) -> None:
     """The base and 15 adapters of all variants, group sizes and targets, 64 requests at once."""
     verdict = cases.judged(cases.generate(llm, requests, cases.mixture(kinds, 4), tokens=16))

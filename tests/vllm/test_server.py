@@ -93,6 +93,7 @@ def server(base: Path, kinds: dict[str, Path], tmp_path_factory: pytest.TempPath
         process.wait(timeout=60)
 
 
+@pytest.mark.smoke
 def test_adapters_are_loaded_listed_used_together_and_unloaded(server: Server, kinds: dict[str, Path]) -> None:
     for name, path in kinds.items():
         assert server.load(name, path).status_code == 200
@@ -130,6 +131,7 @@ def test_a_broken_adapter_of_the_folder_is_the_callers_error_and_the_server_live
     assert len(server.complete("base", cases.prompt(0))) == 10
 
 
+@pytest.mark.smoke
 def test_bad_adapters_are_refused_with_the_reason_and_the_server_lives(
     server: Server, kinds: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -170,6 +172,7 @@ def test_what_was_loaded_in_place_is_not_read_again_for_each_request(
     assert server.unload("once").status_code == 200
 
 
+@pytest.mark.smoke
 def test_an_adapter_is_replaced_under_load_without_a_mixed_answer(
     server: Server, kinds: dict[str, Path], tmp_path: Path
 ) -> None:
