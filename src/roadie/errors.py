@@ -28,6 +28,9 @@ Every class also derives from the built-in exception that stock PEFT raises in t
 
 from __future__ import annotations
 
+TOLD_BY_ANOTHER_PROCESS = "told_by_another_process"
+"""Attribute that is true of an error which another process raised, and reports."""
+
 
 class RoadieError(Exception):
     """Base class of everything roadie raises on purpose."""

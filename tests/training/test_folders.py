@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import textwrap
+
 import pytest
 
 from roadie.errors import RoadieError
@@ -68,3 +73,18 @@ def test_what_is_no_folder_is_never_overwritten(tmp_path, kind):
         output.symlink_to(target)
     with pytest.raises(OutputExists, match="not a plain folder"):
         check_free(output, overwrite=True)
+
+
+def test_a_process_that_is_told_to_terminate_leaves_nothing(tmp_path):
+    script = f"""
+        import os, signal
+        from pathlib import Path
+        from roadie.training.folders import whole_folder
+
+        with whole_folder(Path({str(tmp_path)!r}) / "output") as folder:
+            (folder / "half").write_text("written")
+            os.kill(os.getpid(), signal.SIGTERM)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []

@@ -337,12 +337,6 @@ def test_trainer_gets_what_the_recipe_says(texts, tiny_path, tmp_path, changes, 
     assert (args.seed, args.data_seed, args.bf16, args.fp16) == (recipe.seed, recipe.seed, False, False)
 
 
-def test_several_processes_are_refused(texts, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="got 2 processes"):
-        train(texts, tmp_path / "adapter")
-
-
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="only a machine without an accelerator lacks bfloat16")
 def test_bfloat16_is_refused_where_nothing_supports_it(texts, tiny_path, tmp_path):
     with pytest.raises(ConfigError, match="without an accelerator"):

@@ -16,7 +16,7 @@ Legend: as in `roadie.bank.families`; B rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -98,14 +98,19 @@ class TrainableBank:
         with torch.no_grad():
             self._tables = {path: _layer_table(parts, self._keep) for path, parts in places.items()}
 
-    def collect_gradients(self) -> list[Tensor]:
-        """Turn the gradients of the tables into `Stack.gradients`; the squares of their norms ``[S]`` for each family."""
+    def collect_gradients(self, sum_: Callable[[Tensor], object] | None = None) -> list[Tensor]:
+        """Turn the gradients of the tables into `Stack.gradients`; the squares of their norms ``[S]`` for each family.
+
+        sum_: sums a tensor over several processes, in place, where each has seen some of the rows.
+        """
         squares = [torch.zeros(len(family.names), device=self._device) for family in self.families]
         with torch.no_grad():
             for family, square in zip(self.families, squares, strict=True):
                 for stack in family.stacks:
                     for index, path in enumerate(stack.paths):
                         square += self._tables[path].gradients_into(stack, index)
+            if sum_ is not None:
+                return [_summed_squares(family, sum_) for family in self.families]
         return squares
 
     @contextmanager
@@ -154,6 +159,12 @@ class TrainableBank:
             rows += range(count, count + size) if number in families else [-1] * size
             count += size if number in families else 0
         return torch.tensor([*rows, -1], device=self._device)
+
+
+def _summed_squares(family: Family, sum_: Callable[[Tensor], object]) -> Tensor:
+    for stack in family.stacks:
+        sum_(stack.gradients)
+    return torch.stack([stack.gradients.square().sum(dim=(0, 1, 3)) for stack in family.stacks]).sum(dim=0)
 
 
 @dataclass(frozen=True, eq=False)

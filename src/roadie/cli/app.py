@@ -21,7 +21,7 @@ from roadie.cli.merge import merge
 from roadie.cli.serve import api_key, serve
 from roadie.cli.train import train
 from roadie.cli.train_many import train_many
-from roadie.errors import RoadieError
+from roadie.errors import TOLD_BY_ANOTHER_PROCESS, RoadieError
 
 FAILED = 2
 INTERRUPTED = 130
@@ -40,7 +40,8 @@ class Verbs(TyperGroup):
         except (RoadieError, OSError) as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            typer.echo(f"roadie: {error}", err=True)
+            if not getattr(error, TOLD_BY_ANOTHER_PROCESS, False):
+                typer.echo(f"roadie: {error}", err=True)
             raise typer.Exit(FAILED) from None
 
 

@@ -102,6 +102,7 @@ def train(
       roadie train notes.txt --output notes-adapter --lr 1e-2
       roadie train questions.jsonl --eval-share 0.1 --output answers --model meta-llama/Llama-3.2-1B
       roadie train docs/ more.jsonl --output both --micro-batch-size 4 --gradient-checkpointing --resume
+      accelerate launch --num_processes 2 -m roadie.cli train notes.txt --output notes-adapter
     """
     from roadie.cli.quiet import quiet_libraries
 
@@ -127,20 +128,23 @@ def train(
         seed=seed,
     )
     with quiet_libraries():
+        from roadie.distributed.processes import joined
         from roadie.training.models import ModelSource
         from roadie.training.run import train as run
 
-        result = run(
-            data,
-            output,
-            model=ModelSource(model, revision, trust_remote_code, allow_pickle),
-            recipe=recipe,
-            eval_data=eval_data or None,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-        )
-    typer.echo(show(result))
+        with joined() as together:
+            result = run(
+                data,
+                output,
+                model=ModelSource(model, revision, trust_remote_code, allow_pickle),
+                recipe=recipe,
+                eval_data=eval_data or None,
+                overwrite=overwrite,
+                resume=resume,
+                progress=progress,
+            )
+    if together.is_first:
+        typer.echo(show(result))
 
 
 def show(result: TrainingResult) -> str:

@@ -27,6 +27,10 @@ def train_many(
     ] = False,
     overwrite: Overwrite = False,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a table of all jobs.")] = True,
+    spread: Annotated[
+        str,
+        typer.Option(help="Over several processes: jobs (each trains some), or rows (each takes some of every job)."),
+    ] = "jobs",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -54,6 +58,7 @@ def train_many(
     Examples:
       roadie train-many jobs.yaml
       roadie train-many jobs.yaml --resume
+      accelerate launch --num_processes 2 -m roadie.cli train-many jobs.yaml
     """
     from rich.console import Console
 
@@ -61,10 +66,11 @@ def train_many(
     from roadie.cli.quiet import quiet_libraries
 
     with quiet_libraries():
+        from roadie.distributed.processes import joined
         from roadie.training.many.run import train_many as run
         from roadie.training.models import ModelSource
 
-        with live_table(Console(stderr=True), shown=progress) as observers:
+        with joined() as together, live_table(Console(stderr=True), shown=progress and together.is_first) as observers:
             result = run(
                 jobs,
                 model=ModelSource(model, revision, trust_remote_code, allow_pickle),
@@ -72,10 +78,12 @@ def train_many(
                 overwrite=overwrite,
                 resume=resume,
                 observers=observers,
+                spread=spread,
             )
-    typer.echo(show(result))
-    for job in result.failed:
-        typer.echo(f"roadie: job {job.name} failed: {job.reason}", err=True)
+    if together.is_first:
+        typer.echo(show(result))
+        for job in result.failed:
+            typer.echo(f"roadie: job {job.name} failed: {job.reason}", err=True)
     if result.failed:
         raise typer.Exit(SOME_FAILED)
 

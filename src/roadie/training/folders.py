@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,17 +36,35 @@ def check_free(
 def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new empty folder to write into, which becomes `output` when the block ends and vanishes when it raises.
 
-    An `output` that is overwritten stays as it was until the new folder is complete.
+    An `output` that is overwritten stays as it was until the new folder is complete. A process that is told to terminate
+    in the block, as torchrun tells those of a training of which one has failed, cleans up before it does.
     """
     check_free(output, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    with _termination_raises():
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        try:
+            new = scratch / "new"
+            new.mkdir()
+            yield new
+            if output.exists():
+                output.rename(scratch / "old")
+            new.rename(output)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit, where nobody else has said what it does."""
+    is_ours = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if not is_ours:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        new = scratch / "new"
-        new.mkdir()
-        yield new
-        if output.exists():
-            output.rename(scratch / "old")
-        new.rename(output)
+        yield
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

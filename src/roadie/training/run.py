@@ -6,15 +6,15 @@ The output folder appears whole at the end: the adapter in PEFT's format, a mode
 of what was done. Until then checkpoints (adapter, optimizer, random states; never the base model) are kept in
 ``my-adapter.training``. A run that was interrupted and resumed gives the losses and the adapter of one that was not.
 
-One process; Trainer itself spreads the batch over the accelerators it sees. For several processes call Trainer
-yourself: an adapted model is an ordinary PEFT model (examples/trainer.py).
+Several processes, started by accelerate or torchrun, share each batch; the steps, and the adapter, are those of one
+process (up to rounding). Only the first of them writes files. In one process Trainer spreads the batch over the
+accelerators it sees.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -28,9 +28,10 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from roadie.checkpoint import WEIGHTS_NAME
+from roadie.distributed.processes import Processes, join
 from roadie.errors import ConfigError
 from roadie.training.checkpoints import WorkFolder, check_output, open_work, record_start, work_path
-from roadie.training.encoding import Example, collate, encode, fingerprint, split
+from roadie.training.encoding import Example, encode, fingerprint, split
 from roadie.training.folders import whole_folder
 from roadie.training.models import (
     ModelSource,
@@ -44,6 +45,7 @@ from roadie.training.progress import ProgressBar
 from roadie.training.recipe import Recipe
 from roadie.training.record import RECORD_NAME, Sources, TrainingResult, history_of, write_record
 from roadie.training.text import read
+from roadie.training.trainer import GlobalBatchTrainer
 from roadie.tuner import RoadConfig, get_peft_model, train_only
 
 if TYPE_CHECKING:
@@ -94,47 +96,53 @@ def train(
     Raises `RoadieError` for settings, texts and models that cannot be used, before anything is written.
     """
     output, recipe = Path(output), recipe or Recipe()
-    source = as_source(model)
-    _check_one_process()
-    check_output(output, overwrite=overwrite, resume=resume)
-    corpus = _prepare_corpus(data, eval_data, source, recipe)
-    adapted = _adapt(source, recipe)
+    source, together = as_source(model), join()
+    together.first(lambda: check_output(output, overwrite=overwrite, resume=resume))
+    corpus = together.each(lambda: _prepare_corpus(data, eval_data, source, recipe))
+    adapted = together.each(lambda: _adapt(source, recipe))
     settings = _settings(source, recipe, corpus)
-    work = open_work(output, settings, resume=resume)
-    trainer = _build_trainer(adapted, corpus, recipe, work, callbacks, progress=progress)
+    _check_same_everywhere(together, settings)
+    work = together.first(lambda: open_work(output, settings, resume=resume))
+    trainer = _build_trainer(adapted, corpus, recipe, work, callbacks, together, progress=progress)
     loss_before = work.loss_before
     if loss_before is None:
         loss_before = _loss(trainer)
-        record_start(work.path, settings, loss_before)
+        together.first(partial(record_start, work.path, settings, loss_before))
     with _share(adapted, recipe) as trained:
         session = _run(trainer, work)
     history = history_of(trainer)
     loss_after = _loss(trainer)
-    with whole_folder(output, overwrite=overwrite) as folder:
-        adapted.save_pretrained(str(folder))
-        result = TrainingResult(
-            output=output,
-            model=source.place,
-            loss_on=corpus.measured_name,
-            loss_before=loss_before,
-            loss_after=loss_after,
-            best_step=trainer.state.best_global_step if corpus.held_out else None,
-            train_examples=len(corpus.train),
-            evaluation_examples=len(corpus.held_out),
-            **_sizes(adapted, folder, trained),
-            **session,
-        )
-        write_record(folder / RECORD_NAME, result, settings, history, data, eval_data)
-    shutil.rmtree(work_path(output), ignore_errors=True)
-    return result
+
+    def write() -> TrainingResult:
+        with whole_folder(output, overwrite=overwrite) as folder:
+            adapted.save_pretrained(str(folder))
+            result = TrainingResult(
+                output=output,
+                model=source.place,
+                loss_on=corpus.measured_name,
+                loss_before=loss_before,
+                loss_after=loss_after,
+                best_step=trainer.state.best_global_step if corpus.held_out else None,
+                train_examples=len(corpus.train),
+                evaluation_examples=len(corpus.held_out),
+                **_sizes(adapted, folder, trained),
+                **session,
+            )
+            write_record(folder / RECORD_NAME, result, settings, history, data, eval_data)
+        shutil.rmtree(work_path(output), ignore_errors=True)
+        return result
+
+    return together.first(write)
 
 
-def _check_one_process() -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+def _check_same_everywhere(together: Processes, settings: dict[str, Any]) -> None:
+    """Raise `ConfigError`, in all processes, unless all of them were told, and read, the same."""
+    of_all = together.gather(settings)
+    differing = sorted({key for other in of_all for key in settings if other[key] != of_all[0][key]})
+    if differing:
         raise ConfigError(
-            f"got {processes} processes; roadie.training.train is made for one; call transformers' Trainer on the "
-            "model of roadie.get_peft_model instead"
+            f"got processes that differ in {', '.join(differing)}; wanted the same command and the same data in all; "
+            "give every machine the same files"
         )
 
 
@@ -192,26 +200,29 @@ def _build_trainer(
     recipe: Recipe,
     work: WorkFolder,
     callbacks: Sequence[TrainerCallback],
+    together: Processes,
     *,
     progress: bool,
-) -> Trainer:
-    trainer = Trainer(
+) -> GlobalBatchTrainer:
+    trainer = GlobalBatchTrainer(
+        together,
+        corpus.train,
+        pad_token_id=adapted.config.pad_token_id or 0,
         model=adapted,
-        args=_arguments(recipe, corpus, work.path),
-        train_dataset=corpus.train,
+        args=_arguments(recipe, corpus, work.path, together),
         eval_dataset=corpus.measured,
-        data_collator=partial(collate, pad_token_id=adapted.config.pad_token_id or 0),
-        callbacks=[*callbacks, *([ProgressBar()] if progress else [])],
+        callbacks=[*callbacks, *([ProgressBar()] if progress and together.is_first else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _arguments(recipe: Recipe, corpus: _Corpus, folder: Path) -> TrainingArguments:
+def _arguments(recipe: Recipe, corpus: _Corpus, folder: Path, together: Processes) -> TrainingArguments:
     steps_per_epoch = math.ceil(len(corpus.train) / recipe.batch_size)
     steps = recipe.max_steps or math.ceil(recipe.epochs * steps_per_epoch)
     interval = recipe.checkpoint_steps or steps_per_epoch
-    devices = max(1, torch.cuda.device_count())
+    several, has_accelerator = together.count > 1, torch.accelerator.is_available()
+    devices = together.count if several else max(1, torch.cuda.device_count())
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=recipe.per_device_batch_size(devices),
@@ -239,7 +250,10 @@ def _arguments(recipe: Recipe, corpus: _Corpus, folder: Path) -> TrainingArgumen
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=torch.accelerator.is_available(),
+        dataloader_pin_memory=has_accelerator,
+        use_cpu=several and not has_accelerator,
+        ddp_find_unused_parameters=several,  # experts that no token of a batch went to
+        ddp_broadcast_buffers=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -249,7 +263,7 @@ def _loss(trainer: Trainer) -> float:
     return float(trainer.evaluate()["eval_loss"])
 
 
-def _run(trainer: Trainer, work: WorkFolder) -> dict[str, Any]:
+def _run(trainer: GlobalBatchTrainer, work: WorkFolder) -> dict[str, Any]:
     """Train to the end; what this session did."""
     start = _Start()
     trainer.add_callback(start)
@@ -259,7 +273,9 @@ def _run(trainer: Trainer, work: WorkFolder) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "resumed_from_step": start.step,
         "seconds": time.perf_counter() - begin,
-        "tokens": int(trainer.state.num_input_tokens_seen) - start.tokens,
+        "tokens": int(trainer.state.num_input_tokens_seen)
+        - start.tokens
+        - trainer.filler_tokens(start.step, trainer.state.global_step),
     }
 
 

@@ -4,11 +4,12 @@
 
 Everything is checked before the first step: settings, targets and outputs of every job raise, since they are mistakes in
 what was asked for; data that cannot be read fail their job alone. The output of a job appears whole as soon as it is done.
+
+Several processes, started by accelerate or torchrun, share the jobs, or the rows of all jobs (`roadie.training.many.sharing`).
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from roadie.bank.trainable import TrainableBank
-from roadie.errors import ConfigError
+from roadie.distributed.processes import join
 from roadie.training.many.job import Job, RunSettings
 from roadie.training.many.jobs_file import Plan, read_jobs
-from roadie.training.many.logs import Logs
+from roadie.training.many.logs import Logs, NoLogs
 from roadie.training.many.observer import Observer
 from roadie.training.many.outputs import adapter_config, adapter_of, finished_result, write_output
 from roadie.training.many.preparation import Prepared, prepare, run_settings
 from roadie.training.many.result import JobResult, JobStatus, ManyResult
 from roadie.training.many.session import Session
+from roadie.training.many.sharing import Sharing, Spread
 from roadie.training.many.snapshot import Snapshot, read_snapshot, write_snapshot
 from roadie.training.many.state import ActiveJob
 from roadie.training.many.work import Work, close_work, default_work, open_work
@@ -40,6 +42,7 @@ def train_many(
     overwrite: bool = False,
     resume: bool = False,
     observers: Sequence[Observer] = (),
+    spread: str | Spread = Spread.JOBS,
 ) -> ManyResult:
     """Train an adapter for each job, all at once on one base model, and write each to its output folder.
 
@@ -47,26 +50,24 @@ def train_many(
     model, settings: replace those of the jobs file. work: folder for checkpoints and logs; None: ``NAME.training`` beside
     the jobs file NAME.yaml, or ``train-many.training`` beside the first output. overwrite: replace outputs that are there;
     resume: go on with an interrupted run, or start it where there is none; finished jobs are left as they are.
+    spread: over several processes: "jobs" (each trains its part of them; observers hear of these) or "rows".
     Raises `RoadieError` for what cannot be trained, before anything is written; data that cannot be read and losses that
     are not finite fail their own job only, as the result says.
     """
-    _check_one_process()
-    plan = _plan(jobs, settings)
+    plan, together = _plan(jobs, settings), join()
+    sharing = Sharing.of(together, spread, plan)
     source = _source(plan, model)
     folder = Path(work) if work is not None else _default_work(jobs, plan)
-    prepared = prepare(plan, source)
-    description = run_settings(plan, source, prepared)
-    opened = open_work(folder, description, plan.jobs, overwrite=overwrite, resume=resume)
+    own = sharing.own(plan)
+    prepared = together.each(lambda: prepare(own, source))
+    description = sharing.described(run_settings(own, source, prepared))
+    opened = together.first(lambda: open_work(folder, description, plan.jobs, overwrite=overwrite, resume=resume))
     started = time.perf_counter()
-    results, steps = _Run(plan, source, prepared, opened).through(observers)
-    close_work(opened, description, {result.name: _outcome(result) for result in results})
-    return ManyResult(results, folder, steps, time.perf_counter() - started)
-
-
-def _check_one_process() -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ConfigError(f"got {processes} processes; wanted one; start train-many without torchrun")
+    ended, steps = _Run(own, source, prepared, opened, sharing).through(observers)
+    found = {name: result for part in together.gather(ended) for name, result in part.items()}
+    results = tuple(found[job.name] for job in plan.jobs)
+    together.first(lambda: close_work(opened, description, {result.name: _outcome(result) for result in results}))
+    return ManyResult(results, folder, max(together.gather(steps)), time.perf_counter() - started)
 
 
 def _plan(jobs: Any, settings: RunSettings | None) -> Plan:
@@ -103,12 +104,14 @@ class _Run:
     source: ModelSource
     prepared: Prepared
     work: Work
+    sharing: Sharing
 
-    def through(self, observers: Sequence[Observer]) -> tuple[tuple[JobResult, ...], int]:
-        """Train to the end; the results in the order of the jobs, and the steps of this session."""
-        snapshot = read_snapshot(self.work.path) if self.work.goes_on else None
+    def through(self, observers: Sequence[Observer]) -> tuple[dict[str, JobResult], int]:
+        """Train to the end; the results by job, and the steps of this session."""
+        snapshot = read_snapshot(self._snapshots) if self.work.goes_on else None
         ended = self._ended_before(snapshot)
-        logs = Logs(self.work.path)
+        self.sharing.of_rows.wait()  # until all have read what only one of them will write
+        logs = Logs(self.work.path) if self.sharing.writes else NoLogs()
         try:
             session = self._session(snapshot, ended, logs, [logs, *observers])
             before = session.step
@@ -116,8 +119,11 @@ class _Run:
             session.run()
         finally:
             logs.close()
-        found = {**ended, **session.results}
-        return tuple(found[job.name] for job in self.plan.jobs), session.step - before
+        return {**ended, **session.results}, session.step - before
+
+    @property
+    def _snapshots(self) -> Path:
+        return self.sharing.snapshots(self.work.path)
 
     def _ended_before(self, snapshot: Snapshot | None) -> dict[str, JobResult]:
         """Jobs that take no part: finished or failed in a former session, or without data."""
@@ -138,11 +144,15 @@ class _Run:
             return self._finish(job, bank, logs)
 
         def save(session: Session) -> None:
+            if not self.sharing.writes:
+                return
             logs.flush()
-            write_snapshot(self.work.path, session.step, session.bank, session.active, session.failed)
+            self._snapshots.mkdir(exist_ok=True)
+            write_snapshot(self._snapshots, session.step, session.bank, session.active, session.failed)
 
         todo = [one for name, one in self.prepared.jobs.items() if name not in ended]
-        session = Session(self.prepared.base, todo, self.plan.settings, observers, finish, save)
+        of_rows = self.sharing.of_rows
+        session = Session(self.prepared.base, todo, self.plan.settings, observers, finish, save, of_rows)
         if snapshot is not None:
             session.failed.update(snapshot.failed)
             session.go_on(snapshot)
@@ -150,6 +160,8 @@ class _Run:
 
     def _finish(self, job: ActiveJob, bank: TrainableBank, logs: Logs) -> JobResult:
         """Write the output of a job that has done all of its steps."""
+        if not self.sharing.writes:
+            return job.result(JobStatus.FINISHED)
         family = bank.family_of(job.name)
         row = job.best_row if job.best_row is not None else family.row(job.name)
         adapter = adapter_of(family, row, adapter_config(job.prepared, self.prepared.base, self.source))

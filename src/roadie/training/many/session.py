@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from roadie.bank.trainable import TrainableBank
+from roadie.distributed.processes import Processes
 from roadie.kernels import Keep
 from roadie.training.many import optimiser
 from roadie.training.many.job import RunSettings
@@ -36,7 +37,10 @@ Save = Callable[["Session"], None]
 
 
 class Session:
-    """Jobs in training on one model. finish: writes the output of a job that is done; save: writes a checkpoint."""
+    """Jobs in training on one model. finish: writes the output of a job that is done; save: writes a checkpoint.
+
+    together: processes that each hold all of the jobs and share the rows of every step.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class Session:
         observers: Sequence[Observer],
         finish: Finish,
         save: Save,
+        together: Processes = Processes(),  # noqa: B008 (frozen)
     ) -> None:
         self.bank = TrainableBank(model.device, Keep.INPUT if settings.keep == "input" else None)
         self.active: dict[str, ActiveJob] = {}
@@ -58,7 +63,8 @@ class Session:
         self._observers = observers
         self._finish = finish
         self._save = save
-        self._losses = ManyLosses(model, self.bank, settings.max_tokens_per_step)
+        self._losses = ManyLosses(model, self.bank, settings.max_tokens_per_step, together)
+        self._sum = together.sum_ if together.count > 1 else None
 
     def go_on(self, snapshot: Snapshot) -> None:
         """Take everything up where a checkpoint left it."""
@@ -107,7 +113,7 @@ class Session:
         ]
         self.bank.make_tables()
         losses_S = self._losses.train(rows, len(jobs))
-        squares = self.bank.collect_gradients()
+        squares = self.bank.collect_gradients(self._sum)
         losses, norms = torch.stack((losses_S, torch.cat(squares).sqrt())).tolist()
         rates = [job.rates() for job in jobs]
         begin = 0

@@ -2,6 +2,7 @@
 
     run.json                   what the run was asked to do, a mark of its own, and what became of its jobs
     checkpoint.safetensors     where it stands (`roadie.training.many.snapshot`); removed at the end
+    process-N/                 the same, where each process trains jobs of its own
     logs/, tensorboard/        what happened (`roadie.training.many.logs`); these stay
 
 The outputs of finished jobs carry the mark, so that a run that goes on knows which of them are its own.
@@ -68,11 +69,18 @@ def open_work(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job], *, o
 def close_work(work: Work, settings: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
     """Note what became of the jobs, and remove the checkpoint."""
     _write(work, settings, outcome)
-    (work.path / SNAPSHOT_NAME).unlink(missing_ok=True)
+    for snapshot in _snapshots(work.path):
+        snapshot.unlink()
+    for folder in work.path.glob("process-*"):
+        shutil.rmtree(folder)
+
+
+def _snapshots(path: Path) -> list[Path]:
+    return [file for file in (path / SNAPSHOT_NAME, *path.glob(f"process-*/{SNAPSHOT_NAME}")) if file.exists()]
 
 
 def _check_new(path: Path, *, overwrite: bool) -> None:
-    if (path / SNAPSHOT_NAME).exists() and not overwrite:
+    if _snapshots(path) and not overwrite:
         raise OutputExists(
             f"{path}: got the working folder of a run that did not finish; wanted none; go on with it (--resume), or "
             "start anew (--overwrite)"
