@@ -152,8 +152,8 @@ def test_an_adapter_of_other_kinds_is_refused(layers, config, other, says):
 
 
 def test_without_patterns_the_settings_hold_and_default_to_pefts():
-    assert resolve_layer({}, "model.q_proj", 128) == (Variant.ROAD_1, 64)
-    assert resolve_layer({"variant": "road_4", "group_size": 2}, "model.q_proj", 6) == (Variant.ROAD_4, 2)
+    assert resolve_layer({}, "model.q_proj", 128) == (Variant.ROAD_1, (64,))
+    assert resolve_layer({"variant": "road_4", "group_size": 2}, "model.q_proj", 6) == (Variant.ROAD_4, (2,))
 
 
 def test_the_first_pattern_that_matches_wins_in_the_order_of_the_mapping():
@@ -174,15 +174,53 @@ def test_patterns_match_as_pefts_do(path, keys):
 
     values = dict(zip(keys, (2, 4, 8, 16), strict=False))
     expected = values.get(get_pattern_key(keys, path), 32)
-    assert resolve_layer({"group_size": 32, "group_size_pattern": values}, path, 64)[1] == expected
+    assert resolve_layer({"group_size": 32, "group_size_pattern": values}, path, 64)[1] == (expected,)
 
 
 @given(pairs=st.integers(1, 4096), half=st.integers(1, 256))
 def test_an_adapting_group_size_is_the_greatest_common_divisor(pairs, half):
     out_features, group_size = 2 * pairs, 2 * half
     config = {"group_size": group_size, "adapt_group_size": True}
-    adapted = resolve_layer(config, "a", out_features)[1]
+    (adapted,) = resolve_layer(config, "a", out_features)[1]
     assert adapted == max(d for d in range(1, group_size + 1) if group_size % d == 0 and out_features % d == 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"), [("q", (2, 16, 16)), ("k", (8, 2)), ("v", (12,)), ("up.o", (4,)), ("o", (2, 16, 16))]
+)
+def test_stages_hold_where_no_pattern_says_otherwise_and_adapt_one_by_one(module, expected):
+    patterns = {"k": [8, 2], "v": [12], r"up\.o": [4]}
+    config = {"stages": [2, 16, 64], "stages_pattern": patterns, "group_size": 32, "adapt_group_size": True}
+    assert resolve_layer(config, module, 48)[1] == expected
+
+
+def test_rotations_in_a_row_have_parameters_end_to_end_and_no_single_group_size():
+    theta, alpha = torch.randn(24), torch.randn(24)
+    layer = LayerParameters(theta, alpha, "road_1", [2, 8, 16])
+    assert (layer.out_features, layer.stages) == (16, (2, 8, 16))
+    for rotation, part, size in zip(layer.rotations, range(3), (2, 8, 16), strict=True):
+        alone = LayerParameters(theta[8 * part : 8 * part + 8], alpha[8 * part : 8 * part + 8], "road_1", size).rotation
+        assert torch.equal(rotation.direct, alone.direct)
+        assert torch.equal(rotation.cross, alone.cross)
+        assert rotation.group_size == size
+    for asked in ("rotation", "group_size"):
+        with pytest.raises(
+            AdapterError, match=r"several rotations in a row \(group sizes 2, 8, 16\) where one is wanted"
+        ):
+            getattr(layer, asked)
+    again = pickle.loads(pickle.dumps(layer))
+    assert again.stages == layer.stages
+    assert torch.equal(again.theta, theta)
+
+
+@pytest.mark.parametrize(
+    ("size", "stages", "says"),
+    [(24, [2, 8, 48], "multiple of group_size=48"), (25, [2, 8, 16], "with 3 rotations in a row"), (24, [], "one or more"),
+     (24, [2, 3], "divisible by 2"), (24, "28", "one or more")],
+)  # fmt: skip
+def test_stages_that_do_not_fit_are_refused(size, stages, says):
+    with pytest.raises(ValueError, match=says):
+        LayerParameters(torch.zeros(size), torch.ones(size), "road_1", stages)
 
 
 @pytest.mark.parametrize(("out_features", "adapt"), [(96, False), (97, True), (97, False)])

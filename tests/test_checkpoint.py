@@ -229,6 +229,8 @@ EXTRAS = {
     "group_size_pattern": {"q": 2},
     "layers_pattern": "h",
     "layers_to_transform": 0,
+    "stages": [16, 2, 64],
+    "stages_pattern": {"q": [2, 64], "k": [16]},
     "trainable_token_indices": [3],
     "variant_pattern": {"q": "road_2"},
 }
@@ -239,7 +241,7 @@ def test_an_extra_setting_marks_the_variant_and_a_default_one_is_not_written(key
     plain = {"peft_type": "ROAD", "variant": "road_2"}
     assert checkpoint.config_text({**plain, key: EXTRA_DEFAULTS[key]}) == checkpoint.config_text(plain)
     text = checkpoint.config_text({**plain, key: EXTRAS[key]})
-    assert json.loads(text)["variant"] == "roadie:road_2"
+    assert json.loads(text)["variant"] == ("roadie-stages:" if "stages" in key else "roadie:") + "road_2"
     (tmp_path / CONFIG_NAME).write_text(text)
     config = checkpoint.read_config(tmp_path)
     assert config["variant"] == "road_2"

@@ -1,15 +1,17 @@
 """The adapter value: the parameters of every adapted layer, frozen, as they travel between the parts of roadie.
 
-An `Adapter` is what one adapter file says, without the file: per layer (theta, alpha, variant, group_size), the
+An `Adapter` is what one adapter file says, without the file: per layer (theta, alpha, variant, stages), the
 config as it was read, and whatever else the file carried (weights of `modules_to_save`, trained biases). Nothing here
 touches a disk or a model: `roadie.checkpoint` makes adapters of files, the tuner makes models of adapters.
 
-**Which variant and group size a layer has** is decided by `resolve_layer`, for files and for models alike. The keys
-of `variant_pattern` and `group_size_pattern` are regular expressions matched against the end of the module path, at a
-dot: ``(.*\\.)?(key)$``. The first key that matches, in the mapping's order, wins; otherwise `variant` and `group_size`
-hold. With `adapt_group_size` a group size that does not divide the layer's outputs D becomes gcd(D, group_size).
+**Which variant and group sizes a layer has** is decided by `resolve_layer`, for files and for models alike. The keys
+of `variant_pattern`, `group_size_pattern` and `stages_pattern` are regular expressions matched against the end of the
+module path, at a dot: ``(.*\\.)?(key)$``. The first key that matches, in the mapping's order, wins; otherwise `variant`,
+`group_size` and `stages` hold. A layer that neither `stages_pattern` nor `stages` speaks of has one rotation, of its group
+size. With `adapt_group_size` a group size that does not divide the layer's outputs D becomes gcd(D, group_size).
 
-Shapes: ``D`` out features of a layer, ``n = parameter_size(variant, D)`` elements of theta and of alpha.
+Shapes: ``D`` out features of a layer, ``K`` stages (1 in a plain adapter), ``n = K parameter_size(variant, D)`` elements of
+theta and of alpha.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from roadie.errors import AdapterError, ConfigError
-from roadie.rotation import Rotation, Variant, check_group_size, from_parameters, parameter_size
+from roadie.rotation import Rotation, Variant, chain_from_parameters, check_group_size, parameter_size
 
 DEFAULT_VARIANT = "road_1"
 DEFAULT_GROUP_SIZE = 64
@@ -43,35 +45,57 @@ RESERVED_NAMES = frozenset(
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class LayerParameters:
-    """The RoAd parameters of one layer.
+    """The RoAd parameters of one layer: of one rotation, or of several in a row.
 
     theta (radians), alpha: ``[n]`` each, of one floating dtype and on one device; variant: a `Variant` or its name;
-    group_size: positive, even, divides D. Values are not looked at (they may live on the meta device).
+    group_size: positive, even, divides D; or such group sizes of the rotations in a row, the first applied first, whose
+    parameters then lie end to end (kept as `stages`). Values are not looked at (they may live on the meta device).
     Raises `AdapterError` where the tensors do not fit, `ConfigError` for an unknown variant or a bad group size.
     """
 
     theta: Tensor
     alpha: Tensor
     variant: Variant
-    group_size: int
+    stages: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "variant", Variant.parse(self.variant))
-        check_group_size(self.group_size)
-        _check_tensors(self.theta, self.alpha)
-        _check_fits_groups(self.out_features, self)
+    def __init__(self, theta: Tensor, alpha: Tensor, variant: str | Variant, group_size: int | Sequence[int]) -> None:
+        object.__setattr__(self, "theta", theta)
+        object.__setattr__(self, "alpha", alpha)
+        object.__setattr__(self, "variant", Variant.parse(variant))
+        object.__setattr__(self, "stages", stages_of(group_size))
+        _check_tensors(theta, alpha)
+        _check_fits_groups(self)
+
+    @property
+    def group_size(self) -> int:
+        """The group size of the one rotation; raises `AdapterError` where there are several in a row (see `stages`)."""
+        if len(self.stages) != 1:
+            raise AdapterError(
+                f"got a layer with several rotations in a row (group sizes {', '.join(map(str, self.stages))}) where one is "
+                "wanted; use an adapter trained without stages, or merge this one into its base model"
+            )
+        return self.stages[0]
 
     @property
     def out_features(self) -> int:
         """D, the number of outputs of the layer."""
-        return out_features_of(self.variant, self.theta.numel())
+        return out_features_of(self.variant, self.theta.numel(), len(self.stages))
 
     @property
     def rotation(self) -> Rotation:
-        """The rotation these parameters stand for, ``[D]``, in float32 or wider; computed at every use."""
-        return from_parameters(self.theta, self.alpha, self.variant, self.group_size)
+        """The one rotation these parameters stand for, ``[D]``, in float32 or wider; computed at every use.
+
+        Raises `AdapterError` where there are several in a row: see `rotations`.
+        """
+        _ = self.group_size
+        return self.rotations[0]
+
+    @property
+    def rotations(self) -> tuple[Rotation, ...]:
+        """The rotations these parameters stand for, the first applied first, as in `rotation`."""
+        return chain_from_parameters(self.theta, self.alpha, self.variant, self.stages)
 
     @property
     def num_parameters(self) -> int:
@@ -120,7 +144,12 @@ class Adapter:
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """The group sizes that occur, each once, ascending."""
-        return tuple(sorted({layer.group_size for layer in self.layers.values()}))
+        return tuple(sorted({size for layer in self.layers.values() for size in layer.stages}))
+
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The group sizes of the rotations in a row that occur in layers, each once; ``((64,),)`` in a plain adapter."""
+        return tuple(sorted({layer.stages for layer in self.layers.values()}))
 
     @property
     def out_features(self) -> Mapping[str, int]:
@@ -143,28 +172,43 @@ class Adapter:
         return sum(layer.nbytes for layer in self.layers.values()) + sum(t.nbytes for t in self.other.values())
 
 
-def out_features_of(variant: str | Variant, size: int) -> int:
-    """D of a layer whose theta has `size` elements; the inverse of `rotation.parameter_size`.
+def stages_of(group_size: int | Sequence[int]) -> tuple[int, ...]:
+    """The group sizes of rotations in a row, given as they are or, for a single one, as a number; raises `ConfigError`."""
+    stages: Any = (group_size,) if isinstance(group_size, int) else group_size
+    if isinstance(stages, str) or not isinstance(stages, Sequence) or not stages:
+        raise ConfigError(
+            f"got stages {_shortened(group_size)}; wanted the group sizes of one or more rotations in a row, such as [2, 16, 64]"
+        )
+    for size in stages:
+        check_group_size(size)
+    return tuple(stages)
+
+
+def out_features_of(variant: str | Variant, size: int, num_stages: int = 1) -> int:
+    """D of a layer whose theta has `size` elements for `num_stages` rotations; the inverse of `rotation.parameter_size`.
 
     Raises `AdapterError` where no D has that size.
     """
     variant = Variant.parse(variant)
-    out_features, rest = divmod(2 * size, parameter_size(variant, 2))
+    out_features, rest = divmod(2 * size, num_stages * parameter_size(variant, 2))
     if rest or out_features <= 0:
+        in_a_row = f" with {num_stages} rotations in a row" if num_stages > 1 else ""
+        multiple = "even " if rest and num_stages == 1 else ""
         raise AdapterError(
-            f"got theta of {size} elements; wanted a positive {'even ' if rest else ''}number for {variant.value}; "
-            "check the variant of the adapter"
+            f"got theta of {size} elements; wanted a positive {multiple}number for {variant.value}{in_a_row}; "
+            f"check the variant {'and the stages ' if in_a_row else ''}of the adapter"
         )
     return out_features
 
 
-def resolve_layer(config: Mapping[str, Any], module_path: str, out_features: int) -> tuple[Variant, int]:
-    """The variant and the group size that `config` gives to the layer at `module_path` with `out_features` outputs.
+def resolve_layer(config: Mapping[str, Any], module_path: str, out_features: int) -> tuple[Variant, tuple[int, ...]]:
+    """The variant and the group sizes that `config` gives to the layer at `module_path` with `out_features` outputs.
 
-    Raises `ConfigError`, naming the module, for an unknown variant, a bad pattern, or a group size that does not
-    divide `out_features` (with `adapt_group_size`: where `out_features` is odd).
+    One group size for each rotation in a row, one in a plain adapter. Raises `ConfigError`, naming the module, for an
+    unknown variant, a bad pattern, or a group size that does not divide `out_features` (with `adapt_group_size`: where
+    `out_features` is odd).
     """
-    return resolve_variant(config, module_path), resolve_group_size(config, module_path, out_features)
+    return resolve_variant(config, module_path), resolve_stages(config, module_path, out_features)
 
 
 def resolve_variant(config: Mapping[str, Any], module_path: str) -> Variant:
@@ -175,16 +219,27 @@ def resolve_variant(config: Mapping[str, Any], module_path: str) -> Variant:
         raise ConfigError(f"{error} Module: {module_path}.") from None
 
 
-def resolve_group_size(config: Mapping[str, Any], module_path: str, out_features: int) -> int:
-    """The group size that `config` gives to the layer at `module_path`; the second half of `resolve_layer`."""
+def resolve_stages(config: Mapping[str, Any], module_path: str, out_features: int) -> tuple[int, ...]:
+    """The group sizes that `config` gives to the layer at `module_path`; the second half of `resolve_layer`."""
     try:
-        group_size: int = _setting_of(config, "group_size", module_path, DEFAULT_GROUP_SIZE)
-        check_group_size(group_size)
-        if config.get("adapt_group_size") and math.gcd(out_features, group_size) % 2 == 0:
-            return math.gcd(out_features, group_size)
-        check_group_size(group_size, out_features)
+        stages = stages_at(config, module_path)
+        return tuple(_fitted(size, out_features, bool(config.get("adapt_group_size"))) for size in stages)
     except ConfigError as error:
         raise ConfigError(f"{error} Module: {module_path}.") from None
+
+
+def stages_at(config: Mapping[str, Any], module_path: str) -> tuple[int, ...]:
+    """The group sizes that `config` names for the layer at `module_path`, whatever its outputs are."""
+    stages = _setting_of(config, "stages", module_path, None)
+    if stages is None:
+        stages = _setting_of(config, "group_size", module_path, DEFAULT_GROUP_SIZE)
+    return stages_of(stages)
+
+
+def _fitted(group_size: int, out_features: int, adapt: bool) -> int:
+    if adapt and math.gcd(out_features, group_size) % 2 == 0:
+        return math.gcd(out_features, group_size)
+    check_group_size(group_size, out_features)
     return group_size
 
 
@@ -211,13 +266,22 @@ def check_adapter_name(name: str, module_paths: Iterable[str] = ()) -> None:
         )
 
 
+_PATTERNS: Mapping[str, Callable[[Any], object]] = {
+    "variant_pattern": Variant.parse,
+    "group_size_pattern": check_group_size,
+    "stages_pattern": stages_of,
+}
+
+
 def check_settings(config: Mapping[str, Any]) -> None:
     """Raise `ConfigError`, naming the key, unless the keys that `resolve_layer` reads hold the right kinds of value."""
     Variant.parse(config.get("variant", DEFAULT_VARIANT))
     check_group_size(config.get("group_size", DEFAULT_GROUP_SIZE))
     if not isinstance(config.get("adapt_group_size", False), bool):
         raise ConfigError(f"got adapt_group_size {_shortened(config['adapt_group_size'])}; wanted True or False.")
-    for key, check in (("variant_pattern", Variant.parse), ("group_size_pattern", check_group_size)):
+    if config.get("stages") is not None:
+        stages_of(config["stages"])
+    for key, check in _PATTERNS.items():
         for pattern, value in _patterns_of(config, key).items():
             matches_end(pattern, "", key)
             check(value)
@@ -264,12 +328,14 @@ def _check_tensors(theta: Tensor, alpha: Tensor) -> None:
         raise AdapterError(f"got theta on {theta.device} and alpha on {alpha.device}; wanted one device; use .to()")
 
 
-def _check_fits_groups(out_features: int, layer: LayerParameters) -> None:
-    if out_features % layer.group_size:
-        raise AdapterError(
-            f"got {layer.theta.numel()} parameters, {out_features} outputs as {layer.variant.value}; wanted a multiple "
-            f"of group_size={layer.group_size}; check the variant and the group size of the adapter"
-        )
+def _check_fits_groups(layer: LayerParameters) -> None:
+    out_features = layer.out_features
+    for group_size in layer.stages:
+        if out_features % group_size:
+            raise AdapterError(
+                f"got {layer.theta.numel()} parameters, {out_features} outputs as {layer.variant.value}; wanted a multiple "
+                f"of group_size={group_size}; check the variant and the group size of the adapter"
+            )
 
 
 def _check_entries(name: str, mapping: object, kind: type) -> None:

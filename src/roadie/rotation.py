@@ -12,6 +12,9 @@ so the block of a pair is      [ direct1  -cross1 ]
 **Pairing.** Elements are taken in groups of ``group_size`` G; inside a group element j pairs with j + G/2.
 G = 2 is the paper's pairing of neighbours. Two group sizes share no pair, so they do not compose.
 
+**Chains.** Rotations of several group sizes in a row, the first applied first, mix outputs across pairs: a chain, of which a
+plain adapter is the shortest. Its parameters lie end to end, rotation after rotation.
+
 **Variants** differ only in how many parameters make the two vectors; `from_parameters` is the one place that knows them.
 
     road_1   one alpha, one theta a pair     theta, alpha: [D/2]   stored [D/G, G/2]
@@ -29,6 +32,7 @@ broadcast, so a Rotation may be one adapter ``[D]``, a table ``[S, D]`` or one a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -119,6 +123,29 @@ def from_parameters(theta: Tensor, alpha: Tensor, variant: str | Variant, group_
     if variant is Variant.ROAD_1:
         return Rotation(_for_both(direct, group_size), _for_both(cross, group_size), group_size)
     return Rotation(_quarter(direct, 0, group_size), _quarter(cross, 1, group_size), group_size)
+
+
+def chain_from_parameters(
+    theta: Tensor, alpha: Tensor, variant: str | Variant, group_sizes: Sequence[int]
+) -> tuple[Rotation, ...]:
+    """The rotations of a chain, the first applied first, one for each of `group_sizes`; differentiable.
+
+    theta, alpha: ``[..., K n]`` for K group sizes, rotation after rotation. Raises as `from_parameters` does.
+    """
+    if len(group_sizes) == 1:
+        return (from_parameters(theta, alpha, variant, group_sizes[0]),)
+    parts = zip(split_stages(theta, len(group_sizes)), split_stages(alpha, len(group_sizes)), group_sizes, strict=True)
+    return tuple(from_parameters(of_theta, of_alpha, variant, group_size) for of_theta, of_alpha, group_size in parts)
+
+
+def split_stages(stored: Tensor, num_stages: int) -> tuple[Tensor, ...]:
+    """``[..., K n]`` -> K times ``[..., n]``, the part of each rotation (views); raises `AdapterError` where they do not fit."""
+    if not num_stages or stored.shape[-1] % num_stages:
+        raise AdapterError(
+            f"got {stored.shape[-1]} parameters for {num_stages} rotations in a row; wanted as many for each of them; check "
+            "the stages of the adapter"
+        )
+    return stored.chunk(num_stages, dim=-1) if num_stages > 1 else (stored,)
 
 
 def _check_parameters(theta: Tensor, alpha: Tensor, variant: Variant, group_size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from roadie.adapter import Adapter, LayerParameters, resolve_group_size
+from roadie.adapter import Adapter, LayerParameters, resolve_stages
 from roadie.algebra import in_one_pairing
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, Variant, from_parameters, swap_unsigned, to_parameters
@@ -27,7 +27,7 @@ Rotations = Mapping[str, Rotation]
 T = TypeVar("T")
 
 _SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-_GROUPING = ("group_size", "group_size_pattern", "adapt_group_size")
+_GROUPING = ("group_size", "group_size_pattern", "adapt_group_size", "stages", "stages_pattern")
 _NOT_KEPT = ("variant", "variant_pattern", "modules_to_save", "bias", "trainable_token_indices")
 
 
@@ -135,12 +135,12 @@ def _common(adapters: Sequence[Adapter]) -> dict[str, Any]:
     return {
         key: value
         for key, value in first.items()
-        if all(key in other and _comparable(other[key]) == _comparable(value) for other in others)
+        if all(key in other and _comparable(key, other[key]) == _comparable(key, value) for other in others)
     }
 
 
-def _comparable(value: Any) -> Any:
-    if isinstance(value, (list, tuple, set, frozenset)):
+def _comparable(key: str, value: Any) -> Any:
+    if key != "stages" and isinstance(value, (list, tuple, set, frozenset)):
         return sorted(map(repr, value))
     # Of patterns the first that matches counts, so that their order matters.
     return list(value.items()) if isinstance(value, Mapping) else value
@@ -148,22 +148,21 @@ def _comparable(value: Any) -> Any:
 
 def _describes(config: Mapping[str, Any], layers: Mapping[str, LayerParameters]) -> bool:
     try:
-        return all(
-            resolve_group_size(config, path, layer.out_features) == layer.group_size for path, layer in layers.items()
-        )
+        return all(resolve_stages(config, path, layer.out_features) == layer.stages for path, layer in layers.items())
     except ConfigError:
         return False
 
 
 def _group_sizes(layers: Mapping[str, LayerParameters]) -> dict[str, Any]:
     """One group size for all, or the most frequent one and a pattern a layer: longer paths first, which end in shorter ones."""
-    (size, count), *_ = Counter(layer.group_size for layer in layers.values()).most_common()
+    (stages, count), *_ = Counter(layer.stages for layer in layers.values()).most_common()
+    usual = {"group_size": stages[0]} if len(stages) == 1 else {"stages": list(stages)}
     if count == len(layers):
-        return {"group_size": size}
-    return {
-        "group_size": size,
-        "group_size_pattern": {re.escape(path): layers[path].group_size for path in _longest_first(layers)},
-    }
+        return usual
+    if all(len(layer.stages) == 1 for layer in layers.values()):
+        sizes = {re.escape(path): layers[path].stages[0] for path in _longest_first(layers)}
+        return usual | {"group_size_pattern": sizes}
+    return usual | {"stages_pattern": {re.escape(path): list(layers[path].stages) for path in _longest_first(layers)}}
 
 
 def _longest_first(paths: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The algebra of rotations beyond products and inverses: powers, blends, interpolation, means, differences, distances."""
 
+from roadie.algebra.chains import blend_chains, compose_chains, inverse_chain, power_chain
 from roadie.algebra.geometry import (
     Metric,
     corrected_weights,
@@ -16,12 +17,16 @@ __all__ = [
     "CANCELLATION",
     "Metric",
     "blend",
+    "blend_chains",
+    "compose_chains",
     "corrected_weights",
     "in_one_pairing",
     "interpolate",
+    "inverse_chain",
     "logarithm",
     "mean",
     "power",
+    "power_chain",
     "shares",
     "squared_distance",
     "subtract",

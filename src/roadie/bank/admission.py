@@ -2,6 +2,7 @@
 
 An adapter has a hundred layers and more, and each of them is small: made one by one, their rotations cost what hundreds of
 small tensor operations cost. Layers of one kind are made as one long layer, which their groups allow: none crosses a border.
+Where there are several rotations in a row, each is made so.
 
 Legend: D out features of a layer, K adapters.
 """
@@ -17,18 +18,26 @@ from torch import Tensor
 
 from roadie.adapter import LayerParameters
 from roadie.errors import AdapterError
-from roadie.rotation import Rotation, Variant, from_parameters
+from roadie.rotation import Rotation, Variant, from_parameters, split_stages
 
-Kind = tuple[Variant, int, torch.dtype, torch.dtype, torch.device, torch.device]
+Kind = tuple[Variant, tuple[int, ...], torch.dtype, torch.dtype, torch.device, torch.device]
 Layers = Mapping[str, LayerParameters]
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rotations ``[K, D]`` of one layer, and which of the adapters that are admitted together they belong to."""
+    """Rotations ``[K, D]`` of one layer, several where they are in a row, and which adapters they belong to."""
 
     of: tuple[int, ...]
-    rotation: Rotation
+    rotations: tuple[Rotation, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An adapter that fits a bank, its rotations made: what `AdapterBank.prepare` gives, and `admit` and `replace` take."""
+
+    bank: object
+    layers: Mapping[str, Sequence[Rows]]
 
 
 def rotations(
@@ -41,11 +50,12 @@ def rotations(
     made: dict[str, list[Rows]] = {}
     for kind, members in _by_kind(list(adapters.values()), device_of).items():
         layers = [[list(adapters.values())[index][path] for index in of] for path, of in members.items()]
-        direct, cross = _whole(kind, [layer for of_path in layers for layer in of_path], dtype)
+        stages = _whole(kind, [layer for of_path in layers for layer in of_path], dtype)
         shapes = [(len(of_path), of_path[0].out_features) for of_path in layers]
-        for path, *rows in zip(members, _split(direct, shapes), _split(cross, shapes), strict=True):
-            made.setdefault(path, []).append(Rows(tuple(members[path]), Rotation(rows[0], rows[1], kind[1])))
-        if not _are_finite(direct, cross):
+        parts = [_split(stage, shapes) for stage in stages]
+        for path, *in_a_row in zip(members, *parts, strict=True):
+            made.setdefault(path, []).append(Rows(tuple(members[path]), tuple(in_a_row)))
+        if not all(_are_finite(stage.direct, stage.cross) for stage in stages):
             _refuse(list(adapters), {path: made[path][-1] for path in members}, dtype)
     return made
 
@@ -56,23 +66,30 @@ def _by_kind(adapters: Sequence[Layers], device_of: Callable[[str], torch.device
     for index, layers in enumerate(adapters):
         for path, layer in layers.items():
             theta = layer.theta
-            kind = (layer.variant, layer.group_size, theta.dtype, layer.alpha.dtype, theta.device, device_of(path))
+            kind = (layer.variant, layer.stages, theta.dtype, layer.alpha.dtype, theta.device, device_of(path))
             kinds.setdefault(kind, {}).setdefault(path, []).append(index)
     return kinds
 
 
-def _whole(kind: Kind, layers: Sequence[LayerParameters], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """direct and cross of layers of one kind, end to end."""
-    variant, group_size, *_, device = kind
+def _whole(kind: Kind, layers: Sequence[LayerParameters], dtype: torch.dtype) -> list[Rotation]:
+    """The rotations in a row of layers of one kind, each time end to end."""
+    variant, stages, *_, device = kind
     with torch.no_grad():
-        theta, alpha = (torch.cat(parts) for parts in ([x.theta for x in layers], [x.alpha for x in layers]))
-        whole = from_parameters(theta, alpha, variant, group_size)
-        return whole.direct.to(device, dtype), whole.cross.to(device, dtype)
+        thetas, alphas = (
+            zip(*(split_stages(vector, len(stages)) for vector in vectors), strict=True)
+            for vectors in ([x.theta for x in layers], [x.alpha for x in layers])
+        )
+        whole = [
+            from_parameters(torch.cat(theta), torch.cat(alpha), variant, group_size)
+            for theta, alpha, group_size in zip(thetas, alphas, stages, strict=True)
+        ]
+        return [Rotation(r.direct.to(device, dtype), r.cross.to(device, dtype), r.group_size) for r in whole]
 
 
-def _split(vector: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    parts = vector.split([rows * width for rows, width in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _split(whole: Rotation, shapes: Sequence[tuple[int, int]]) -> list[Rotation]:
+    sizes = [rows * width for rows, width in shapes]
+    parts = zip(whole.direct.split(sizes), whole.cross.split(sizes), shapes, strict=True)
+    return [Rotation(direct.view(shape), cross.view(shape), whole.group_size) for direct, cross, shape in parts]
 
 
 def _are_finite(direct: Tensor, cross: Tensor) -> bool:
@@ -84,8 +101,8 @@ def _are_finite(direct: Tensor, cross: Tensor) -> bool:
 
 def _refuse(names: Sequence[str], of_paths: Mapping[str, Rows], dtype: torch.dtype) -> None:
     for path, rows in of_paths.items():
-        for index, direct, cross in zip(rows.of, rows.rotation.direct, rows.rotation.cross, strict=True):
-            if not _are_finite(direct, cross):
+        for place, index in enumerate(rows.of):
+            if not all(_are_finite(rotation.direct[place], rotation.cross[place]) for rotation in rows.rotations):
                 raise AdapterError(
                     f"got adapter {names[index]!r} with values that are not finite (in {dtype}) in {path!r}; wanted finite ones"
                 )

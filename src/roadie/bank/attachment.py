@@ -18,12 +18,12 @@ from roadie.bank.routing import BankRouting, Choice
 from roadie.bank.servers import Server, serve, stop_serving
 from roadie.bank.table import LayerTable
 from roadie.kernels import (
+    Chain,
     PreparedRotation,
-    RotationTable,
-    can_rotate_in_place,
-    prepare_rotation,
-    rotate_rows,
-    rotate_rows_,
+    can_rotate_chain_in_place,
+    prepare_chain,
+    rotate_chain,
+    rotate_chain_,
 )
 
 
@@ -32,7 +32,7 @@ class LayerRotation:
 
     def __init__(self, table: LayerTable, routing: BankRouting) -> None:
         self.table, self._routing = table, routing
-        self._last: tuple[Choice, RotationTable, PreparedRotation] | None = None
+        self._last: tuple[Choice, Chain, PreparedRotation] | None = None
 
     def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
         """y ``[B, ..., D]`` rotated by the slots in force, or y itself where none are.
@@ -46,14 +46,14 @@ class LayerRotation:
         if not torch.compiler.is_compiling() and self._is_rotated_as_before(y, choice, table):
             return y
         slots = choice.of(y)
-        if is_fresh() and can_rotate_in_place(y, table):
-            rotate_rows_(y, table, slots)
-            prepared = prepare_rotation(y, table, slots)
+        if is_fresh() and can_rotate_chain_in_place(y, table):
+            rotate_chain_(y, table, slots)
+            prepared = prepare_chain(y, table, slots)
             self._last = None if prepared is None else (choice, table, prepared)
             return y
-        return rotate_rows(y, table, slots)
+        return rotate_chain(y, table, slots)
 
-    def _is_rotated_as_before(self, y: Tensor, choice: Choice, table: RotationTable) -> bool:
+    def _is_rotated_as_before(self, y: Tensor, choice: Choice, table: Chain) -> bool:
         last = self._last
         if last is None or last[0] is not choice or last[1] is not table or torch.is_grad_enabled():
             return False

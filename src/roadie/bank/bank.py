@@ -340,7 +340,7 @@ class AdapterBank:
         for path, held in self._attached.items():
             parts = made.get(path, ())
             for rows in parts:
-                held.table.write([slots[index] for index in rows.of], rows.rotation)
+                held.table.write([slots[index] for index in rows.of], rows.rotations)
             others = [slot for index, slot in enumerate(slots) if not _has(parts, index)]
             if others:
                 held.table.clear(others)
@@ -385,9 +385,9 @@ class AdapterBank:
                 assert slot is not None
                 has_layer = path in self._layers_of[name]
                 parts.append((name, weight, held.table.read(slot) if has_layer else None))
-            rotation = blended(path, parts)
-            if rotation is not None:
-                made[path] = [Rows((0,), _in_range(rotation, self._dtype, path, wish))]
+            rotations = blended(path, parts)
+            if rotations is not None:
+                made[path] = [Rows((0,), tuple(_in_range(turn, self._dtype, path, wish) for turn in rotations))]
         return made
 
     def _require(self, name: str) -> None:

@@ -5,7 +5,8 @@
     {"legal": 0.7, "terse": 0.3}    a mixture
     {"legal": 1.5}                  more of it;  {"legal": -1} its inverse
 
-A blend is one rotation a pair (`roadie.algebra.blend`), so that a row with a blend costs what any other row costs.
+A blend is one rotation a pair (`roadie.algebra.blend`), so that a row with a blend costs what any other row costs. Adapters
+with several rotations in a row blend rotation by rotation (`roadie.algebra.blend_chains`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from roadie.algebra import blend
+from roadie.algebra import blend_chains
 from roadie.errors import AdapterError, ConfigError, RoutingError
 from roadie.rotation import Rotation
 
@@ -58,16 +59,16 @@ def parse(wish: Wish) -> str | Blend | None:
     return weights[0][0] if len(weights) == 1 and weights[0][1] == 1 else Blend(weights)
 
 
-def blended(path: str, parts: Sequence[tuple[str, float, Rotation | None]]) -> Rotation | None:
-    """The blend of (name, weight, rotation) in the layer `path`; a rotation that is None is the identity, which adds nothing.
+def blended(path: str, parts: Sequence[tuple[str, float, Sequence[Rotation] | None]]) -> Sequence[Rotation] | None:
+    """The blend of (name, weight, rotations in a row) in the layer `path`; what is None is the identity, which adds nothing.
 
     Raises `AdapterError` or `ConfigError`, naming layer and adapters, where a block has no logarithm or sizes differ.
     """
-    present = [(name, weight, rotation) for name, weight, rotation in parts if rotation is not None]
+    present = [(name, weight, rotations) for name, weight, rotations in parts if rotations is not None]
     if not present:
         return None
     try:
-        return blend([rotation for _, _, rotation in present], [weight for _, weight, _ in present])
+        return blend_chains([rotations for _, _, rotations in present], [weight for _, weight, _ in present])
     except (AdapterError, ConfigError) as error:
         shown = " + ".join(f"{weight:g} {name}" for name, weight, _ in present)
         raise type(error)(f"{error} Layer: {path!r}; blend: {shown}.") from None

@@ -1,6 +1,6 @@
-"""One layer's part of a bank: a rotation a slot, in two tables.
+"""One layer's part of a bank: the rotations of each slot, in two tables, or two for each rotation in a row.
 
-Legend: S slots, D out features.
+Legend: S slots, D out features, K rotations in a row (1 for plain adapters).
 """
 
 from __future__ import annotations
@@ -10,74 +10,150 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roadie.kernels import RotationTable
+from roadie.kernels import Chain, RotationTable
 from roadie.rotation import Rotation
 
 ANY_SIZE = 2  # the group size of a slot that holds the identity: it pairs nothing
+NO_ROTATION = 0  # the group size of a slot without a rotation in the tables of a chain beyond the first
 
 
 class LayerTable:
-    """direct, cross ``[S, D]`` of one layer, on its device; rows that were never written are the identity.
+    """direct, cross ``[S, D]`` of one layer, on its device, once for each rotation in a row that an adapter in it has had.
 
-    `current` is replaced as a whole where the tables grow or group sizes begin to differ; rows are written in place, and only
-    rows that nobody reads.
+    Rows that were never written are the identity. `current` is replaced as a whole where the tables grow or group sizes begin
+    to differ; rows are written in place, and only rows that nobody reads.
     """
 
     def __init__(self, out_features: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        direct = torch.ones(num_slots, out_features, dtype=dtype, device=device)
-        self.current = RotationTable(direct, torch.zeros_like(direct), ANY_SIZE)
+        self.current: Chain = (_identity_table(out_features, num_slots, dtype, device, ANY_SIZE),)
         self._is_empty = True
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        sizes = self.current.sizes
-        return self.current.direct.nbytes + self.current.cross.nbytes + (sizes.nbytes if sizes is not None else 0)
+        return sum(table.direct.nbytes + table.cross.nbytes + _bytes_of(table.sizes) for table in self.current)
 
-    def write(self, slots: Sequence[int], rotation: Rotation) -> None:
-        """Put rotations ``[K, D]`` into K slots that nobody reads, rounded to the tables' dtype."""
-        for slot in slots:
-            self._set_group_size(slot, rotation.group_size)
-        direct, cross = self.current.direct, self.current.cross
-        if len(slots) == 1:  # twice as fast, and there are a hundred layers
-            row = slice(slots[0], slots[0] + 1)
-            direct[row].copy_(rotation.direct)
-            cross[row].copy_(rotation.cross)
-            return
-        rows = torch.tensor(slots, device=direct.device)
-        direct.index_copy_(0, rows, rotation.direct.to(direct.dtype))
-        cross.index_copy_(0, rows, rotation.cross.to(direct.dtype))
+    def write(self, slots: Sequence[int], rotations: Sequence[Rotation]) -> None:
+        """Put rotations in a row, ``[K, D]`` each for K slots that nobody reads, into these, rounded to the tables' dtype."""
+        if len(rotations) > len(self.current):
+            self._lengthen(len(rotations))
+        for stage in range(len(self.current)):
+            rotation = rotations[stage] if stage < len(rotations) else None
+            for slot in slots:
+                self._set_group_size(stage, slot, NO_ROTATION if rotation is None else rotation.group_size)
+            if rotation is not None:
+                _write_rows(self.current[stage], slots, rotation)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Put the identity into slots that nobody reads."""
-        rows = torch.tensor(slots, device=self.current.direct.device)
-        self.current.direct.index_fill_(0, rows, 1.0)
-        self.current.cross.index_fill_(0, rows, 0.0)
+        first, *others = self.current
+        rows = torch.tensor(slots, device=first.direct.device)
+        first.direct.index_fill_(0, rows, 1.0)
+        first.cross.index_fill_(0, rows, 0.0)
+        for table in others:
+            assert table.sizes is not None
+            table.sizes.index_fill_(0, rows, NO_ROTATION)
 
-    def read(self, slot: int) -> Rotation:
-        """A copy of the rotation in a slot."""
-        table = self.current
-        size = table.group_sizes if isinstance(table.group_sizes, int) else int(table.group_sizes[slot])
-        return Rotation(table.direct[slot].clone(), table.cross[slot].clone(), size)
+    def read(self, slot: int) -> tuple[Rotation, ...]:
+        """A copy of the rotations in a slot, the first applied first."""
+        return tuple(
+            Rotation(rotation.direct.clone(), rotation.cross.clone(), rotation.group_size)
+            for rotation in rotations_at(self.current, slot)
+        )
 
     def grow(self, num_slots: int) -> None:
         """Room for more slots, in new tables; whoever reads the old ones goes on reading them."""
-        table, more = self.current, num_slots - len(self.current.direct)
-        direct = torch.cat((table.direct, table.direct.new_ones(more, table.direct.shape[1])))
-        cross = torch.cat((table.cross, table.cross.new_zeros(more, table.cross.shape[1])))
-        sizes: int | Tensor = table.group_sizes
-        if not isinstance(sizes, int):
-            sizes = torch.cat((sizes, sizes.new_full((more,), ANY_SIZE)))
-        self.current = RotationTable(direct, cross, sizes)
+        first, *others = self.current
+        grown = [_grown(first, num_slots, ANY_SIZE), *(_grown(table, num_slots, NO_ROTATION) for table in others)]
+        self.current = tuple(grown)
 
-    def _set_group_size(self, slot: int, group_size: int) -> None:
-        table = self.current
+    def _lengthen(self, num_rotations: int) -> None:
+        """Room for more rotations in a row, which no slot has yet."""
+        direct = self.current[0].direct
+        more = num_rotations - len(self.current)
+        shape = direct.shape[1], direct.shape[0], direct.dtype, direct.device
+        self.current = (*self.current, *(_identity_table(*shape, _sizes(direct, NO_ROTATION)) for _ in range(more)))
+
+    def _set_group_size(self, stage: int, slot: int, group_size: int) -> None:
+        table = self.current[stage]
         if isinstance(table.group_sizes, Tensor):
             table.group_sizes[slot] = group_size
             return
         if self._is_empty:
-            self.current, self._is_empty = RotationTable(table.direct, table.cross, group_size), False
+            self._is_empty = False
+            self._replace_first(RotationTable(table.direct, table.cross, group_size))
         elif table.group_sizes != group_size:
-            sizes = torch.full((len(table.direct),), table.group_sizes, dtype=torch.int32, device=table.direct.device)
+            sizes = _sizes(table.direct, table.group_sizes)
             sizes[slot] = group_size
-            self.current = RotationTable(table.direct, table.cross, sizes)
+            self._replace_first(RotationTable(table.direct, table.cross, sizes))
+
+    def _replace_first(self, table: RotationTable) -> None:
+        self.current = (table, *self.current[1:])
+
+
+def rotations_at(chain: Chain, slot: int) -> tuple[Rotation, ...]:
+    """The rotations ``[D]`` of one slot (views), the first applied first."""
+    sizes = [t.group_sizes if isinstance(t.group_sizes, int) else int(t.group_sizes[slot]) for t in chain]
+    return tuple(
+        Rotation(table.direct[slot], table.cross[slot], size)
+        for table, size in zip(chain, sizes, strict=True)
+        if size != NO_ROTATION
+    )
+
+
+def chain_of_rows(rows: Sequence[Sequence[Rotation]], dtype: torch.dtype) -> Chain | None:
+    """Tables ``[S, D]`` in `dtype` whose slots hold `rows`: rotations ``[D]`` in a row, or none; differentiable.
+
+    None where all have none.
+    """
+    stages = range(max(map(len, rows)))
+    tables = [_table_of_rows([row[stage] if stage < len(row) else None for row in rows], dtype) for stage in stages]
+    return tuple(tables) or None
+
+
+def _table_of_rows(rotations: Sequence[Rotation | None], dtype: torch.dtype) -> RotationTable:
+    like = next(rotation.direct for rotation in rotations if rotation is not None)
+    one = torch.ones_like(like)
+    direct = torch.stack([(one if rotation is None else rotation.direct).to(dtype) for rotation in rotations])
+    cross = torch.stack([(one * 0 if rotation is None else rotation.cross).to(dtype) for rotation in rotations])
+    sizes = [NO_ROTATION if rotation is None else rotation.group_size for rotation in rotations]
+    if len(set(sizes)) == 1:
+        return RotationTable(direct, cross, sizes[0])
+    return RotationTable(direct, cross, torch.tensor(sizes, dtype=torch.int32, device=direct.device))
+
+
+def _identity_table(
+    out_features: int, num_slots: int, dtype: torch.dtype, device: torch.device, group_sizes: int | Tensor
+) -> RotationTable:
+    direct = torch.ones(num_slots, out_features, dtype=dtype, device=device)
+    return RotationTable(direct, torch.zeros_like(direct), group_sizes)
+
+
+def _sizes(direct: Tensor, group_size: int) -> Tensor:
+    return torch.full((len(direct),), group_size, dtype=torch.int32, device=direct.device)
+
+
+def _bytes_of(sizes: Tensor | None) -> int:
+    return 0 if sizes is None else sizes.nbytes
+
+
+def _write_rows(table: RotationTable, slots: Sequence[int], rotation: Rotation) -> None:
+    direct, cross = table.direct, table.cross
+    if len(slots) == 1:  # twice as fast, and there are a hundred layers
+        row = slice(slots[0], slots[0] + 1)
+        direct[row].copy_(rotation.direct)
+        cross[row].copy_(rotation.cross)
+        return
+    rows = torch.tensor(slots, device=direct.device)
+    direct.index_copy_(0, rows, rotation.direct.to(direct.dtype))
+    cross.index_copy_(0, rows, rotation.cross.to(direct.dtype))
+
+
+def _grown(table: RotationTable, num_slots: int, absent: int) -> RotationTable:
+    more = num_slots - len(table.direct)
+    direct = torch.cat((table.direct, table.direct.new_ones(more, table.direct.shape[1])))
+    cross = torch.cat((table.cross, table.cross.new_zeros(more, table.cross.shape[1])))
+    sizes: int | Tensor = table.group_sizes
+    if not isinstance(sizes, int):
+        sizes = torch.cat((sizes, sizes.new_full((more,), absent)))
+    return RotationTable(direct, cross, sizes)

@@ -12,7 +12,8 @@ them: other metadata, another JSON layout, two spellings of one number, extra ke
 
 **The prefix.** Where the config says more than stock PEFT understands (`EXTRA_DEFAULTS`), the file's variant reads
 "roadie:road_1", so that stock PEFT raises "Invalid variant" where it would have loaded another meaning. Readers here
-strip it, `config_text` puts it back. An extension that this reader must not ignore needs another prefix.
+strip it, `config_text` puts it back. An extension that this reader must not ignore needs another prefix: rotations in a
+row (``stages``) have "roadie-stages:", and `save` warns that only roadie reads them. Their parameters lie end to end.
 
 **One pair, never a mixture.** Both files are written and fsynced in a temporary folder beside the final ones. Where
 the config does not change, the weights are replaced by one rename. Otherwise: old config out, old weights out, new
@@ -23,20 +24,33 @@ every reader refuses, and old and new files are still there in the temporary fol
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from roadie.adapter import Adapter, LayerParameters, out_features_of, resolve_group_size, resolve_layer, resolve_variant
+from roadie.adapter import (
+    Adapter,
+    LayerParameters,
+    out_features_of,
+    resolve_layer,
+    resolve_stages,
+    resolve_variant,
+    stages_at,
+)
 from roadie.checkpoint.config_file import config_bytes, config_text, parse_config, read_config
 from roadie.checkpoint.layout import (
+    CHAIN_KEYS,
+    CHAIN_PREFIX,
     CONFIG_NAME,
     EXTRA_DEFAULTS,
     MAX_CONFIG_BYTES,
     VARIANT_PREFIX,
     WEIGHTS_NAME,
     parameter_name,
+    prefix_for,
+    without_prefix,
 )
 from roadie.checkpoint.refusal import about, refuse
 from roadie.checkpoint.replacement import replace_pair
@@ -51,6 +65,8 @@ from roadie.checkpoint.weights_file import (
 from roadie.rotation import Variant, parameter_size
 
 __all__ = [
+    "CHAIN_KEYS",
+    "CHAIN_PREFIX",
     "CONFIG_NAME",
     "EXTRA_DEFAULTS",
     "MAX_CONFIG_BYTES",
@@ -59,9 +75,12 @@ __all__ = [
     "config_text",
     "load",
     "locate_weights",
+    "prefix_for",
     "read_config",
     "save",
     "verify",
+    "warn_of_chains",
+    "without_prefix",
 ]
 
 _PROBLEMS_SHOWN = 3
@@ -94,8 +113,9 @@ def _layer(file: Path, config: Mapping[str, object], module: str, pair: Mapping[
     theta, alpha = pair["theta"], pair["alpha"]
     with about(file, parameter_name(module, "theta")):
         variant = resolve_variant(config, module)
-        group_size = resolve_group_size(config, module, out_features_of(variant, theta.numel()))
-        return LayerParameters(theta, alpha, variant, group_size)
+        num_stages = len(stages_at(config, module))
+        stages = resolve_stages(config, module, out_features_of(variant, theta.numel(), num_stages))
+        return LayerParameters(theta, alpha, variant, stages)
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -104,7 +124,7 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Other files in the folder are left alone. What `save` writes, `load` reads: raises `CheckpointError` where the
     config does not give a layer the variant and group size it has, values are not finite, names clash, or the disk
     refuses (full, read-only); the checkpoint that was there then stays whole. Raises `ConfigError` for a config that
-    JSON cannot hold.
+    JSON cannot hold. Warns where the adapter has rotations in a row, which stock PEFT refuses to load.
     """
     folder = Path(path)
     text = config_text({"peft_type": "ROAD", **adapter.config})
@@ -112,20 +132,36 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     check_finite(folder / WEIGHTS_NAME, adapter.layers)
     for module, layer in adapter.layers.items():
         _check_described(folder / CONFIG_NAME, config, module, layer)
+    warn_of_chains(config)
     replace_pair(folder, text, join_tensors(folder / WEIGHTS_NAME, adapter))
+
+
+def warn_of_chains(config: Mapping[str, object]) -> None:
+    """Say that roadie alone reads an adapter of this config, where it has rotations in a row."""
+    if any(config.get(key) for key in CHAIN_KEYS):
+        warnings.warn(
+            "this adapter has several rotations in a row (stages), which the format of PEFT's RoAd cannot express; it is saved "
+            "so that roadie alone loads it, and stock PEFT refuses it. For stock PEFT, merge it, or train without stages.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_described(file: Path, config: Mapping[str, object], module: str, layer: LayerParameters) -> None:
     with about(file, module):
-        variant, group_size = resolve_layer(config, module, layer.out_features)
-    if (variant, group_size) != (layer.variant, layer.group_size):
+        variant, stages = resolve_layer(config, module, layer.out_features)
+    if (variant, stages) != (layer.variant, layer.stages):
         refuse(
             file,
             module,
-            f"a config that gives {variant.value}, group_size={group_size}",
-            f"what the layer has: {layer.variant.value}, group_size={layer.group_size}",
-            "set variant, group_size, variant_pattern or group_size_pattern in the config of the adapter",
+            f"a config that gives {variant.value}, {_shown(stages)}",
+            f"what the layer has: {layer.variant.value}, {_shown(layer.stages)}",
+            "set variant, group_size, stages, variant_pattern, group_size_pattern or stages_pattern in the config of the adapter",
         )
+
+
+def _shown(stages: tuple[int, ...]) -> str:
+    return f"group_size={stages[0]}" if len(stages) == 1 else f"stages={list(stages)}"
 
 
 def verify(adapter: Adapter, out_features: Mapping[str, int], *, source: str | os.PathLike[str] = "adapter") -> None:
@@ -154,6 +190,7 @@ def verify(adapter: Adapter, out_features: Mapping[str, int], *, source: str | o
 def _size_problem(path: str, layer: LayerParameters, wanted: int) -> str | None:
     if layer.out_features == wanted:
         return None
-    fitting = [variant.value for variant in Variant if parameter_size(variant, wanted) == layer.theta.numel()]
+    of_one = layer.theta.numel() / len(layer.stages)
+    fitting = [variant.value for variant in Variant if parameter_size(variant, wanted) == of_one]
     hint = f" (its size fits {fitting[0]})" if fitting else ""
     return f"{path}: {layer.out_features} outputs as {layer.variant.value}, the model has {wanted}{hint}"

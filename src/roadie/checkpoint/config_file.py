@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from roadie.adapter import DEFAULT_VARIANT, check_settings
-from roadie.checkpoint.layout import CONFIG_NAME, EXTRA_DEFAULTS, MAX_CONFIG_BYTES, VARIANT_PREFIX
+from roadie.checkpoint.layout import CONFIG_NAME, EXTRA_DEFAULTS, MAX_CONFIG_BYTES, prefix_for, without_prefix
 from roadie.checkpoint.refusal import about, reading, refuse, shown
 from roadie.checkpoint.replacement import advice_after_crash
 from roadie.errors import ConfigError
 from roadie.rotation import Variant
 
 # The first key that matches wins, so that sorting these mappings would change what they mean.
-_ORDERED_KEYS = ("group_size_pattern", "variant_pattern")
+_ORDERED_KEYS = ("group_size_pattern", "stages_pattern", "variant_pattern")
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def parse_config(file: Path, text: bytes) -> dict[str, Any]:
         got = repr(config.get("peft_type"))[:80]
         refuse(file, "peft_type", got, "'ROAD'", "this is another kind of adapter; load it with PEFT")
     if "variant" in config:
-        config["variant"] = _without_prefix(config["variant"])
+        config["variant"] = without_prefix(config["variant"])
     with about(file):
         check_settings(config)
     return config
@@ -94,18 +94,14 @@ def config_text(config: Mapping[str, Any]) -> str:
     prefix. Raises `ConfigError` for an unknown variant and where a value cannot be written as JSON.
     """
     written = {key: value for key, value in config.items() if not _is_default_extra(key, value)}
-    prefix = VARIANT_PREFIX if any(key in written for key in EXTRA_DEFAULTS) else ""
+    prefix = prefix_for(written)
     if prefix or "variant" in written:
-        written["variant"] = prefix + Variant.parse(_without_prefix(config.get("variant", DEFAULT_VARIANT))).value
+        written["variant"] = prefix + Variant.parse(without_prefix(config.get("variant", DEFAULT_VARIANT))).value
     ordered = {key: _plain(written[key], keep_order=key in _ORDERED_KEYS) for key in sorted(written)}
     try:
         return json.dumps(ordered, indent=2, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"got a config JSON cannot hold ({error}); wanted plain values; remove the value") from None
-
-
-def _without_prefix(variant: Any) -> Any:
-    return variant.removeprefix(VARIANT_PREFIX) if isinstance(variant, str) else variant
 
 
 def _is_default_extra(key: str, value: object) -> bool:

@@ -50,7 +50,8 @@ class Settings:
 
     def of_layer(self, path: str, outputs: int) -> tuple[Variant, int]:
         """Variant and group size of a layer; raises `ConfigError`, naming it, where the group size does not fit."""
-        return resolve_layer(self.config, path, outputs)
+        variant, (group_size,) = resolve_layer(self.config, path, outputs)
+        return variant, group_size
 
     def wants(self, path: str) -> bool:
         """Whether a linear layer at this path is a target."""

@@ -1,7 +1,7 @@
 """Fast rotation: one meaning, and three implementations of it (`eager`, `cpu`, `triton`).
 
-`api` is the door, `schema` what torch knows of the operations, `contract` what an implementation must do, `choice` which
-one computes. torch only.
+`api` is the door, `chain` the one for rotations in a row, `schema` what torch knows of the operations, `contract` what an
+implementation must do, `choice` which one computes. torch only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from roadie.kernels.api import (
     rotate_rows_,
     takes_kernels,
 )
+from roadie.kernels.chain import Chain, can_rotate_chain_in_place, prepare_chain, rotate_chain, rotate_chain_
 from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, RowRotations
 from roadie.kernels.cpu import Watched
@@ -25,6 +26,7 @@ from roadie.kernels.cpu.prepared import PreparedRotation
 from roadie.kernels.schema import saved_tensors
 
 __all__ = [
+    "Chain",
     "Implementation",
     "Keep",
     "PreparedRotation",
@@ -32,11 +34,15 @@ __all__ = [
     "RotationTable",
     "RowRotations",
     "Watched",
+    "can_rotate_chain_in_place",
     "can_rotate_in_place",
+    "prepare_chain",
     "prepare_rotation",
     "refusals",
     "rotate",
     "rotate_",
+    "rotate_chain",
+    "rotate_chain_",
     "rotate_rows",
     "rotate_rows_",
     "saved_tensors",

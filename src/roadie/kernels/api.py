@@ -77,12 +77,12 @@ def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: 
     x[b, t]), from -1 (the base) to S - 1, on x's device; None: slot 0 for every row. keep: as in `rotate`.
     Raises `AdapterError`, `RoutingError` where shapes do not fit, `KernelError` for slots out of range (on CPUs).
     """
-    arguments = _checked(x, table, slots)
+    arguments = checked(x, table, slots)
     keep_output = Keep.OUTPUT is _keep(keep)
-    if _must_be_seen_through(x):
+    if must_be_seen_through(x):
         return composed(*arguments)
-    if _is_plain(x, table):
-        if _needs_gradient(x, table):
+    if is_plain(x, table):
+        if needs_gradient(x, table):
             return schema.EagerRotation.apply(*arguments, keep_output)
         return schema.forward(*arguments)
     return torch.ops.roadie.rotate_rows(*arguments, keep_output)
@@ -90,22 +90,22 @@ def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: 
 
 def can_rotate_in_place(x: Tensor, table: RotationTable) -> bool:
     """Whether `rotate_rows_` may be used: nothing here needs a gradient, and nobody traces what is computed."""
-    return takes_kernels(x, table) and not _needs_gradient(x, table)
+    return takes_kernels(x, table) and not needs_gradient(x, table)
 
 
 def takes_kernels(x: Tensor, table: RotationTable) -> bool:
     """Whether x and the table are memory and nothing else, and nothing of torch looks on: tracers, transforms, modes."""
-    return not _must_be_seen_through(x) and _is_plain(x, table)
+    return not must_be_seen_through(x) and is_plain(x, table)
 
 
 def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tensor:
     """As `rotate_rows`, in place of x, which is returned. Raises `AdapterError` where a gradient is needed."""
-    arguments = _checked(x, table, slots)
-    if _needs_gradient(x, table):
+    arguments = checked(x, table, slots)
+    if needs_gradient(x, table):
         raise AdapterError(
             "got tensors that need a gradient; rotating in place would lose it; use rotate_rows, or torch.no_grad()"
         )
-    if _must_be_seen_through(x) or not _is_plain(x, table):
+    if must_be_seen_through(x) or not is_plain(x, table):
         return x.copy_(rotate_rows(x, table, slots))
     schema.forward_(*arguments)
     if not x.is_inference():  # so that autograd sees the change of what it saved
@@ -144,7 +144,7 @@ def prepare_rotation(
     refuses to rotate.
     """
     routed_shape = tuple(slots.shape) if slots is not None else ()
-    return prepare(schema.row_rotations(*_checked(y, table, slots)), routed_shape, y, watched)
+    return prepare(schema.row_rotations(*checked(y, table, slots)), routed_shape, y, watched)
 
 
 def _table_of_one(rotation: Rotation) -> RotationTable:
@@ -167,7 +167,7 @@ def _keep(keep: Keep | str) -> Keep:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_plain(x: Tensor, table: RotationTable) -> bool:
+def is_plain(x: Tensor, table: RotationTable) -> bool:
     """Whether all are memory and nothing else, and no mode of torch wants to see what is done with it."""
     return (
         not torch.compiler.is_compiling()
@@ -178,7 +178,7 @@ def _is_plain(x: Tensor, table: RotationTable) -> bool:
     )
 
 
-def _must_be_seen_through(x: Tensor) -> bool:
+def must_be_seen_through(x: Tensor) -> bool:
     """Whether torch needs plain operations: for export, tracing, torch.func, forward mode, and tensors made of tensors."""
     if torch.compiler.is_compiling():  # compilers take our operation as it is
         return _is_exporting()
@@ -198,11 +198,12 @@ def _is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # from torch 2.7 on
 
 
-def _needs_gradient(x: Tensor, table: RotationTable) -> bool:
+def needs_gradient(x: Tensor, table: RotationTable) -> bool:
+    """Whether autograd wants to know of a rotation of x."""
     return torch.is_grad_enabled() and (x.requires_grad or table.direct.requires_grad or table.cross.requires_grad)
 
 
-def _checked(
+def checked(
     x: Tensor, table: RotationTable, slots: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:
     """What the operations take, once it fits together."""

@@ -24,6 +24,7 @@ any stride along T.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,16 @@ class RowRotations(NamedTuple):
     group_size: int
 
 
+def without_gaps(turns: RowRotations, dtype: torch.dtype) -> RowRotations:
+    """The same with tables of `dtype`, and rows whose slot has group size 0 in slot -1."""
+    direct, cross = turns.direct.to(dtype), turns.cross.to(dtype)
+    if turns.sizes is None or turns.slots is None:
+        return turns._replace(direct=direct, cross=cross)
+    is_there = turns.sizes[turns.slots.clamp(min=0)] > 0
+    slots = torch.where(is_there, turns.slots, -1)
+    return turns._replace(direct=direct, cross=cross, slots=slots, sizes=turns.sizes.clamp(min=2))
+
+
 class Implementation(ABC):
     """One way to compute the rotation. All of them write into memory that is given, and never keep it."""
 
@@ -58,6 +69,18 @@ class Implementation(ABC):
     @abstractmethod
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """Write R x into `out`, ``[T, D]`` both, in the dtype of x; `out` may be x itself (but must not overlap it otherwise)."""
+
+    def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
+        """Write ``R_K ... R_1 x`` into `out`, the first of `chain` applied first: `rotate` of each, and one rounding at the end.
+
+        All in `chain` have the same slots. Where a slot's group size is 0, it has no rotation there, and its rows pass as
+        they are. What is in between is in float32, or float64 where x or a table is.
+        """
+        wide = torch.float64 if torch.float64 in (x.dtype, chain[0].direct.dtype) else torch.float32
+        value = torch.empty(x.shape, dtype=wide, device=x.device).copy_(x)
+        for turns in chain:
+            self.rotate(value, value, without_gaps(turns, wide))
+        out.copy_(value)
 
     @abstractmethod
     def backward(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from roadie import checkpoint
 from roadie.bank.blends import BASE
+from roadie.rotation import split_stages
 from roadie.testing.accuracy import (
     assert_same_bits,
     assert_within,
@@ -68,15 +69,13 @@ class LayerTruth:
         """Of the base layer as it is now, and of the given adapters; those the layer lacks are left out."""
         weight, bias = _weight_and_bias(layer)
         names = [name for name in names if name in layer.road_theta]
-        parameters = [(layer.road_theta[name].detach(), layer.road_alpha[name].detach()) for name in names]
-        settings = [(layer.variant[name], layer.group_size[name]) for name in names]
-        matrices = (dense_rotation(*p, *s) for p, s in zip(parameters, settings, strict=True))
+        matrices = (matrix for name in names for matrix in _matrices(layer, name))
         bias64 = weight.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
         return cls(weight.double().clone(), bias64.clone(), tuple(matrices), weight.dtype)
 
     @property
     def arithmetic(self) -> float:
-        """w K 7: what computing the rotations and applying them can cost, relative to the reach."""
+        """w K 7, K rotations: what computing the rotations and applying them can cost, relative to the reach."""
         return 7 * len(self.matrices) * unit_roundoff(wide(self.dtype))
 
     def check_output(self, got: Tensor, x: Tensor, what: str) -> None:
@@ -112,6 +111,15 @@ class LayerTruth:
     def condition(self) -> float:
         """The condition number of ``R_K ... R_1``, at most."""
         return float(torch.stack([torch.linalg.cond(matrix) for matrix in self.matrices]).prod())
+
+
+def _matrices(layer: RoadLayer, name: str) -> list[Tensor]:
+    """Of one adapter: a matrix for each of its rotations in a row, the first applied first."""
+    size = layer.group_size[name]
+    stages = (size,) if isinstance(size, int) else size
+    theta, alpha = (split_stages(store[name].detach(), len(stages)) for store in (layer.road_theta, layer.road_alpha))
+    parts = zip(theta, alpha, stages, strict=True)
+    return [dense_rotation(one, other, layer.variant[name], g) for one, other, g in parts]
 
 
 def _weight_and_bias(layer: RoadLayer) -> tuple[Tensor, Tensor | None]:
@@ -314,4 +322,6 @@ def _check_adapter_value(model: Any, value: Any, adapter: str) -> None:
         layer = layers[path]
         assert_same_bits(stored.theta, layer.road_theta[adapter], f"{path}: theta")
         assert_same_bits(stored.alpha, layer.road_alpha[adapter], f"{path}: alpha")
-        assert (stored.variant.value, stored.group_size) == (layer.variant[adapter], layer.group_size[adapter])
+        size = layer.group_size[adapter]
+        stages = (size,) if isinstance(size, int) else size
+        assert (stored.variant.value, stored.stages) == (layer.variant[adapter], stages)

@@ -14,6 +14,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from roadie import checkpoint
+from roadie.adapter import DEFAULT_GROUP_SIZE, stages_of
 from roadie.errors import ConfigError
 from roadie.rotation import Variant, check_group_size
 
@@ -40,8 +41,12 @@ class RoadConfig(PeftConfig):
         variant_pattern: regular expression -> variant, where it differs. As in PEFT's `rank_pattern` the expression must
             match the end of a module's path, from a dot on ("down_proj", "layers[.]1[.].*"); the first match counts.
         group_size_pattern: regular expression -> group size, where it differs; matched in the same way.
-        adapt_group_size: where group_size does not divide a layer's out_features, use their greatest common divisor
+        adapt_group_size: where a group size does not divide a layer's out_features, use their greatest common divisor
             (if it is even) instead of refusing the layer.
+        stages: group sizes of several rotations in a row, the first applied first, such as [2, 16, 64]; each has parameters
+            of its own, of the variant, and starts as the identity. None: one rotation, of group_size, which is not looked at
+            where there are stages. Such adapters are saved so that stock PEFT refuses them.
+        stages_pattern: regular expression -> stages, where they differ ([64]: one rotation); matched as in variant_pattern.
 
     Raises `ConfigError` (a ValueError) for values that are not valid. Making one routes PEFT's ROAD to roadie.
     """
@@ -63,6 +68,8 @@ class RoadConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Regex of modules -> group size."}
     )
     adapt_group_size: bool = field(default=False, metadata={"help": "Use gcd(out_features, group_size) where needed."})
+    stages: list[int] | None = field(default=None, metadata={"help": "Group sizes of several rotations in a row."})
+    stages_pattern: dict[str, list[int]] = field(default_factory=dict, metadata={"help": "Regex of modules -> stages."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +82,7 @@ class RoadConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         self._check_layers()
         self._check_patterns()
+        self._check_stages()
         if self.bias not in BIAS_CHOICES:
             raise ConfigError(f"got bias={self.bias!r}; wanted one of {', '.join(BIAS_CHOICES)}")
 
@@ -100,11 +108,28 @@ class RoadConfig(PeftConfig):
             _check_regex(pattern, "group_size_pattern")
             check_group_size(group_size)
 
+    def _check_stages(self) -> None:
+        for pattern, stages in self.stages_pattern.items():
+            _check_regex(pattern, "stages_pattern")
+            self.stages_pattern[pattern] = list(stages_of(stages))
+        if self.stages is None:
+            return
+        self.stages = list(stages_of(self.stages))
+        if self.group_size_pattern or self.group_size not in (DEFAULT_GROUP_SIZE, self.stages[0]):
+            said = f"group_size={self.group_size}" if not self.group_size_pattern else "group_size_pattern"
+            raise ConfigError(
+                f"got stages={self.stages} and {said}; wanted one of them, because stages say the group sizes; leave the other "
+                "out, or use stages_pattern for modules that differ"
+            )
+        if len(self.stages) == 1:  # a chain of one is a plain adapter
+            self.group_size, self.stages = self.stages[0], None
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json into `save_directory`, whole and reproducible byte for byte.
 
         Keys that PEFT's RoadConfig does not know are written only where they differ from their defaults; the variant is
-        then written as "roadie:<variant>", which makes stock PEFT refuse the file instead of loading half its meaning.
+        then written as "roadie:<variant>", which makes stock PEFT refuse the file instead of loading half its meaning. Warns
+        where that is because of stages.
         """
         directory = Path(save_directory)
         if directory.is_file():
@@ -112,6 +137,7 @@ class RoadConfig(PeftConfig):
         content = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
+        checkpoint.warn_of_chains(content)
         directory.mkdir(parents=True, exist_ok=True)
         _write_whole(directory / checkpoint.CONFIG_NAME, checkpoint.config_text(content))
 
@@ -120,7 +146,7 @@ class RoadConfig(PeftConfig):
         content = super().to_dict()
         extra = {name for name, default in checkpoint.EXTRA_DEFAULTS.items() if content[name] != default}
         content = {name: v for name, v in content.items() if name in extra or name not in checkpoint.EXTRA_DEFAULTS}
-        return {**content, "variant": checkpoint.VARIANT_PREFIX + self.variant} if extra else content
+        return {**content, "variant": checkpoint.prefix_for(extra) + self.variant} if extra else content
 
     @classmethod
     def from_pretrained(
@@ -150,9 +176,8 @@ class WeightsSource:
 
 
 def _parsed_variant(variant: Any) -> str:
-    """The name of a variant, which a saved config may have behind `checkpoint.VARIANT_PREFIX`."""
-    name = variant.removeprefix(checkpoint.VARIANT_PREFIX) if isinstance(variant, str) else variant
-    return Variant.parse(name).value
+    """The name of a variant, which a saved config may have behind a prefix."""
+    return Variant.parse(checkpoint.without_prefix(variant)).value
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from roadie.adapter import matches_end, resolve_layer
 from roadie.errors import ConfigError, UnsupportedLayer
 from roadie.rotation import check_group_size
-from roadie.tuner.layer import RoadLayer, linear_features
+from roadie.tuner.layer import RoadLayer, group_sizes_of, linear_features
 
 logger = logging.getLogger("roadie")
 
@@ -78,7 +78,7 @@ class Plan:
     def warn_of_unused_patterns(self, config: Any) -> None:
         """Warn of variant and group size patterns that match no adapted module, as PEFT does of LoRA's patterns."""
         paths = [target.path for target in self.targets]
-        for key in ("variant_pattern", "group_size_pattern"):
+        for key in ("variant_pattern", "group_size_pattern", "stages_pattern"):
             unused = [
                 p for p in getattr(config, key, None) or {} if not any(matches_end(p, path, key) for path in paths)
             ]
@@ -156,7 +156,8 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Targ
             )
         _, out_features = linear_features(base, quantization_backend(base, model))
         resolved = layer_config(config, path, out_features)
-        check_group_size(resolved.group_size, out_features)
+        for group_size in group_sizes_of(resolved):
+            check_group_size(group_size, out_features)
     except UnsupportedLayer as error:
         raise UnsupportedLayer(f"Target module {base} is not supported. At {path!r}: {error}") from None
     except ConfigError as error:
@@ -166,14 +167,15 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Targ
 
 
 def layer_config(config: Any, path: str, out_features: int) -> Any:
-    """`config` with the variant and the group size that hold for one module."""
-    patterns = ("variant_pattern", "group_size_pattern", "adapt_group_size")
+    """`config` with the variant and the group sizes that hold for one module."""
+    patterns = ("variant_pattern", "group_size_pattern", "stages_pattern", "adapt_group_size")
     if not any(getattr(config, name, None) for name in patterns):
         return config
-    settings = {name: getattr(config, name) for name in ("variant", "group_size", *patterns)}
-    variant, group_size = resolve_layer(settings, path, out_features)
+    settings = {name: getattr(config, name, None) for name in ("variant", "group_size", "stages", *patterns)}
+    variant, stages = resolve_layer(settings, path, out_features)
     resolved = copy.copy(config)
-    resolved.variant, resolved.group_size = variant.value, group_size
+    resolved.variant, resolved.stages = variant.value, list(stages) if len(stages) > 1 else None
+    resolved.group_size = stages[0]
     return resolved
 
 

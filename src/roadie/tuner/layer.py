@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from copy import copy
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,26 +20,27 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
+from roadie.adapter import stages_of
 from roadie.bank.attachment import LayerRotation
 from roadie.bank.blends import Blend
 from roadie.errors import ConfigError, MergeError, RoutingError, UnsupportedLayer
 from roadie.kernels import (
+    Chain,
     Keep,
-    RotationTable,
-    can_rotate_in_place,
-    prepare_rotation,
-    rotate_rows,
-    rotate_rows_,
+    can_rotate_chain_in_place,
+    prepare_chain,
+    rotate_chain,
+    rotate_chain_,
     takes_kernels,
 )
-from roadie.rotation import Rotation, Variant, check_group_size, from_parameters, parameter_size, to_dense
+from roadie.rotation import Rotation, Variant, chain_from_parameters, check_group_size, parameter_size, to_dense
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.merging import ExactUnmerge, combined
 from roadie.tuner.output import KeptForBackward, gives_fresh_memory, one_rotation
 from roadie.tuner.residents import Watch, names_in
 from roadie.tuner.routing import Routing, adapter_rows
-from roadie.tuner.table import PLAIN, LastRotation, SlotParameters, TableCache, build_table, with_blends
-from roadie.tuner.trained import rotated_by_one, trained_table
+from roadie.tuner.table import PLAIN, LastRotation, SlotParameters, TableCache, build_chain, with_blends
+from roadie.tuner.trained import rotated_by_one, trained_chain
 from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
 
 
@@ -46,7 +48,8 @@ class RoadLayer(BaseTunerLayer):
     """What a RoAd layer holds: for each adapter theta and alpha, a variant and a group size.
 
     road_theta, road_alpha: parameters ``[n]`` by adapter name, n = out_features/2 (road_1), out_features (road_2) or
-    2 out_features (road_4); variant, group_size: by adapter name.
+    2 out_features (road_4), times the number of rotations in a row; variant: by adapter name; group_size: by adapter name,
+    a tuple of several where the adapter has that many rotations in a row.
     """
 
     adapter_layer_names: tuple[str, ...] = ("road_theta", "road_alpha")
@@ -57,7 +60,7 @@ class RoadLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.quantization_backend = backend
         self.variant: dict[str, str] = {}
-        self.group_size: dict[str, int] = {}
+        self.group_size: dict[str, int | tuple[int, ...]] = {}
         self.road_theta = nn.ParameterDict({})
         self.road_alpha = nn.ParameterDict({})
         self._disable_adapters = False
@@ -78,10 +81,12 @@ class RoadLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: RoadConfig, inference_mode: bool = False) -> None:
         """Add the adapter `adapter_name`, or start it anew; raises `ConfigError` with nothing changed."""
         _check_variant(config.variant)
-        check_group_size(config.group_size, self.out_features)
-        size = parameter_size(config.variant, self.out_features)
+        stages = group_sizes_of(config)
+        for group_size in stages:
+            check_group_size(group_size, self.out_features)
+        size = len(stages) * parameter_size(config.variant, self.out_features)
         self.variant[adapter_name] = config.variant
-        self.group_size[adapter_name] = config.group_size
+        self.group_size[adapter_name] = stages if len(stages) > 1 else stages[0]
         self.road_theta[adapter_name] = nn.Parameter(torch.empty(size))
         self.road_alpha[adapter_name] = nn.Parameter(torch.empty(size))
         self.reset_parameters(adapter_name, config.init_weights)
@@ -105,16 +110,28 @@ class RoadLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense R of an adapter, ``[D, D]``, in float32 or wider: for looking at, not for computing with."""
-        return to_dense(self.rotation(adapter))
+        return reduce(lambda inner, outer: outer @ inner, map(to_dense, self.rotations(adapter)))
 
     def rotation(self, adapter: str) -> Rotation:
-        """What an adapter does to this layer: direct and cross ``[D]`` in float32 or wider; differentiable."""
+        """What an adapter of one rotation does to this layer: direct and cross ``[D]`` in float32 or wider; differentiable.
+
+        Raises `ConfigError` for unknown adapters, and for those with several rotations in a row.
+        """
+        rotations = self.rotations(adapter)
+        if len(rotations) > 1:
+            raise ConfigError(
+                f"got adapter {adapter!r} with {len(rotations)} rotations in a row; wanted a single rotation; use rotations"
+            )
+        return rotations[0]
+
+    def rotations(self, adapter: str) -> tuple[Rotation, ...]:
+        """What an adapter does to this layer, the rotation that is applied first before the others; see `rotation`."""
         slot = self._slot(adapter)
         if slot is None:
             raise ConfigError(
                 f"got adapter {adapter!r}, which this layer does not have; it has {sorted(self.road_theta)}"
             )
-        return from_parameters(*slot)
+        return chain_from_parameters(slot.theta, slot.alpha, slot.variant, slot.stages)
 
     def clear_cache(self) -> None:
         """Forget rotations computed from the parameters; needed only after writing to ``.data`` of frozen GPU parameters."""
@@ -167,56 +184,57 @@ class RoadLayer(BaseTunerLayer):
             return True
         return watch.is_unwritten()
 
-    def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> RotationTable | None:
+    def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> Chain | None:
         if not any(isinstance(wish, Blend) for wish in wishes):
             return self._table(wishes, batch)  # type: ignore[arg-type]
         names = tuple(dict.fromkeys(name for wish in wishes for name in names_in(wish)))
         return with_blends(self._table(names, batch), names, wishes)
 
     def _turned(
-        self, y: Tensor, table: RotationTable, slots: Tensor | None, names: tuple[str | Blend, ...], is_fresh: bool
+        self, y: Tensor, table: Chain, slots: Tensor | None, names: tuple[str | Blend, ...], is_fresh: bool
     ) -> Tensor:
-        if is_fresh and can_rotate_in_place(y, table):
-            z = rotate_rows_(y, table, slots)
+        if is_fresh and can_rotate_chain_in_place(y, table):
+            z = rotate_chain_(y, table, slots)
             if slots is None:
                 self._remember(z, table, names[0])  # type: ignore[arg-type]
             return z
         parts = {name for wish in names for name in names_in(wish)}
         keep = self.kept_for_backward.of({self.variant[name] for name in parts if name in self.variant})
-        return rotate_rows(y, table, slots, keep=keep)
+        return rotate_chain(y, table, slots, keep=keep)
 
-    def _remember(self, y: Tensor, table: RotationTable, name: str) -> None:
+    def _remember(self, y: Tensor, table: Chain, name: str) -> None:
         """Get ready to rotate in the same way the next time, where all that the table was made from can be watched."""
         entry, active = self._tables.entries.get((name,)), self._active_adapter
         if entry is None or active not in (name, [name]):
             return
-        prepared = prepare_rotation(y, table, None, (entry.parameters[0], entry.parameters[1]))
+        prepared = prepare_chain(y, table, None, (entry.parameters[0], entry.parameters[1]))
         if prepared is not None:
             self._tables.last = LastRotation(prepared, copy(active), entry)
 
     def _runs(self) -> list[tuple[str, ...]]:
-        """The active adapters of this layer, in order; neighbours of one group size, which compose, stand together."""
+        """The active adapters of this layer, in order; single rotations of one group size, which compose, stand together."""
         runs: list[tuple[str, ...]] = []
         for name in self.active_adapters:
             if name not in self.road_theta:
                 continue
-            if runs and self.group_size[runs[-1][0]] == self.group_size[name]:
+            size = self.group_size[name]
+            if runs and isinstance(size, int) and self.group_size[runs[-1][0]] == size:
                 runs[-1] = (*runs[-1], name)
             else:
                 runs.append((name,))
         return runs
 
-    def _table(self, names: tuple[str, ...], batch: object) -> RotationTable | None:
+    def _table(self, names: tuple[str, ...], batch: object) -> Chain | None:
         if not torch.compiler.is_compiling():
             entry = self._tables.checked(names, batch)
             if entry is not None and not torch.is_grad_enabled():
                 return entry.table
         slots = tuple(self._slot(name) for name in names)
         if torch.compiler.is_compiling():
-            return build_table(slots, self.out_features)
+            return build_chain(slots, self.out_features)
         if torch.is_grad_enabled() and any(slot is not None and slot.requires_grad for slot in slots):
             self._tables.clear()
-            return trained_table(slots, self.out_features)
+            return trained_chain(slots, self.out_features)
         return self._tables.get(names, slots, self.out_features, batch)
 
     def _trained_slot(self) -> SlotParameters | None:
@@ -233,16 +251,20 @@ class RoadLayer(BaseTunerLayer):
 
     def _trained(self, y: Tensor, slot: SlotParameters, is_fresh: bool) -> Tensor:
         """y rotated by the adapter that is being trained, in one step of autograd where that is possible."""
-        table = self._kept_table(slot)
+        if len(slot.stages) > 1:
+            chain = trained_chain([slot], self.out_features)
+            assert chain is not None
+            return rotate_chain(y, chain, None)
+        kept = self._kept_table(slot)
         keep = self.kept_for_backward.of({slot.variant})
-        if table is None or not takes_kernels(y, table):
-            table = build_table([slot], self.out_features)
-            assert table is not None
-            return rotate_rows(y, table, None, keep=keep)
+        if kept is None or not takes_kernels(y, kept[0]):
+            chain = build_chain([slot], self.out_features)
+            assert chain is not None
+            return rotate_chain(y, chain, None, keep=keep)
         into_y = is_fresh and keep is Keep.OUTPUT and not y._is_view()
-        return rotated_by_one(y, slot, table, keep, into_y=into_y)
+        return rotated_by_one(y, slot, kept[0], keep, into_y=into_y)
 
-    def _kept_table(self, slot: SlotParameters) -> RotationTable | None:
+    def _kept_table(self, slot: SlotParameters) -> Chain | None:
         """The table of one adapter, kept until a training step changes it; None where a parameter is not plain memory."""
         entry, self._tables.last = self._tables.trained, None
         if entry is not None and entry.slots[0] is slot and entry.is_unwritten() and entry.has_same_content():
@@ -331,7 +353,7 @@ class Linear(nn.Module, RoadLayer):
 
     def _merge_rotations(self, names: Sequence[str]) -> tuple[Rotation, ...]:
         with torch.no_grad():
-            return combined([self.rotation(name) for name in names])
+            return combined([rotation for name in names for rotation in self.rotations(name)])
 
     def unmerge(self) -> None:
         """Take all merges back, the last one first; raises `MergeError` with nothing changed where one cannot be."""
@@ -390,6 +412,11 @@ def _offload_device(base_layer: nn.Module) -> torch.device | None:
         return None
     device = getattr(hook, "execution_device", None)
     return None if device is None else torch.device(device)
+
+
+def group_sizes_of(config: Any) -> tuple[int, ...]:
+    """The group sizes of the rotations in a row that a config, roadie's or stock PEFT's, gives a layer."""
+    return stages_of(getattr(config, "stages", None) or config.group_size)
 
 
 def _check_variant(variant: str) -> None:

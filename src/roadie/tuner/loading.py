@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from roadie import checkpoint
 from roadie.errors import CheckpointError, UnsafeCheckpointError
 from roadie.rotation import parameter_size
+from roadie.tuner.layer import group_sizes_of
 
 if TYPE_CHECKING:
     from roadie.tuner.config import WeightsSource
@@ -47,7 +48,8 @@ def check_weights_source(config: Any, plan: Plan) -> None:
     adapter = checkpoint.load(folder)
     for target in plan.targets:
         stored = adapter.layers.get(target.path)
-        wanted = parameter_size(target.config.variant, target.out_features)
+        stages = group_sizes_of(target.config)
+        wanted = len(stages) * parameter_size(target.config.variant, target.out_features)
         if stored is not None and stored.theta.numel() != wanted:
             raise CheckpointError(
                 f"got {stored.theta.numel()} parameters for {target.path!r} in {folder}; wanted {wanted} for "

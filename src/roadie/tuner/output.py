@@ -11,7 +11,7 @@ from functools import reduce
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from roadie.kernels import Keep, RotationTable
+from roadie.kernels import Chain, Keep, RotationTable
 from roadie.rotation import Rotation, Variant, compose
 
 
@@ -36,14 +36,18 @@ class KeptForBackward(str, Enum):
         return Keep.OUTPUT if is_output else Keep.INPUT  # (torch 2.6 cannot compile a Keep made of a string)
 
 
-def one_rotation(table: RotationTable) -> RotationTable:
-    """The product of a table's rows, the first applied first, as a table of one row; all rows have one group size."""
-    if len(table.direct) == 1:
-        return table
+def one_rotation(chain: Chain) -> Chain:
+    """The product of a table's rows, the first applied first, as a table of one row; all rows have one group size.
+
+    Tables of one row, of which there may be several, stay what they are.
+    """
+    if len(chain[0].direct) == 1:
+        return chain
+    (table,) = chain
     size = table.uniform_size
     rows = [Rotation(direct, cross, size) for direct, cross in zip(table.direct, table.cross, strict=True)]
     product = reduce(lambda inner, outer: compose(outer, inner), rows)
-    return RotationTable(product.direct.unsqueeze(0), product.cross.unsqueeze(0), size)
+    return (RotationTable(product.direct.unsqueeze(0), product.cross.unsqueeze(0), size),)
 
 
 def gives_fresh_memory(layer: nn.Module) -> bool:

@@ -144,9 +144,14 @@ def _parts_of(path: str, layer: RoadLayer, name: str, pairs: Pairs) -> list[_Par
             f"layer {path}: got parameters of type {type(parameters[0]).__name__}; wanted plain ones: pairs cannot be chosen "
             "where a parameter is spread over processes; use DistributedDataParallel"
         )
-    device = parameters[0].device
+    device, group_size = parameters[0].device, layer.group_size[name]
+    if not isinstance(group_size, int):
+        raise ConfigError(
+            f"layer {path}: got an adapter with several rotations in a row (group sizes {list(group_size)}); wanted one "
+            "rotation, whose pairs can be chosen; train without stages"
+        )
     try:
-        places = trained_places(pairs, layer.variant[name], layer.out_features, layer.group_size[name], device=device)
+        places = trained_places(pairs, layer.variant[name], layer.out_features, group_size, device=device)
     except ConfigError as error:
         raise ConfigError(f"layer {path}: {error}") from None
     return [_Part(parameter, places, parameter.detach().clone()) for parameter in parameters]

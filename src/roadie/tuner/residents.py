@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,14 @@ from roadie.tuner.table import can_be_kept
 
 _FEWEST_SLOTS = 16
 
+Kind: TypeAlias = "tuple[str, int | tuple[int, ...]]"  # variant and group size, or sizes
+
 
 @dataclass
 class _Resident:
     """An adapter as it was when it was put into the bank."""
 
-    kinds: list[tuple[str, int] | None]  # of each layer: variant and group size
+    kinds: list[Kind | None]  # of each layer
     parameters: list[Tensor]
     versions: list[int]
     addresses: list[int]
@@ -39,13 +41,13 @@ class _Resident:
     storages: list[torch.UntypedStorage]  # kept, so that an address cannot come back as another's
 
     @classmethod
-    def of(cls, kinds: list[tuple[str, int] | None], parameters: list[Tensor], watched: Watched) -> _Resident:
+    def of(cls, kinds: list[Kind | None], parameters: list[Tensor], watched: Watched) -> _Resident:
         versions = [tensor._version for tensor in parameters]
         addresses = [tensor.data_ptr() for tensor in parameters]
         storages = [tensor.untyped_storage() for tensor in parameters]
         return cls(kinds, parameters, versions, addresses, watched, storages)
 
-    def is_current(self, kinds: list[tuple[str, int] | None], parameters: list[Tensor]) -> bool:
+    def is_current(self, kinds: list[Kind | None], parameters: list[Tensor]) -> bool:
         return (
             len(parameters) == len(self.parameters)
             and all(new is old for new, old in zip(parameters, self.parameters, strict=True))
@@ -176,7 +178,7 @@ class Residents:
         for name, watched in zip(stale, Watched.each([parameters[name] for name in stale]), strict=True):
             self._seen[name] = _Resident.of(kinds[name], parameters[name], watched)
 
-    def _is_current(self, name: str, kinds: list[tuple[str, int] | None], parameters: list[Tensor]) -> bool:
+    def _is_current(self, name: str, kinds: list[Kind | None], parameters: list[Tensor]) -> bool:
         seen = self._seen.get(name)
         return seen is not None and name in self.bank and seen.is_current(kinds, parameters)
 
@@ -196,7 +198,7 @@ def _parameters_of(layer: Any, name: str) -> list[Tensor]:
     return [] if theta is None else [theta, layer._modules["road_alpha"]._parameters[name]]
 
 
-def _kinds(layers: dict[str, Any], name: str) -> list[tuple[str, int] | None]:
+def _kinds(layers: dict[str, Any], name: str) -> list[Kind | None]:
     return [
         (layer.variant[name], layer.group_size[name]) if name in layer.variant else None for layer in layers.values()
     ]
@@ -216,4 +218,4 @@ def _adapter(layers: dict[str, Any], name: str) -> Adapter:
 def _is_at_home(layer: Any) -> bool:
     """Whether the layer's table is where the layer computes."""
     resident = layer.resident
-    return resident is None or resident.table.current.direct.device == layer.get_base_layer_device()
+    return resident is None or resident.table.current[0].direct.device == layer.get_base_layer_device()

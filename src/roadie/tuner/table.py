@@ -1,7 +1,8 @@
 """The rotations of one layer's adapters as a table with a row an adapter, made in a handful of operations.
 
 One adapter is a table of one row; each row of a mixed batch names the row of the table it uses. The number of operations
-depends on how many variants and group sizes there are, never on how many adapters.
+depends on how many variants and group sizes there are, never on how many adapters. Adapters with several rotations in a row
+take as many tables, a chain; those with fewer have group size 0 in the tables beyond.
 
 Legend: S slots (adapters, in the order asked for), D out features, n parameters.
 """
@@ -17,29 +18,77 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _every_module
 
 from roadie.bank.blends import Blend, blended
-from roadie.kernels import PreparedRotation, RotationTable, Watched
-from roadie.rotation import Rotation, from_parameters
+from roadie.bank.table import ANY_SIZE, NO_ROTATION, chain_of_rows, rotations_at
+from roadie.kernels import Chain, PreparedRotation, RotationTable, Watched
+from roadie.rotation import Rotation, from_parameters, split_stages
 
 PLAIN = (Tensor, nn.Parameter)
-ANY_SIZE = 2  # of an identity row: it pairs nothing
 
 
 class SlotParameters(NamedTuple):
-    """What one adapter holds for one layer: theta and alpha ``[n]``, and how to read them."""
+    """What one adapter holds for one layer: theta and alpha ``[n]``, and how to read them.
+
+    group_size: of its one rotation, or of those in a row.
+    """
 
     theta: Tensor
     alpha: Tensor
     variant: str
-    group_size: int
+    group_size: int | tuple[int, ...]
 
     @property
     def requires_grad(self) -> bool:
         """Whether it is trained."""
         return self.theta.requires_grad or self.alpha.requires_grad
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The group sizes of the rotations, the first applied first."""
+        return (self.group_size,) if isinstance(self.group_size, int) else self.group_size
 
-def build_table(slots: Sequence[SlotParameters | None], out_features: int) -> RotationTable | None:
-    """The table ``[S, D]`` of the slots; a slot that is None is the identity. None where every slot is. Differentiable."""
+    @property
+    def size_of_one(self) -> int:
+        """The group size of the one rotation there is."""
+        assert isinstance(self.group_size, int)
+        return self.group_size
+
+
+def build_chain(slots: Sequence[SlotParameters | None], out_features: int) -> Chain | None:
+    """The tables ``[S, D]`` of the slots, one for each rotation in a row; None where all are the identity. Differentiable."""
+    stages = by_stage(slots)
+    tables = [build_table(stage, out_features, absent=absent_in(stages)) for stage in stages]
+    return tuple(table for table in tables if table is not None) or None
+
+
+def absent_in(stages: Sequence[Any]) -> int:
+    """The group size of a slot that is the identity, in each table of so many."""
+    return ANY_SIZE if len(stages) <= 1 else NO_ROTATION
+
+
+def by_stage(slots: Sequence[SlotParameters | None]) -> list[list[SlotParameters | None]]:
+    """For each rotation in a row the slots as if it were the only one; None for those that have fewer."""
+    count = max([0, *(len(slot.stages) for slot in slots if slot is not None)])
+    if count <= 1:
+        return [list(slots)] * count
+    parts = [_split(slot) for slot in slots]
+    return [[part[stage] if stage < len(part) else None for part in parts] for stage in range(count)]
+
+
+def _split(slot: SlotParameters | None) -> list[SlotParameters]:
+    if slot is None:
+        return []
+    theta, alpha = (split_stages(vector, len(slot.stages)) for vector in slot[:2])
+    parts = zip(theta, alpha, slot.stages, strict=True)
+    return [SlotParameters(of_theta, of_alpha, slot.variant, size) for of_theta, of_alpha, size in parts]
+
+
+def build_table(
+    slots: Sequence[SlotParameters | None], out_features: int, *, absent: int = ANY_SIZE
+) -> RotationTable | None:
+    """The table ``[S, D]`` of slots with one rotation; one that is None is the identity. None where all are. Differentiable.
+
+    absent: the group size of slots that are None.
+    """
     members = by_kind(slots)
     if not members:
         return None
@@ -48,7 +97,7 @@ def build_table(slots: Sequence[SlotParameters | None], out_features: int) -> Ro
     direct, cross = (torch.cat(vectors) if len(vectors) > 1 else vectors[0] for vectors in zip(*parts, strict=True))
     if order != list(range(len(slots))):
         direct, cross = _in_order(direct, cross, order, len(slots))
-    return RotationTable(direct, cross, _group_sizes(slots, direct.device))
+    return RotationTable(direct, cross, _group_sizes(slots, direct.device, absent))
 
 
 def by_kind(slots: Sequence[SlotParameters | None]) -> dict[tuple[str, int], list[int]]:
@@ -56,7 +105,7 @@ def by_kind(slots: Sequence[SlotParameters | None]) -> dict[tuple[str, int], lis
     members: dict[tuple[str, int], list[int]] = {}
     for index, slot in enumerate(slots):
         if slot is not None:
-            members.setdefault((slot.variant, slot.group_size), []).append(index)
+            members.setdefault((slot.variant, slot.size_of_one), []).append(index)
     return members
 
 
@@ -84,37 +133,28 @@ def _in_order(direct: Tensor, cross: Tensor, order: list[int], num_slots: int) -
     return direct.index_select(0, rows), cross.index_select(0, rows)
 
 
-def with_blends(table: RotationTable | None, names: Sequence[str], wishes: Sequence[Any]) -> RotationTable | None:
-    """From a table whose rows are the adapters `names`, the table whose rows are `wishes`, blends of these adapters included.
+def with_blends(chain: Chain | None, names: Sequence[str], wishes: Sequence[Any]) -> Chain | None:
+    """From tables whose rows are the adapters `names`, those whose rows are `wishes`, blends of these adapters included.
 
     Differentiable. Raises `AdapterError` or `ConfigError` where a blend does not exist.
     """
-    if table is None:
+    if chain is None:
         return None
-    sizes = table.group_sizes if isinstance(table.group_sizes, Tensor) else None
-    rows: list[Rotation] = []
+    rows: list[Sequence[Rotation]] = []
     for wish in wishes:
-        parts = []
-        for name, weight in wish.weights if isinstance(wish, Blend) else ((wish, 1.0),):
-            row = names.index(name)
-            size = table.uniform_size if sizes is None else int(sizes[row])
-            parts.append((name, weight, Rotation(table.direct[row], table.cross[row], size)))
-        rotation = parts[0][2] if isinstance(wish, str) else blended(f"of {table.direct.shape[1]} outputs", parts)
-        assert rotation is not None
-        rows.append(rotation)
-    direct = torch.stack([row.direct.to(table.direct.dtype) for row in rows])
-    cross = torch.stack([row.cross.to(table.direct.dtype) for row in rows])
-    of_rows = [row.group_size for row in rows]
-    if len(set(of_rows)) == 1:
-        return RotationTable(direct, cross, of_rows[0])
-    return RotationTable(direct, cross, torch.tensor(of_rows, dtype=torch.int32, device=direct.device))
+        weights = wish.weights if isinstance(wish, Blend) else ((wish, 1.0),)
+        parts = [(name, weight, rotations_at(chain, names.index(name)) or None) for name, weight in weights]
+        rotations = parts[0][2] if isinstance(wish, str) else blended(f"of {chain[0].direct.shape[1]} outputs", parts)
+        rows.append(rotations or ())
+    return chain_of_rows(rows, chain[0].direct.dtype)
 
 
-def _group_sizes(slots: Sequence[SlotParameters | None], device: torch.device) -> int | Tensor:
-    sizes = {slot.group_size for slot in slots if slot is not None}
-    if len(sizes) == 1:
+def _group_sizes(slots: Sequence[SlotParameters | None], device: torch.device, absent: int) -> int | Tensor:
+    """absent: what stands for slots that are None, unless it may be any."""
+    sizes = {slot.size_of_one for slot in slots if slot is not None}
+    if len(sizes) == 1 and (absent == ANY_SIZE or None not in slots):
         return sizes.pop()
-    each = [slot.group_size if slot is not None else ANY_SIZE for slot in slots]
+    each = [slot.size_of_one if slot is not None else absent for slot in slots]
     return torch.tensor(each, dtype=torch.int32, device=device)
 
 
@@ -129,7 +169,7 @@ class TableEntry:
     addresses: list[int]
     storages: list[torch.UntypedStorage]  # kept, so that an address cannot come back as another's
     watched: Watched
-    table: RotationTable | None
+    table: Chain | None
     checked_for: object
 
     def is_current(self, slots: tuple[SlotParameters | None, ...], batch: object) -> bool:
@@ -230,15 +270,15 @@ class TableCache:
 
     def get(
         self, key: tuple[str, ...], slots: tuple[SlotParameters | None, ...], out_features: int, batch: object
-    ) -> RotationTable | None:
-        """The table of `slots`, from memory if it is still true. `batch` marks one set of rows being routed."""
+    ) -> Chain | None:
+        """The tables of `slots`, from memory if it is still true. `batch` marks one set of rows being routed."""
         entry = self.entries.get(key)
         if entry is not None and entry.is_current(slots, batch):
             return entry.table
         parameters = [tensor for slot in slots if slot is not None for tensor in slot[:2]]
         if not all(can_be_kept(tensor) for tensor in parameters):
             with torch.no_grad():
-                return build_table(slots, out_features)
+                return build_chain(slots, out_features)
         return self._make(key, slots, parameters, out_features, batch)
 
     def _make(
@@ -248,9 +288,9 @@ class TableCache:
         parameters: list[Tensor],
         out_features: int,
         batch: object,
-    ) -> RotationTable | None:
+    ) -> Chain | None:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training later
-            table = build_table(slots, out_features)
+            table = build_chain(slots, out_features)
         self.entries.pop(key, None)
         while len(self.entries) >= self.limit:
             del self.entries[next(iter(self.entries))]

@@ -16,20 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roadie.kernels import Keep, RotationStep, RotationTable, saved_tensors
+from roadie.kernels import Chain, Keep, RotationStep, RotationTable, saved_tensors
 from roadie.rotation import parameter_gradients
-from roadie.tuner.table import PLAIN, SlotParameters, build_table, by_kind, stacked
+from roadie.tuner.table import PLAIN, SlotParameters, absent_in, build_table, by_kind, by_stage, stacked
 
 
-def trained_table(
-    slots: Sequence[SlotParameters | None], out_features: int, kept: RotationTable | None = None
-) -> RotationTable | None:
-    """`build_table` as one step of autograd instead of a dozen; with `kept`, the table that it would give, in none."""
+def trained_chain(slots: Sequence[SlotParameters | None], out_features: int) -> Chain | None:
+    """`build_chain` as one step of autograd for each table instead of a dozen."""
+    stages = by_stage(slots)
+    tables = [_trained_table(stage, out_features, absent_in(stages)) for stage in stages]
+    return tuple(table for table in tables if table is not None) or None
+
+
+def _trained_table(slots: Sequence[SlotParameters | None], out_features: int, absent: int) -> RotationTable | None:
     parameters = [tensor for slot in slots if slot is not None for tensor in slot[:2]]
     if not all(type(tensor) in PLAIN for tensor in parameters):
-        return build_table(slots, out_features)
+        return build_table(slots, out_features, absent=absent)
     with torch.no_grad():
-        table = kept or build_table(slots, out_features)
+        table = build_table(slots, out_features, absent=absent)
     if table is None:
         return None
     direct, cross = _TrainedTable.apply(table, tuple(slots), *parameters)
@@ -59,7 +63,7 @@ class _TrainedTable(torch.autograd.Function):
 
 
 def rotated_by_one(y: Tensor, slot: SlotParameters, table: RotationTable, keep: Keep, *, into_y: bool) -> Tensor:
-    """R y for the adapter `slot`, whose table ``[1, D]`` is given, on plain tensors; differentiable in y, theta and alpha.
+    """R y for `slot`, of one rotation, whose table ``[1, D]`` is given, on plain tensors; differentiable in y, theta and alpha.
 
     into_y: in place, for a y that nobody else holds; only where the output is kept.
     """
@@ -71,7 +75,7 @@ class _RotatedByOne(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, theta: Tensor, alpha: Tensor, step: RotationStep, slot: SlotParameters, into_y: bool
     ) -> Tensor:
-        ctx.step, ctx.variant, ctx.group_size, ctx.keep_output = step, slot.variant, slot.group_size, step.keep_output
+        ctx.step, ctx.variant, ctx.group_size, ctx.keep_output = step, slot.variant, slot.size_of_one, step.keep_output
         z = step.forward(y, into_y=into_y)
         if into_y:
             ctx.mark_dirty(y)

@@ -117,7 +117,7 @@ def _config(adapter: Adapter) -> RoadConfig:
 def _value(tuner: BaseTuner, name: str) -> Adapter:
     """An adapter of the model with its config, on the CPU."""
     layers = {
-        path: LayerParameters(layer.theta.cpu(), layer.alpha.cpu(), layer.variant, layer.group_size)
+        path: LayerParameters(layer.theta.cpu(), layer.alpha.cpu(), layer.variant, layer.stages)
         for path, layer in live_adapter(tuner.model, name).layers.items()
     }
     return Adapter(layers, tuner.peft_config[name].to_dict())

@@ -37,7 +37,8 @@ def adapted_layers(model: Any, recipe: Recipe) -> tuple[AdaptedLayer, ...]:
     found = []
     for path, module in modules.items():
         out_features = _out_features(path, module)
-        found.append(AdaptedLayer(path, out_features, *resolve_layer(config, path, out_features), share))
+        variant, (group_size,) = resolve_layer(config, path, out_features)
+        found.append(AdaptedLayer(path, out_features, variant, group_size, share))
     _check_share(share, found)
     return tuple(found)
 
