@@ -144,7 +144,7 @@ def prepare_rotation(
     refuses to rotate.
     """
     routed_shape = tuple(slots.shape) if slots is not None else ()
-    return prepare(schema.row_rotations(*checked(y, table, slots)), routed_shape, y, watched)
+    return prepare([schema.row_rotations(*checked(y, table, slots))], routed_shape, y, watched)
 
 
 def _table_of_one(rotation: Rotation) -> RotationTable:

@@ -25,7 +25,7 @@ from roadie.kernels import api, schema
 from roadie.kernels.api import Keep, RotationTable
 from roadie.kernels.choice import chosen
 from roadie.kernels.contract import RowRotations, without_gaps
-from roadie.kernels.cpu.prepared import PreparedRotation
+from roadie.kernels.cpu.prepared import PreparedRotation, prepare
 from roadie.kernels.eager import composed
 
 Chain: TypeAlias = tuple[RotationTable, ...]
@@ -80,7 +80,8 @@ def prepare_chain(
     """`rotate_chain_` of tensors like y, made ready to be called many times; as `prepare_rotation`."""
     if len(chain) == 1:
         return api.prepare_rotation(y, chain[0], slots, watched)
-    return None
+    turns = [schema.row_rotations(*api.checked(y, table, slots)) for table in chain]
+    return prepare(turns, tuple(slots.shape) if slots is not None else (), y, watched)
 
 
 def _needs_gradient(x: Tensor, chain: Chain) -> bool:

@@ -48,13 +48,17 @@ class RowRotations(NamedTuple):
 
 
 def without_gaps(turns: RowRotations, dtype: torch.dtype) -> RowRotations:
-    """The same with tables of `dtype`, and rows whose slot has group size 0 in slot -1."""
-    direct, cross = turns.direct.to(dtype), turns.cross.to(dtype)
-    if turns.sizes is None or turns.slots is None:
-        return turns._replace(direct=direct, cross=cross)
-    is_there = turns.sizes[turns.slots.clamp(min=0)] > 0
-    slots = torch.where(is_there, turns.slots, -1)
-    return turns._replace(direct=direct, cross=cross, slots=slots, sizes=turns.sizes.clamp(min=2))
+    """The same with tables of `dtype`, and rows whose slot has group size 0 in slot -1.
+
+    Where there are no slots, all rows use slot 0, which then must have a rotation.
+    """
+    turns = turns._replace(direct=turns.direct.to(dtype), cross=turns.cross.to(dtype))
+    if turns.sizes is None:
+        return turns
+    slots, sizes = turns.slots, turns.sizes.clamp(min=2)
+    if slots is not None:
+        slots = torch.where(turns.sizes[slots.clamp(min=0)] > 0, slots, -1)
+    return turns._replace(slots=slots, sizes=sizes)
 
 
 class Implementation(ABC):
@@ -80,7 +84,12 @@ class Implementation(ABC):
         value = torch.empty(x.shape, dtype=wide, device=x.device).copy_(x)
         for turns in chain:
             self.rotate(value, value, without_gaps(turns, wide))
-        out.copy_(value)
+        slots = chain[0].slots
+        if slots is None:
+            out.copy_(value)
+        else:  # rows of the base bit for bit, NaN included
+            is_base = (slots < 0).repeat_interleave(chain[0].repeat).unsqueeze(1)
+            out.copy_(torch.where(is_base, x, value.to(x.dtype)))
 
     @abstractmethod
     def backward(

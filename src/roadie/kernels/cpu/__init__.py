@@ -24,6 +24,7 @@ BYTES_A_THREAD = 1 << 20  # 20 us or more of work; less takes longer to share ou
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 JOB = struct.Struct("@13P12q")  # the struct Job of rotate.c: thirteen pointers, twelve integers
+STAGE = struct.Struct("@3Pq")  # the struct Stage
 _FAILURES = {
     1: "there was not enough memory for partial sums",
     2: "the tensors are of a dtype that the compiled kernel does not know",
@@ -51,6 +52,12 @@ class CpuImplementation(Implementation):
         """R x into out; see the contract."""
         threads = threads_for(2 * x.numel() * x.element_size())
         _check(loaded().rotate(_job(x, None, out, turns, None, None, threads)))
+
+    def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
+        """All rotations of a row while it is in the cache; see the contract."""
+        threads = threads_for(2 * x.numel() * x.element_size())
+        job = _job(x, None, out, chain[0], None, None, threads)
+        _check(loaded().rotate_chain(stages_of(chain), len(chain), job))
 
     def backward(
         self,
@@ -148,6 +155,19 @@ def _job(
     )
 
 
+def stages_of(chain: Sequence[RowRotations]) -> bytes:
+    """What the kernel is told of each of several rotations in a row."""
+    return b"".join(
+        STAGE.pack(
+            turns.direct.data_ptr(),
+            turns.cross.data_ptr(),
+            turns.sizes.data_ptr() if turns.sizes is not None else 0,
+            turns.group_size,
+        )
+        for turns in chain
+    )
+
+
 def threads_for(nbytes: int) -> int:
     """As many threads as torch uses, but none for less than `BYTES_A_THREAD`."""
     if nbytes < 2 * BYTES_A_THREAD:
@@ -168,6 +188,7 @@ class _Library:
     def __init__(self, path: Path) -> None:
         self.problem: str | None = None
         self.rotate: Callable[[bytes], int]
+        self.rotate_chain: Callable[[bytes, int, bytes], int]
         self.backward: Callable[[bytes], int]
         self.gradient: Callable[[bytes, int], int]
         self.same: Callable[[int, int, int], int]
@@ -175,9 +196,10 @@ class _Library:
             library = ctypes.CDLL(str(path))
             self.rotate, self.backward = (self._function(library, f"roadie_{name}") for name in ("rotate", "backward"))
             self.gradient = self._function(library, "roadie_gradient", ctypes.c_int)
+            self.rotate_chain = self._function(library, "roadie_rotate_chain", ctypes.c_int64, ctypes.c_char_p)
             self.same = library.roadie_same
             self.same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-            if library.roadie_job_bytes() != JOB.size:
+            if library.roadie_job_bytes() != JOB.size or library.roadie_stage_bytes() != STAGE.size:
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
         except (OSError, AttributeError) as error:
             self.problem = (

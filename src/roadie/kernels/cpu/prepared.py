@@ -6,13 +6,16 @@ general way to the kernel takes 150 us there, this one 40 (4096 outputs, 8 rows,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from roadie.kernels.choice import asked_for
 from roadie.kernels.contract import RowRotations
-from roadie.kernels.cpu import BYTES_A_THREAD, JOB, TYPES, CpuImplementation, loaded, threads_for
+from roadie.kernels.cpu import BYTES_A_THREAD, JOB, TYPES, CpuImplementation, loaded, stages_of, threads_for
 
 # Looked up once: what they are asked for is whether anything in torch wants to see what is done.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -21,32 +24,34 @@ _tracing = torch._C._get_tracing_state
 
 
 class PreparedRotation:
-    """A table, the slots of the rows, and tensors that the table was made from, with what they held.
+    """A table or several in a row, the slots of the rows, and tensors that they were made from, with what they held.
 
     `rotate_` computes only where that is all it takes: it answers False, and leaves its argument alone, where a watched
     tensor has changed, y is not of the expected kind, or some mode of torch wants to see what is done.
     """
 
     __slots__ = (
-        *("_content", "_dtype", "_function", "_head", "_routed", "_routed_shape", "_tail", "_then", "_turns"),
+        *("_chain", "_content", "_dtype", "_function", "_head", "_routed", "_routed_shape", "_tail", "_then"),
         *("_watched", "_watched_bytes", "_width"),
     )
 
     def __init__(
         self,
-        turns: RowRotations,
+        chain: Sequence[RowRotations],
         routed_shape: tuple[int, ...],
         dtype: torch.dtype,
         watched: tuple[Tensor, Tensor] | None,
     ) -> None:
-        direct, cross, slots, _, sizes, group_size = turns
+        direct, cross, slots, _, sizes, group_size = chain[0]
         self._routed_shape = routed_shape
-        self._turns, self._dtype, self._width = turns, dtype, direct.shape[1]
+        self._chain, self._dtype, self._width = tuple(chain), dtype, direct.shape[1]  # (kept alive)
         self._watched = watched
         self._content = tuple(tensor.detach().clone() for tensor in watched or ())
         self._watched_bytes = self._content[0].nbytes if watched else 0
         self._then = tuple(content.data_ptr() for content in self._content)
-        self._function = loaded().rotate
+        self._function: Callable[[bytes], int] = loaded().rotate
+        if len(chain) > 1:
+            self._function = partial(loaded().rotate_chain, stages_of(chain), len(chain))
         self._routed = slots.numel() if slots is not None else 1
         pointers = [
             direct.data_ptr(),
@@ -86,17 +91,17 @@ class PreparedRotation:
 
 
 def prepare(
-    turns: RowRotations, routed_shape: tuple[int, ...], y: Tensor, watched: tuple[Tensor, Tensor] | None
+    chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor, watched: tuple[Tensor, Tensor] | None
 ) -> PreparedRotation | None:
-    """For outputs like y, whose first dimensions are `routed_shape`.
+    """One rotation, or several in a row, for outputs like y, whose first dimensions are `routed_shape`.
 
     None where the compiled kernel cannot be used, or something watched is not plain CPU memory.
     """
-    if CpuImplementation().refusal(y.device, y.dtype, turns.direct.dtype) is not None:
+    if CpuImplementation().refusal(y.device, y.dtype, chain[0].direct.dtype) is not None:
         return None
     if watched is not None and not all(_can_be_watched(tensor, watched[0]) for tensor in watched):
         return None
-    return PreparedRotation(turns, routed_shape, y.dtype, watched)
+    return PreparedRotation(chain, routed_shape, y.dtype, watched)
 
 
 def _can_be_watched(tensor: Tensor, like: Tensor) -> bool:

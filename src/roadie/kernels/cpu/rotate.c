@@ -41,7 +41,7 @@ static const Spans *spans(void) {
     return &spans_default;
 }
 
-enum { SHORT = 16, TASK_ROWS = 128, TASK_COLUMNS = 1024 };
+enum { SHORT = 16, TASK_ROWS = 128, TASK_COLUMNS = 1024, BLOCK = 1024 };
 enum { DONE = 0, OUT_OF_MEMORY = 1, UNKNOWN_TYPE = 2, UNKNOWN_SLOT = 3, ODD_GROUP = 4, CHANGED = 5 };
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -176,6 +176,108 @@ EXPORT int roadie_rotate(const Job *job) {
         for (int64_t row = job->rows * piece / pieces; row < job->rows * (piece + 1) / pieces; row++)
             turn_row(job, turn, row, 0, job->width, 0);
     return DONE;
+}
+
+/* One of several rotations in a row: the fields of a Job that it has of its own. A size of 0: no rotation for that slot. */
+typedef struct {
+    const void *direct, *cross;
+    const int32_t *sizes;
+    int64_t group_size;
+} Stage;
+
+static inline int64_t stage_group(const Stage *stage, int64_t slot) {
+    return stage->sizes ? stage->sizes[slot] : stage->group_size;
+}
+
+/* Columns to take through all rotations at a time, whole groups of each: about BLOCK where groups nest, else all. */
+static int64_t block_of(const Job *job, const Stage *stages, int64_t count, int64_t slot) {
+    int64_t largest = 0;
+    for (int64_t k = 0; k < count; k++)
+        if (stage_group(stages + k, slot) > largest) largest = stage_group(stages + k, slot);
+    for (int64_t k = 0; k < count; k++) {
+        int64_t group = stage_group(stages + k, slot);
+        if (group && largest % group) return job->width;
+    }
+    if (!largest) return 0;
+    int64_t block = largest < BLOCK ? BLOCK - BLOCK % largest : largest;
+    return block < job->width ? block : job->width;
+}
+
+/* One row through all rotations of its slot, a block after the other, which stays in the first level of the cache: in float32
+ * in `scratch` (in z itself where that is float32), and rounded once. */
+static void turn_row_chain(const Job *job, const Spans *loops, const Stage *stages, int64_t count, int64_t row,
+                           float *scratch) {
+    int64_t slot = slot_of(job, row), size = bytes_of(job->type), table_size = bytes_of(job->table_type);
+    const char *x = row_at(job->x, row, job->x_stride, job->type);
+    char *z = (char *)row_at(job->z, row, job->z_stride, job->type);
+    int64_t block = slot < 0 ? 0 : block_of(job, stages, count, slot);
+    if (!block) {
+        if (x != z) memcpy(z, x, (size_t)(job->width * size));
+        return;
+    }
+    TurnSpan *turn = loops->turn_wide[job->table_type];
+    for (int64_t start = 0; start < job->width; start += block) {
+        int64_t columns = start + block < job->width ? block : job->width - start;
+        int64_t place = (slot * job->width + start) * table_size;
+        const void *from = x + start * size;
+        void *into = job->type == FLOAT32 ? (void *)(z + start * size) : scratch;
+        if (job->type != FLOAT32) {
+            loops->widen[job->type](from, scratch, columns);
+            from = scratch;
+        }
+        for (int64_t k = 0; k < count; k++) {
+            int64_t group = stage_group(stages + k, slot);
+            if (!group) continue;
+            turn(from, into, (const char *)stages[k].direct + place, (const char *)stages[k].cross + place, 0, columns,
+                 group, 0);
+            from = into;
+        }
+        if (job->type != FLOAT32) loops->narrow[job->type](scratch, z + start * size, columns);
+    }
+}
+
+static int check_stage(const Job *job, const Stage *stage) {
+    if (!stage->sizes && (stage->group_size < 2 || stage->group_size % 2 || job->width % stage->group_size)) return ODD_GROUP;
+    for (int64_t entry = 0; stage->sizes && entry < (job->slots ? job->rows / job->repeat : 1); entry++) {
+        int64_t slot = job->slots ? job->slots[entry] : 0;
+        int64_t group = slot < 0 ? 0 : stage->sizes[slot];
+        if (group && (group < 2 || group % 2 || job->width % group)) return ODD_GROUP;
+    }
+    return DONE;
+}
+
+static int check_chain(const Job *job, const Stage *stages, int64_t count) {
+    if (job->type < FLOAT32 || job->type > FLOAT16) return UNKNOWN_TYPE;
+    if (job->table_type != FLOAT32 && job->table_type != job->type) return UNKNOWN_TYPE;
+    for (int64_t entry = 0; job->slots && entry < job->rows / job->repeat; entry++)
+        if (job->slots[entry] < -1 || job->slots[entry] >= job->num_slots) return UNKNOWN_SLOT;
+    int status = DONE;
+    for (int64_t k = 0; k < count && !status; k++) status = check_stage(job, stages + k);
+    return status;
+}
+
+/* As roadie_rotate, through `count` rotations in a row; those fields of the job that a Stage has are not read. */
+EXPORT int roadie_rotate_chain(const Stage *stages, int64_t count, const Job *job) {
+    int status = has_changed(job) ? CHANGED : check_chain(job, stages, count);
+    if (status) return status;
+    const Spans *loops = spans();
+    prefer_huge_pages(job);
+    int64_t pieces = job->threads < job->rows ? job->threads : job->rows;
+    int64_t piece;
+    int failed = 0;
+#pragma omp parallel for num_threads((int)pieces) schedule(static) if (pieces > 1)
+    for (piece = 0; piece < pieces; piece++) {
+        float *scratch = job->type == FLOAT32 ? NULL : malloc((size_t)job->width * sizeof(float));
+        if (job->type != FLOAT32 && !scratch) {
+#pragma omp atomic write
+            failed = 1;
+        } else {
+            for (int64_t row = job->rows * piece / pieces; row < job->rows * (piece + 1) / pieces; row++)
+                turn_row_chain(job, loops, stages, count, row, scratch);
+        }
+        free(scratch);
+    }
+    return failed ? OUT_OF_MEMORY : DONE;
 }
 
 /* Everything backward needs besides the job: tasks, the order of the routed rows by slot, and room for partial sums. */
@@ -334,4 +436,5 @@ EXPORT int roadie_gradient(const Job *job, int of_output) {
 EXPORT int roadie_same(const void *one, const void *other, int64_t bytes) { return !memcmp(one, other, (size_t)bytes); }
 
 /* So that the caller can see that both sides mean the same by a Job. */
+EXPORT int64_t roadie_stage_bytes(void) { return (int64_t)sizeof(Stage); }
 EXPORT int64_t roadie_job_bytes(void) { return (int64_t)sizeof(Job); }
