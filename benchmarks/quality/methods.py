@@ -7,7 +7,7 @@ guess until the best rate has a worse one on both sides, so a guess costs time, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -34,7 +34,11 @@ class Method:
     first: Mapping[str, int]
     kept_per_parameter: float = 1.0
     kinds: tuple[str, ...] = (LANGUAGE, CLASSIFICATION)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    needs_head: bool = False
+
+    def suits(self, task: Task) -> bool:
+        """Whether the method has something to train on the task."""
+        return task.kind in self.kinds and (bool(task.head) or not self.needs_head)
 
 
 def rate(exponent: int) -> float:
@@ -93,15 +97,18 @@ METHODS = {
         Method("lora_r1", LORA, _lora(1), _rates(-4, -5)),
         Method("lora_r4", LORA, _lora(4), _rates(-4, -5)),
         Method("ia3", OTHER, _through_peft(peft.IA3Config, target_modules=None), _rates(-2, -3)),
+        Method("road_1_stages_2", ROAD, _road("road_1", stages=[2, 64]), _rates(-3, -4), kept_per_parameter=2.0),
+        Method("road_2_stages_3", ROAD, _road("road_2", stages=[2, 16, 64]), _rates(-3, -4)),
+        Method("road_2_stages_4", ROAD, _road("road_2", stages=[2, 8, 32, 64]), _rates(-3, -4)),
         Method("lora_r8", LORA, _lora(8), _rates(-4, -5)),
         Method("lora_r16", LORA, _lora(16), _rates(-4, -5)),
         Method("dora_r1", OTHER, _lora(1, use_dora=True), _rates(-4, -5)),
         Method("oft_4", OTHER, _through_peft(peft.OFTConfig, oft_block_size=4, r=0), _rates(-4, -5)),
         Method("vera_r256", OTHER, _through_peft(peft.VeraConfig, r=256), _rates(-3, -4)),
         Method("full", OTHER, _everything, _rates(-6, -7)),
-        Method("probe", OTHER, _head_only, _rates(0, -4), kinds=(CLASSIFICATION,)),
+        Method("probe", OTHER, _head_only, _rates(0, -4), kinds=(CLASSIFICATION,), needs_head=True),
     )
 }
 
 MINIMUM = ("road_1", "road_2", "road_4", "lora_r1", "lora_r4", "ia3")
-CAPACITY: tuple[str, ...] = ()
+CAPACITY = ("road_1_stages_2", "road_2_stages_3", "road_2_stages_4")

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.methods import Method, rate
-from benchmarks.quality.tasks import LANGUAGE
 
 SEEDS = (0, 1, 2)
 LOWEST, HIGHEST = -12, 2
@@ -62,6 +61,3 @@ def _next_exponent(scores: Mapping[int, float], first: int) -> int | None:
 
 def _is(record: Record, method: str) -> bool:
     return bool(record["method"] == method)
-
-
-__all__ = ["LANGUAGE", "SEEDS", "best_exponent", "next_run", "searched"]

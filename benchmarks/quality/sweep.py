@@ -35,7 +35,7 @@ def sweep(folder: Path, stop: Stop, only: Sequence[str] = ()) -> int:
 
 
 def _method(task: Task, method: Method, seeds: Sequence[int], path: Path, facts: records.Record, stop: Stop) -> int:
-    if task.kind not in method.kinds:
+    if not method.suits(task):
         return 0
     _measure_base(task, path, facts)
     count = 0

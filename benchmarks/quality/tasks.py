@@ -76,14 +76,15 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
 
 
 def tally(task: Task, model: nn.Module, batch: Batch) -> Tally:
-    """One forward pass: next tokens for LANGUAGE, the class of the row for CLASSIFICATION."""
+    """One forward pass: next tokens for LANGUAGE, the class of the row (its own place, without labels) for CLASSIFICATION."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if task.kind == LANGUAGE:
         inputs["use_cache"] = False  # type: ignore[assignment]
         logits = model(**inputs).logits[:, :-1]
         labels = batch["labels"][:, 1:]
     else:
-        logits, labels = model(**inputs).logits, batch["labels"]
+        logits = model(**inputs).logits
+        labels = batch["labels"] if "labels" in batch else torch.arange(len(logits))
     logits = logits.flatten(0, -2).float()
     labels = labels.flatten()
     counted = labels != IGNORED
@@ -91,13 +92,13 @@ def tally(task: Task, model: nn.Module, batch: Batch) -> Tally:
     return Tally(functional.cross_entropy(logits, labels, ignore_index=IGNORED), int(counted.sum()), correct)
 
 
-def measured(task: Task, model: nn.Module, rows: Sequence[Row], batch_rows: int = 16) -> dict[str, float]:
-    """Loss (nats a prediction) and accuracy over all rows."""
+def measured(task: Task, model: nn.Module, rows: Sequence[Row]) -> dict[str, float]:
+    """Loss (nats a prediction) and accuracy over all rows, in batches of rows of about the same length."""
     model.eval()
     loss = count = correct = 0.0
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     with torch.inference_mode():
-        for start in range(0, len(ordered), batch_rows):
-            one = tally(task, model, collate(ordered[start : start + batch_rows], task.pad_id))
+        for start in range(0, len(ordered), task.batch_rows):
+            one = tally(task, model, collate(ordered[start : start + task.batch_rows], task.pad_id))
             loss, count, correct = loss + float(one.loss) * one.count, count + one.count, correct + one.correct
     return {"loss": loss / count, "accuracy": correct / count}
