@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters, check_adapter_name
-from roadie.bank.admission import Rows, rotations
+from roadie.bank.admission import Prepared, Rows, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
@@ -78,11 +78,12 @@ class AdapterBank:
         self.storage_version = 0
         self._hold.open(model, self)
 
-    def admit(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> int:
+    def admit(self, name: str, source: Adapter | Prepared | str | Path | tuple[nn.Module, str]) -> int:
         """Take an adapter in, validated first; gives its slot. Where the bank is full a blend leaves, or the least
         recently used adapter.
 
-        source: an `Adapter`, an adapter folder, or ``(peft_model, name)`` for an adapter that is loaded in a PEFT model.
+        source: an `Adapter`, an adapter folder, ``(peft_model, name)`` for an adapter that is loaded in a PEFT model, or what
+        `prepare` gave.
         Raises `ConfigError` for a name that is taken or not allowed, `AdapterError` (`CheckpointError`) for an adapter that does
         not fit the model, `BankFull` where every slot is pinned or being read. Nothing is changed then.
         """
@@ -93,12 +94,15 @@ class AdapterBank:
                 raise ConfigError(f"got {name!r}, which is in the bank already; use replace, or evict it first")
             return self._publish([name], made)[0]
 
-    def check(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> None:
-        """Raise what `admit` would raise because of the name or the adapter itself; changes nothing."""
-        check_adapter_name(name)
-        self._made({name: source})
+    def prepare(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> Prepared:
+        """Everything of `admit` and `replace` that does not need a slot; changes nothing.
 
-    def replace(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> int:
+        Raises what `admit` would raise because of the name or the adapter itself.
+        """
+        check_adapter_name(name)
+        return Prepared(self, self._made({name: source}))
+
+    def replace(self, name: str, source: Adapter | Prepared | str | Path | tuple[nn.Module, str]) -> int:
         """Put another adapter behind a name; gives its new slot. Rows that run now go on with the old one.
 
         Raises as `admit` does, and `RoutingError` for unknown names; the old adapter stays then.
@@ -248,8 +252,11 @@ class AdapterBank:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _made(self, sources: Mapping[str, Any]) -> dict[str, list[Rows]]:
+    def _made(self, sources: Mapping[str, Any]) -> Mapping[str, Sequence[Rows]]:
         """The rotations of sources, by layer, once they fit the model; in the dtype and on the device of their layers."""
+        first = next(iter(sources.values()), None)
+        if isinstance(first, Prepared) and len(sources) == 1 and first.bank is self:
+            return first.layers
         adapters = {name: self._read(source) for name, source in sources.items()}
         for name, adapter in adapters.items():
             self._check_fits(name, adapter)
@@ -273,7 +280,7 @@ class AdapterBank:
         if isinstance(source, (str, Path)):
             return checkpoint.load(source)
         raise AdapterError(
-            f"got a source of type {type(source).__name__}; wanted an Adapter, a folder, or (model, name)"
+            f"got a source of type {type(source).__name__}; wanted an Adapter, a folder, (model, name), or what prepare gave"
         )
 
     def _check_width(self, name: str, path: str, layer: LayerParameters) -> None:

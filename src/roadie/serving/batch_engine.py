@@ -47,6 +47,7 @@ from roadie.serving.engine import (
 )
 from roadie.serving.fairness import FairQueue
 from roadie.serving.live import Live
+from roadie.serving.loader import IDLE_AFTER_S
 from roadie.serving.registry import Registry
 from roadie.serving.residency import Asking, Key, Residency
 from roadie.serving.sampling import choose
@@ -94,6 +95,7 @@ class ContinuousBatchingEngine:
         self._totals = _Totals()
         self._by_adapter: dict[str, Counter[str]] = {}
         self._mean_run_s = 1.0
+        self._stepped_s = -IDLE_AFTER_S
         self._outputs: list[_Delivery] = []
         self._is_taking = self._is_stopping = False
         self._has_news = False
@@ -116,7 +118,13 @@ class ContinuousBatchingEngine:
             self._bank,
             self._registry,
             self._changed,
-            Asking(self._remaining_tokens, self._is_wanted, self._notify, self._note_layers),
+            Asking(
+                self._remaining_tokens,
+                self._is_wanted,
+                self._notify,
+                self._note_layers,
+                self._num_running_lately,
+            ),
         )
         self._residency.bring_pinned()
         self._is_taking = True
@@ -357,6 +365,7 @@ class ContinuousBatchingEngine:
         begin = time.perf_counter()
         self._batch.step()
         with self._changed:
+            self._stepped_s = time.monotonic()
             self._totals.num_steps += 1
             self._totals.seconds_computing += time.perf_counter() - begin
             for live in [
@@ -460,6 +469,11 @@ class ContinuousBatchingEngine:
 
     def _is_wanted(self, key: Key) -> bool:
         return key in self._wanted
+
+    def _num_running_lately(self) -> int:
+        """Requests that run; at least one until the engine has been idle for a while."""
+        is_idle = time.monotonic() - self._stepped_s > IDLE_AFTER_S
+        return max(len(self._running), not is_idle)
 
     def _note_layers(self, paths: Iterable[str]) -> None:
         if adapts_last_layer(self._model, paths):

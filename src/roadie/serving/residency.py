@@ -22,7 +22,7 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -31,10 +31,12 @@ from torch import Tensor
 
 from roadie.adapter import check_adapter_name
 from roadie.bank import AdapterBank
+from roadie.bank.admission import Prepared
 from roadie.bank.blends import Blend
 from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, ShuttingDown, UnknownAdapter
 from roadie.serving.contention import SlotLine
 from roadie.serving.engine import AdapterState, AdapterStatus
+from roadie.serving.loader import Loader
 from roadie.serving.registry import Entry, ReadAdapter, Registry
 
 Key: TypeAlias = "str | Blend | None"
@@ -79,12 +81,13 @@ class Counts:
 class Asking:
     """What the engine tells, and is told. remaining_tokens: of the running requests of a key, the most any may still generate;
     is_wanted: whether a request waits for a key; on_news: something was brought, or could not be; on_layers: which layers an
-    adapter has, before it is published."""
+    adapter has, before it is published; num_running: requests that a load disturbs."""
 
     remaining_tokens: Callable[[Key], int]
     is_wanted: Callable[[Key], bool]
     on_news: Callable[[], None]
     on_layers: Callable[[frozenset[str]], None]
+    num_running: Callable[[], int]
 
 
 class Residency:
@@ -99,7 +102,7 @@ class Residency:
     ) -> None:
         self._bank, self._registry, self._changed = bank, registry, changed
         self._engine = engine
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="roadie-adapters")
+        self._worker = Loader(engine.num_running, lambda: len(self._coming))
         self._secret = secrets.token_bytes(16)  # nobody outside can make blocks that collide with another's
         self.counts = Counts()
         self._versions: dict[str, Version] = {}
@@ -350,7 +353,7 @@ class Residency:
         folder = self._source(name, path, must_be_new)
         try:
             read = self._registry.read_folder(folder)
-            self._bank.check(name, read.adapter)
+            prepared = self._bank.prepare(name, read.adapter)
         except RoadieError:
             with self._changed:
                 self.counts.num_load_failures += 1
@@ -358,7 +361,7 @@ class Residency:
         is_at_home = folder == self._registry.root / name
         before = self._registry.entries.get(name, Entry())
         self._registry.remember(name, Entry(None if is_at_home else str(folder), before.is_pinned))
-        self._publish(name, read)
+        self._publish(name, read, prepared)
         return self.status(name)
 
     def _source(self, name: str, path: str | None, must_be_new: bool) -> Path:
@@ -371,12 +374,12 @@ class Residency:
                 raise ConfigError(f"got {name!r}, which is loaded already; use replace, or unload it first")
         return folder
 
-    def _publish(self, name: str, read: ReadAdapter) -> None:
+    def _publish(self, name: str, read: ReadAdapter, prepared: Prepared) -> None:
         """A checked adapter takes its name; where no slot can be had, the next request brings it."""
         self._engine.on_layers(frozenset(read.adapter.layers))
         try:
             publish = self._bank.replace if name in self._bank else self._bank.admit
-            slot = publish(name, read.adapter)
+            slot = publish(name, prepared)
         except BankFull:
             with self._changed:
                 self._keep(name, read)
@@ -475,7 +478,7 @@ class Residency:
         """Let the worker end; nothing is brought any more."""
         with self._changed:
             self._is_closed = True
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._worker.close()
         self._held.clear()
 
 
