@@ -184,6 +184,17 @@ def stages_of(group_size: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(stages)
 
 
+def refuse_chains(adapter: Adapter, where: str) -> None:
+    """Raise `AdapterError`, naming the layer, where `adapter` has several rotations in a row, which `where` does not take."""
+    for path, layer in adapter.layers.items():
+        if len(layer.stages) > 1:
+            raise AdapterError(
+                f"{where}: got several rotations in a row (stages {list(layer.stages)}) in layer {path}; wanted one rotation a "
+                "layer; use an adapter trained without stages, serve this one with AdapterBank or `roadie serve`, or merge it "
+                "into its base model"
+            )
+
+
 def out_features_of(variant: str | Variant, size: int, num_stages: int = 1) -> int:
     """D of a layer whose theta has `size` elements for `num_stages` rotations; the inverse of `rotation.parameter_size`.
 

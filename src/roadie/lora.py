@@ -19,7 +19,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from roadie.adapter import Adapter, LayerParameters
 from roadie.adapter_algebra.layers import about_layer
 from roadie.checkpoint.replacement import replace_pair
 from roadie.errors import AdapterError, ConfigError
-from roadie.rotation import Rotation, from_parameters, rotate_weight
+from roadie.rotation import Rotation, chain_from_parameters, rotate_weight
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def _is_dense(weight: Tensor) -> bool:
 
 def _factors(layer: LayerParameters, linear: _Linear, rank: int | float) -> tuple[Tensor, Tensor, Tensor, LayerFit]:
     """A, B, the constant, and how well B A fits; the singular values go to both, half and half."""
-    change = _change_of(layer, linear.weight.device)
-    delta = rotate_weight(linear.weight.double(), change)
+    changes = _changes_of(layer, linear.weight.device)
+    delta = _changed(linear.weight.double(), changes)
     dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
     if not bool(torch.isfinite(delta).all()):
         raise AdapterError(
@@ -155,16 +155,24 @@ def _factors(layer: LayerParameters, linear: _Linear, rank: int | float) -> tupl
     root = values[:kept].sqrt()
     down, up = root[:, None] * right[:kept], left[:, :kept] * root
     error = torch.linalg.vector_norm(delta - up.double() @ down.double())
-    bias = delta.new_zeros(len(delta)) if linear.bias is None else rotate_weight(linear.bias.double(), change)
+    bias = delta.new_zeros(len(delta)) if linear.bias is None else _changed(linear.bias.double(), changes)
     fit = LayerFit(kept, float(error) ** 2, float(torch.linalg.vector_norm(delta)) ** 2)
     return down.contiguous(), up.contiguous(), bias.to(dtype), fit
 
 
-def _change_of(layer: LayerParameters, device: torch.device) -> Rotation:
-    """R - I, whose blocks are those of a Rotation too: nothing cancels where R is near I."""
+def _changes_of(layer: LayerParameters, device: torch.device) -> list[Rotation]:
+    """R - I of each rotation in a row, whose blocks are those of a Rotation too: nothing cancels where R is near I."""
     theta, alpha = (values.to(device).double() for values in (layer.theta, layer.alpha))
-    rotation = from_parameters(theta, alpha, layer.variant, layer.group_size)
-    return Rotation(rotation.direct - 1, rotation.cross, rotation.group_size)
+    chain = chain_from_parameters(theta, alpha, layer.variant, layer.stages)
+    return [Rotation(rotation.direct - 1, rotation.cross, rotation.group_size) for rotation in chain]
+
+
+def _changed(weight: Tensor, changes: Sequence[Rotation]) -> Tensor:
+    """``R_K ... R_1 W - W``, from the R - I: each adds what it does to the weight that the ones before it made."""
+    delta = torch.zeros_like(weight)
+    for change in changes:
+        delta = delta + rotate_weight(weight + delta, change)
+    return delta
 
 
 def _kept(values: Tensor, rank: int | float) -> int:

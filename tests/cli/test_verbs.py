@@ -83,7 +83,22 @@ def test_every_option_of_train_reaches_the_recipe(roadie_cli, tiny_path, texts, 
     # All of them but the one that has no option, and what the run adds.
     assert expected.items() <= settings.items()
     added = {"model", "revision", "data_sha256", "evaluation_sha256"}
-    assert settings.keys() - expected.keys() - added == {"max_grad_norm"}
+    assert settings.keys() - expected.keys() - added == {"max_grad_norm", "stages"}
+
+
+@pytest.mark.filterwarnings("ignore:this adapter has several rotations")
+def test_train_takes_stages_and_info_shows_them(roadie_cli, tiny_path, texts, tmp_path):
+    result = roadie_cli("train", texts, "-o", tmp_path / "a", "-m", tiny_path, "--stages", "2,16", *QUICK[2:])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "a" / "training.json").read_text())["settings"]["stages"] == [2, 16]
+    assert checkpoint.load(tmp_path / "a").stages == ((2, 16),)
+    shown = roadie_cli("info", tmp_path / "a").stdout
+    assert "group size  2, 16" in " ".join(shown.split(" "))
+    assert "stages=[2, 16]" in shown
+    for bad in ("2;16", "2,7", ""):
+        result = roadie_cli("train", texts, "-o", tmp_path / "b", "-m", tiny_path, "--stages", bad, *QUICK[2:])
+        assert result.exit_code == 2
+        assert "2,16,64" in result.stderr or "even numbers" in result.stderr
 
 
 def test_train_names_the_bad_line(roadie_cli, tiny_path, tmp_path):

@@ -283,7 +283,7 @@ def precision() -> None:
 
 OF_LAYERS = {
     "variant: road_1 for all": ("return all(torch.equal(v,", "return True or all(torch.equal(v,", smallest_variants),
-    "variant: of one layer": ("if all(map(rows_agree", "if False and all(map(rows_agree", smallest_variants),
+    "variant: of one layer": ("all_agree = all(", "all_agree = False and all(", smallest_variants),
     "refusal: not finite": (
         "if not bool((torch.isfinite(layer.theta)",
         "if False and bool((torch.isfinite(layer.theta)",
@@ -390,6 +390,7 @@ OF_CONVERSION = {
 
 
 def lora_factors() -> None:
+    torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(5, 8, dtype=torch.float64)})
     for rank in (3, 0.9):
         found = lora.to_lora(adapter("a"), model, rank)

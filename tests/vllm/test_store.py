@@ -13,7 +13,7 @@ import torch
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
-from roadie.errors import CheckpointError
+from roadie.errors import AdapterError, CheckpointError
 from roadie.vllm.store import AdapterStore, content_hash, is_road
 
 
@@ -107,3 +107,15 @@ def test_kinds_of_adapters_are_told_apart(tmp_path: Path) -> None:
     assert is_road(str(tmp_path / "road"))
     assert not is_road(str(tmp_path / "lora"))
     assert not is_road(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.filterwarnings("ignore:this adapter has several rotations")
+def test_several_rotations_in_a_row_are_refused_before_anything_is_copied(tmp_path: Path) -> None:
+    layer = LayerParameters(torch.zeros(8), torch.ones(8), "road_1", [2, 8])
+    checkpoint.save(Adapter({"model.q": layer}, {"peft_type": "ROAD", "stages": [2, 8]}), tmp_path / "place")
+    store = AdapterStore(str(tmp_path / "store"))
+    with pytest.raises(
+        AdapterError, match=r"the vLLM plug-in: got several rotations in a row \(stages \[2, 8\]\) in layer model.q"
+    ):
+        store.add(tmp_path / "place")
+    assert not any((tmp_path / "store").iterdir())

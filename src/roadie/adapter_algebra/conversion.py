@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import Adapter, LayerParameters, refuse_chains
 from roadie.adapter_algebra.layers import about_layer, grouped_config, in_float64, rows_agree, stored
 from roadie.algebra import Metric, squared_distance
 from roadie.errors import ConfigError
@@ -76,8 +76,9 @@ def convert(adapter: Adapter, variant: str | Variant | None = None, *, group_siz
 
     Other tensors and settings are kept. With another group size a variant that cannot hold the result becomes road_2, unless
     one is asked for. Raises `ConfigError`, naming the layer, for a group size that does not fit or in which the adapter does
-    not turn, and `AdapterError` where parameters are not finite.
+    not turn, and `AdapterError` where parameters are not finite, or there are several rotations in a row.
     """
+    refuse_chains(adapter, "convert")
     regrouped = {path: _regrouped(path, layer, group_size) for path, layer in adapter.layers.items()}
     wanted = _variant(adapter, regrouped) if variant is None else Variant.parse(variant)
     found = {}

@@ -3,6 +3,7 @@
 layers          of any of the adapters; to an adapter without a layer, that layer's rotation is the identity
 variant         the smallest that holds the result exactly: road_1 where both rows of every pair agree, else road_2
 group size      of each layer, that in which the adapters turn there
+in a row        rotations of several group sizes are combined as `roadie.algebra.chains` says, where one of the adapters has them
 precision       float64 inside; parameters are stored in float32, or float64 where an adapter has float64
 config          what all adapters say alike, with the layers, variant and group sizes of the result
 """
@@ -17,13 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from roadie.adapter import Adapter, LayerParameters, resolve_stages
+from roadie.adapter import Adapter, LayerParameters, refuse_chains, resolve_stages
 from roadie.algebra import in_one_pairing
 from roadie.errors import AdapterError, ConfigError
-from roadie.rotation import Rotation, Variant, from_parameters, swap_unsigned, to_parameters
+from roadie.rotation import Rotation, Variant, chain_from_parameters, swap_unsigned, to_parameters
 
 Named = Mapping[str, Adapter]
 Rotations = Mapping[str, Rotation]
+Chains = Mapping[str, tuple[Rotation, ...]]
 T = TypeVar("T")
 
 _SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -31,26 +33,54 @@ _GROUPING = ("group_size", "group_size_pattern", "adapt_group_size", "stages", "
 _NOT_KEPT = ("variant", "variant_pattern", "modules_to_save", "bias", "trainable_token_indices")
 
 
-def combined(adapters: Named, combine: Callable[[Rotations], Rotation]) -> Adapter:
+def combined(
+    adapters: Named,
+    combine: Callable[[Rotations], Rotation],
+    combine_chains: Callable[[Chains], Sequence[Rotation]] | None = None,
+) -> Adapter:
     """Each layer of any adapter: `combine` of the rotations of those that have it, by name, in float64.
 
+    combine_chains: the same for adapters of which one has several rotations in a row; None: such adapters are refused.
     Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or a result is too large.
     """
-    rotations = over_layers(adapters, combine)
-    variant = Variant.ROAD_1 if all(map(rows_agree, rotations.values())) else Variant.ROAD_2
+    if combine_chains is not None and any(map(has_chains, adapters.values())):
+        chains = over_chains(adapters, combine_chains)
+    else:
+        chains = {path: (rotation,) for path, rotation in over_layers(adapters, combine).items()}
+    all_agree = all(rows_agree(rotation) for chain in chains.values() for rotation in chain)
+    variant = Variant.ROAD_1 if all_agree else Variant.ROAD_2
     layers = {}
-    for path, rotation in rotations.items():
+    for path, chain in chains.items():
         dtypes = {adapter.layers[path].theta.dtype for adapter in adapters.values() if path in adapter.layers}
         with about_layer(path):
-            layers[path] = stored(rotation, variant, torch.float64 if torch.float64 in dtypes else torch.float32)
+            layers[path] = stored_chain(chain, variant, torch.float64 if torch.float64 in dtypes else torch.float32)
     return Adapter(layers, result_config(list(adapters.values()), layers, variant))
+
+
+def has_chains(adapter: Adapter) -> bool:
+    """Whether a layer has several rotations in a row."""
+    return any(len(layer.stages) > 1 for layer in adapter.layers.values())
+
+
+def over_chains(adapters: Named, combine: Callable[[Chains], Sequence[Rotation]]) -> dict[str, Sequence[Rotation]]:
+    """As `over_layers`, of rotations in a row, which need no common pairing."""
+    return _over_parts(adapters, lambda parts: combine({n: chain_in_float64(n, layer) for n, layer in parts.items()}))
 
 
 def over_layers(adapters: Named, measure: Callable[[Rotations], T]) -> dict[str, T]:
     """Module path -> `measure` of the rotations, by name and in one pairing, of the adapters that have the layer.
 
-    Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or are not finite.
+    Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or are not finite, and
+    where one has several rotations in a row.
     """
+    for name, adapter in adapters.items():
+        refuse_chains(adapter, name)
+    return _over_parts(
+        adapters, lambda parts: measure(in_one_pairing({n: in_float64(n, layer) for n, layer in parts.items()}))
+    )
+
+
+def _over_parts(adapters: Named, measure: Callable[[Mapping[str, LayerParameters]], T]) -> dict[str, T]:
     for name, adapter in adapters.items():
         _check_only_rotations(name, adapter)
     found = {}
@@ -58,7 +88,8 @@ def over_layers(adapters: Named, measure: Callable[[Rotations], T]) -> dict[str,
         parts = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
         with about_layer(path):
             _check_one_device(parts)
-            found[path] = measure(in_one_pairing({name: in_float64(name, layer) for name, layer in parts.items()}))
+            _check_one_width(parts)
+            found[path] = measure(parts)
     return found
 
 
@@ -72,12 +103,18 @@ def about_layer(path: str) -> Iterator[None]:
 
 
 def in_float64(name: str, layer: LayerParameters) -> Rotation:
-    """The layer's rotation in float64; raises `AdapterError`, naming the adapter, where a parameter is not finite."""
+    """The layer's one rotation in float64; raises `AdapterError`, naming the adapter, where a parameter is not finite."""
+    _ = layer.group_size  # raises where there are several
+    return chain_in_float64(name, layer)[0]
+
+
+def chain_in_float64(name: str, layer: LayerParameters) -> tuple[Rotation, ...]:
+    """The layer's rotations in a row, as `in_float64`."""
     if not bool((torch.isfinite(layer.theta) & torch.isfinite(layer.alpha)).all()):
         raise AdapterError(
             f"{name}: got parameters that are not finite; wanted finite numbers; train the adapter again"
         )
-    return from_parameters(layer.theta.double(), layer.alpha.double(), layer.variant, layer.group_size)
+    return chain_from_parameters(layer.theta.double(), layer.alpha.double(), layer.variant, layer.stages)
 
 
 def stored(rotation: Rotation, variant: Variant, dtype: torch.dtype) -> LayerParameters:
@@ -86,6 +123,13 @@ def stored(rotation: Rotation, variant: Variant, dtype: torch.dtype) -> LayerPar
     if not bool(torch.isfinite(alpha).all()):
         raise AdapterError(f"got a result too large for {dtype}; wanted finite numbers; use smaller weights")
     return LayerParameters(theta, alpha, variant, rotation.group_size)
+
+
+def stored_chain(chain: Sequence[Rotation], variant: Variant, dtype: torch.dtype) -> LayerParameters:
+    """`stored` of rotations in a row, whose parameters lie end to end."""
+    parts = [stored(rotation, variant, dtype) for rotation in chain]
+    theta, alpha = torch.cat([part.theta for part in parts]), torch.cat([part.alpha for part in parts])
+    return LayerParameters(theta, alpha, variant, [rotation.group_size for rotation in chain])
 
 
 def rows_agree(rotation: Rotation) -> bool:
@@ -105,6 +149,12 @@ def _check_one_device(parts: Mapping[str, LayerParameters]) -> None:
     devices = {name: str(layer.theta.device) for name, layer in parts.items()}
     if len(set(devices.values())) > 1:
         raise AdapterError(f"got device {devices}; wanted one; move the parameters with .to()")
+
+
+def _check_one_width(parts: Mapping[str, LayerParameters]) -> None:
+    widths = {name: layer.out_features for name, layer in parts.items()}
+    if len(set(widths.values())) > 1:
+        raise AdapterError(f"got out_features {widths}; wanted one; use adapters of one base model")
 
 
 def result_config(

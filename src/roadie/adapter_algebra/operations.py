@@ -12,8 +12,21 @@ import math
 from collections.abc import Sequence
 
 from roadie.adapter import Adapter
-from roadie.adapter_algebra.layers import Rotations, combined, over_layers
-from roadie.algebra import Metric, blend, corrected_weights, interpolate, shares, squared_distance, subtract
+from roadie.adapter_algebra.layers import Chains, Rotations, combined, over_layers
+from roadie.algebra import (
+    Metric,
+    blend,
+    blend_chains,
+    compose_chains,
+    corrected_weights,
+    interpolate,
+    interpolate_chains,
+    inverse_chain,
+    mean_chains,
+    shares,
+    squared_distance,
+    subtract,
+)
 from roadie.errors import AdapterError
 from roadie.rotation import Rotation, compose, identity
 
@@ -24,7 +37,10 @@ def compose_adapters(outer: Adapter, inner: Adapter) -> Adapter:
     def product(parts: Rotations) -> Rotation:
         return compose(**parts) if len(parts) == 2 else next(iter(parts.values()))
 
-    return combined({"outer": outer, "inner": inner}, product)
+    def in_turn(parts: Chains) -> Sequence[Rotation]:
+        return compose_chains(parts.get("outer", ()), parts.get("inner", ()))
+
+    return combined({"outer": outer, "inner": inner}, product, in_turn)
 
 
 def inverse_adapter(adapter: Adapter) -> Adapter:
@@ -57,7 +73,10 @@ def blend_adapters(adapters: Sequence[Adapter], weights: Sequence[float], *, nam
     def mixture(parts: Rotations) -> Rotation:
         return blend(list(parts.values()), [weight_of[name] for name in parts], names=list(parts))
 
-    return combined(active or dict(zip(names, adapters, strict=True)), mixture)
+    def in_a_row(parts: Chains) -> Sequence[Rotation]:
+        return blend_chains(list(parts.values()), [weight_of[name] for name in parts], names=list(parts))
+
+    return combined(active or dict(zip(names, adapters, strict=True)), mixture, in_a_row)
 
 
 def interpolate_adapters(start: Adapter, end: Adapter, t: float) -> Adapter:
@@ -66,7 +85,10 @@ def interpolate_adapters(start: Adapter, end: Adapter, t: float) -> Adapter:
     def between(parts: Rotations) -> Rotation:
         return interpolate(_or_identity(parts, "start"), _or_identity(parts, "end"), t)
 
-    return combined({"start": start, "end": end}, between)
+    def between_chains(parts: Chains) -> Sequence[Rotation]:
+        return interpolate_chains(_or_identities(parts, "start"), _or_identities(parts, "end"), t)
+
+    return combined({"start": start, "end": end}, between, between_chains)
 
 
 def mean_adapters(
@@ -87,7 +109,11 @@ def mean_adapters(
             rotations, corrected_weights(rotations, weights) if magnitude_corrected else weights, names=list(parts)
         )
 
-    return combined(dict(zip(names, adapters, strict=True)), average)
+    def in_a_row(parts: Chains) -> Sequence[Rotation]:
+        chains, of_parts = list(parts.values()), [part_of[name] for name in parts]
+        return mean_chains(chains, of_parts, magnitude_corrected=magnitude_corrected)
+
+    return combined(dict(zip(names, adapters, strict=True)), average, in_a_row)
 
 
 def subtract_adapters(adapter: Adapter, removed: Adapter) -> Adapter:
@@ -96,7 +122,10 @@ def subtract_adapters(adapter: Adapter, removed: Adapter) -> Adapter:
     def difference(parts: Rotations) -> Rotation:
         return subtract(_or_identity(parts, "the adapter"), _or_identity(parts, "the removed one"))
 
-    return combined({"the adapter": adapter, "the removed one": removed}, difference)
+    def after_the_inverse(parts: Chains) -> Sequence[Rotation]:
+        return compose_chains(parts.get("the adapter", ()), inverse_chain(parts.get("the removed one", ())))
+
+    return combined({"the adapter": adapter, "the removed one": removed}, difference, after_the_inverse)
 
 
 def distance_adapters(first: Adapter, second: Adapter, metric: Metric = Metric.CHORDAL) -> float:
@@ -124,6 +153,15 @@ def _or_identity(parts: Rotations, name: str) -> Rotation:
     return parts.get(name) or identity(
         like.out_features, like.group_size, dtype=like.direct.dtype, device=like.direct.device
     )
+
+
+def _or_identities(parts: Chains, name: str) -> Sequence[Rotation]:
+    """As `_or_identity`, with the group sizes of the other's rotations."""
+    like = next(iter(parts.values()))
+    return parts.get(name) or [
+        identity(turn.out_features, turn.group_size, dtype=turn.direct.dtype, device=turn.direct.device)
+        for turn in like
+    ]
 
 
 def _names(adapters: Sequence[Adapter], names: Sequence[str]) -> Sequence[str]:

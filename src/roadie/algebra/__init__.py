@@ -1,6 +1,13 @@
 """The algebra of rotations beyond products and inverses: powers, blends, interpolation, means, differences, distances."""
 
-from roadie.algebra.chains import blend_chains, compose_chains, inverse_chain, power_chain
+from roadie.algebra.chains import (
+    blend_chains,
+    compose_chains,
+    interpolate_chains,
+    inverse_chain,
+    mean_chains,
+    power_chain,
+)
 from roadie.algebra.geometry import (
     Metric,
     corrected_weights,
@@ -22,9 +29,11 @@ __all__ = [
     "corrected_weights",
     "in_one_pairing",
     "interpolate",
+    "interpolate_chains",
     "inverse_chain",
     "logarithm",
     "mean",
+    "mean_chains",
     "power",
     "power_chain",
     "shares",

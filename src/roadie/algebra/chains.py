@@ -7,6 +7,9 @@ is one.
     power(C, s)         each rotation to the power s; for s < 0 the inverse of power(C, -s), so that -1 is the inverse
     blend               each rotation the blend of those in its place, by weights of 0 or more
 
+    mean                the same, with weights that add up to 1; its magnitude is corrected rotation by rotation
+    interpolate         from each rotation to the one in its place
+
 So ``power(C, 0)`` is the identity, ``power(C, 1)`` is C, and between them the adapter fades in; but ``power(C, 2)`` is not C
 twice, which is ``compose(C, C)``. For a single rotation all of this is what it is without chains.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from roadie.algebra.geometry import corrected_weights, interpolate
 from roadie.algebra.powers import blend, power
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, compose, inverse
@@ -64,6 +68,23 @@ def blend_chains(
     chosen, weights = [chains[index] for index in active], [weights[index] for index in active]
     names = [names[index] for index in active] if names else names
     return tuple(blend(list(stage), weights, names=names) for stage in zip(*chosen, strict=True))
+
+
+def mean_chains(
+    chains: Sequence[Sequence[Rotation]], weights: Sequence[float], *, magnitude_corrected: bool
+) -> tuple[Rotation, ...]:
+    """The mean of chains, rotation by rotation; weights: those of a mean. Raises as `blend_chains` does."""
+    _check_alike(chains)
+    stages = [list(stage) for stage in zip(*chains, strict=True)]
+    return tuple(
+        blend(stage, corrected_weights(stage, weights) if magnitude_corrected else weights) for stage in stages
+    )
+
+
+def interpolate_chains(start: Sequence[Rotation], end: Sequence[Rotation], t: float) -> tuple[Rotation, ...]:
+    """From one chain to the other, rotation by rotation; see `roadie.algebra.interpolate`. Raises as `blend_chains` does."""
+    _check_alike([start, end])
+    return tuple(interpolate(first, last, t) for first, last in zip(start, end, strict=True))
 
 
 def _check_alike(chains: Sequence[Sequence[Rotation]]) -> None:

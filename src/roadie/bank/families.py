@@ -1,7 +1,7 @@
 """Adapters of one shape, their parameters stacked: what is trained at once as a few tensors.
 
-Legend: L layers of one stack, S adapters of a family, n parameters of theta (and of alpha), D out features of a layer. Along
-the second dimension of a stack 0 is theta and 1 alpha.
+Legend: L layers of one stack, S adapters of a family, n parameters of theta (and of alpha), those of several rotations in a row
+end to end, D out features of a layer. Along the second dimension of a stack 0 is theta and 1 alpha.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from roadie.adapter import LayerParameters
-from roadie.errors import AdapterError
+from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Variant, parameter_size
 from roadie.share import Share
 from roadie.subspaces import trained_places
 
 
 class AdaptedLayer(NamedTuple):
-    """One layer that an adapter adapts, and how; share: the pairs that are trained, None for all."""
+    """One layer that an adapter adapts, and how.
+
+    stages: the group sizes of its rotations in a row; share: the pairs that are trained, None for all.
+    """
 
     path: str
     out_features: int
     variant: Variant
-    group_size: int
+    stages: tuple[int, ...]
     share: Share | None = None
 
 
@@ -41,7 +44,7 @@ class Stack:
     paths: tuple[str, ...]
     out_features: int
     variant: Variant
-    group_size: int
+    stages: tuple[int, ...]
     parameters: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -88,7 +91,7 @@ class Family:
     def adapter_layers(self, row: Sequence[Tensor]) -> dict[str, LayerParameters]:
         """The layers that a `row` stands for, in the order of the family's layers."""
         found = {
-            path: LayerParameters(pair[0].cpu(), pair[1].cpu(), stack.variant, stack.group_size)
+            path: LayerParameters(pair[0].cpu(), pair[1].cpu(), stack.variant, stack.stages)
             for stack, of_stack in zip(self.stacks, row, strict=True)
             for path, pair in zip(stack.paths, of_stack, strict=True)
         }
@@ -103,11 +106,22 @@ def _by_shape(layers: Sequence[AdaptedLayer]) -> list[list[AdaptedLayer]]:
 
 
 def _empty_stack(alike: Sequence[AdaptedLayer], device: torch.device) -> Stack:
-    _, out_features, variant, group_size, share = alike[0]
-    shape = (len(alike), 2, 0, parameter_size(variant, out_features))
+    _, out_features, variant, stages, share = alike[0]
+    shape = (len(alike), 2, 0, len(stages) * parameter_size(variant, out_features))
     tensors = {name: torch.zeros(shape, device=device) for name in ("parameters", "exp_avg", "exp_avg_sq", "gradients")}
-    trained = trained_places(share, variant, out_features, group_size, device=device) if share is not None else None
-    return Stack(tuple(layer.path for layer in alike), out_features, variant, group_size, trained=trained, **tensors)
+    trained = _trained(share, variant, out_features, stages, device) if share is not None else None
+    return Stack(tuple(layer.path for layer in alike), out_features, variant, stages, trained=trained, **tensors)
+
+
+def _trained(
+    share: Share, variant: Variant, out_features: int, stages: tuple[int, ...], device: torch.device
+) -> Tensor:
+    if len(stages) > 1:
+        raise ConfigError(
+            f"got share={str(share)!r} with several rotations in a row (stages {list(stages)}); wanted one rotation, whose pairs "
+            "can be shared out; leave out the share, or the stages"
+        )
+    return trained_places(share, variant, out_features, stages[0], device=device)
 
 
 def _mapped(stack: Stack, change: Callable[[Tensor], Tensor]) -> Stack:

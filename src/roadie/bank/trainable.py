@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from roadie.bank.families import AdaptedLayer, Family, Stack
+from roadie.bank.table import NO_ROTATION
 from roadie.errors import RoutingError
-from roadie.kernels import Keep, RotationStep, RotationTable, rotate_rows, saved_tensors, takes_kernels
-from roadie.rotation import Variant, from_parameters, parameter_gradients
+from roadie.kernels import Chain, Keep, RotationStep, RotationTable, rotate_chain, saved_tensors, takes_kernels
+from roadie.rotation import Rotation, Variant, from_parameters, identity, parameter_gradients, split_stages
 
 
 class TrainableBank:
@@ -169,9 +170,9 @@ def _summed_squares(family: Family, sum_: Callable[[Tensor], object]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _LayerTable:
-    """The rotations of one layer: rows of each of `families` in turn, and where these rows begin."""
+    """The rotations of one layer: rows of each of `families` in turn, and where these rows begin; a table a rotation in a row."""
 
-    table: RotationTable
+    chain: Chain
     families: tuple[int, ...]
     stacks: tuple[Stack, ...]
     begins: tuple[int, ...]
@@ -179,24 +180,27 @@ class _LayerTable:
 
     def rotated(self, y: Tensor, slots: Tensor, is_fresh: bool) -> Tensor:
         """Each row of y by the row of the table that `slots` names; differentiable in y and the table."""
-        if not torch.is_grad_enabled() or not takes_kernels(y, self.table):
-            return rotate_rows(y, self.table, slots, keep=self.keep)
+        table = self.chain[0]
+        if len(self.chain) > 1 or not torch.is_grad_enabled() or not takes_kernels(y, table):
+            return rotate_chain(y, self.chain, slots, keep=self.keep)
         into_y = is_fresh and self.keep is Keep.OUTPUT and not y._is_view()
-        step = RotationStep(self.table, slots, self.keep)
-        return _Rotated.apply(y, self.table.direct, self.table.cross, step, into_y)
+        step = RotationStep(table, slots, self.keep)
+        return _Rotated.apply(y, table.direct, table.cross, step, into_y)
 
     def gradients_into(self, stack: Stack, index: int) -> Tensor:
         """Write the gradients of layer `index` of `stack`; the squares of their norms ``[S]``."""
         gradients, parameters = stack.gradients[index], stack.parameters[index]
         place = next(place for place, one in enumerate(self.stacks) if one is stack)
         rows = slice(self.begins[place], self.begins[place] + parameters.shape[1])
-        direct, cross = self.table.direct.grad, self.table.cross.grad
-        if direct is None or cross is None:  # the forward did not come by this layer
-            gradients.zero_()
-            return gradients.new_zeros(parameters.shape[1])
-        theta, alpha = parameters
-        of_both = parameter_gradients(direct[rows], cross[rows], theta, alpha, stack.variant, stack.group_size)
-        torch.stack(of_both, out=gradients)
+        parts = (split_stages(stored, len(stack.stages)) for stored in (parameters, gradients))
+        for table, group_size, of_stage, into in zip(self.chain, stack.stages, *parts, strict=False):
+            direct, cross = table.direct.grad, table.cross.grad
+            if direct is None or cross is None:  # the forward did not come by this layer
+                gradients.zero_()
+                return gradients.new_zeros(parameters.shape[1])
+            theta, alpha = of_stage
+            of_both = parameter_gradients(direct[rows], cross[rows], theta, alpha, stack.variant, group_size)
+            torch.stack(of_both, out=into)
         if stack.trained is not None:
             gradients.masked_fill_(~stack.trained, 0.0)
         return gradients.square().sum(dim=(0, 2))
@@ -204,19 +208,32 @@ class _LayerTable:
 
 def _layer_table(parts: Sequence[tuple[int, Stack, int]], keep: Keep | None) -> _LayerTable:
     families, stacks = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
-    rotations = [
-        from_parameters(s.parameters[index, 0], s.parameters[index, 1], s.variant, s.group_size)
-        for _, s, index in parts
-    ]
     counts = [stack.parameters.shape[2] for stack in stacks]
     begins = tuple(sum(counts[:place]) for place in range(len(counts)))
-    table = RotationTable(
+    chain = tuple(_table(parts, counts, number) for number in range(max(len(stack.stages) for stack in stacks)))
+    alike = all(stack.variant is Variant.ROAD_1 for stack in stacks)
+    return _LayerTable(chain, families, stacks, begins, keep or (Keep.OUTPUT if alike else Keep.INPUT))
+
+
+def _table(parts: Sequence[tuple[int, Stack, int]], counts: Sequence[int], number: int) -> RotationTable:
+    """The table of one rotation in a row; the rows of families that have fewer are the identity, with group size 0."""
+    rotations, sizes = [], []
+    for _, stack, index in parts:
+        if number < len(stack.stages):
+            sizes.append(stack.stages[number])
+            theta, alpha = (split_stages(stored, len(stack.stages))[number] for stored in stack.parameters[index])
+            rotations.append(from_parameters(theta, alpha, stack.variant, sizes[-1]))
+        else:
+            sizes.append(NO_ROTATION)
+            one = identity(stack.out_features, 2, device=stack.parameters.device)
+            count = stack.parameters.shape[2]
+            rotations.append(Rotation(one.direct.expand(count, -1), one.cross.expand(count, -1), 2))
+    device = parts[0][1].parameters.device
+    return RotationTable(
         _leaf([rotation.direct for rotation in rotations]),
         _leaf([rotation.cross for rotation in rotations]),
-        _group_sizes(stacks, counts),
+        _group_sizes(sizes, counts, device),
     )
-    alike = all(stack.variant is Variant.ROAD_1 for stack in stacks)
-    return _LayerTable(table, families, stacks, begins, keep or (Keep.OUTPUT if alike else Keep.INPUT))
 
 
 def _leaf(parts: list[Tensor]) -> Tensor:
@@ -224,12 +241,11 @@ def _leaf(parts: list[Tensor]) -> Tensor:
     return whole.detach().requires_grad_()
 
 
-def _group_sizes(stacks: Sequence[Stack], counts: Sequence[int]) -> int | Tensor:
-    sizes = [stack.group_size for stack in stacks]
+def _group_sizes(sizes: Sequence[int], counts: Sequence[int], device: torch.device) -> int | Tensor:
     if len(set(sizes)) == 1:
         return sizes[0]
     each = [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)]
-    return torch.tensor(each, dtype=torch.int32, device=stacks[0].parameters.device)
+    return torch.tensor(each, dtype=torch.int32, device=device)
 
 
 class _Rotated(torch.autograd.Function):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from roadie.cli.options import AllowPickle, Model, Overwrite, Revision, TrustRemoteCode
+from roadie.errors import ConfigError
 from roadie.training.recipe import PRECISIONS, SCHEDULES, VARIANTS, Recipe
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ def train(
     adapt_group_size: Annotated[
         bool, typer.Option("--adapt-group-size", help="Use a smaller group where the size does not divide a layer.")
     ] = DEFAULT.adapt_group_size,
+    stages: Annotated[
+        str | None,
+        typer.Option(help="Several rotations in a row, by their group sizes: 2,16,64.", show_default="one rotation"),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
@@ -110,6 +115,7 @@ def train(
         variant=variant,
         group_size=group_size,
         adapt_group_size=adapt_group_size,
+        stages=_stages(stages),
         target_modules=tuple(target) if target else DEFAULT.target_modules,
         share=share,
         learning_rate=learning_rate,
@@ -177,3 +183,12 @@ def show(result: TrainingResult) -> str:
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
         ]
     )
+
+
+def _stages(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise ConfigError(f"got --stages {text!r}; wanted group sizes with commas between them; try 2,16,64") from None

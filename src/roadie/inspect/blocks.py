@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import Adapter, LayerParameters, refuse_chains
 from roadie.errors import AdapterError
 from roadie.rotation import Rotation, from_parameters, to_blocks
 
@@ -74,8 +74,9 @@ class Blocks:
 def blocks_of(adapter: Adapter, name: str = "the adapter") -> Blocks:
     """The blocks of every layer of `adapter`, in float64; `name` is what errors call it.
 
-    Raises `AdapterError`, naming the layer, where parameters are not finite.
+    Raises `AdapterError`, naming the layer, where parameters are not finite, or where there are several rotations in a row.
     """
+    refuse_chains(adapter, f"{name}, looked at")
     parts = [_split(rotation_of(layer, f"{name}, layer {path}")) for path, layer in adapter.layers.items()]
     turning, mirroring = (np.concatenate(each) for each in zip(*parts, strict=True))
     sizes = np.array([len(p) for p, _ in parts])

@@ -278,11 +278,17 @@ def _unreadable(path: Path, error: OSError, wanted: str) -> CheckpointError:
 
 
 def content_hash(adapter: Adapter) -> str:
-    """SHA-256 over every layer's name, variant, group size and parameters, in hex; equal for equal adapters."""
+    """SHA-256 over every layer's name, variant, group sizes and parameters, in hex; equal for equal adapters."""
     digest = hashlib.sha256()
     for path in sorted(adapter.layers):
         layer = adapter.layers[path]
-        parts = (path, layer.variant.value, str(layer.group_size), str(layer.theta.dtype), str(layer.theta.numel()))
+        parts = (
+            path,
+            layer.variant.value,
+            ", ".join(map(str, layer.stages)),
+            str(layer.theta.dtype),
+            str(layer.theta.numel()),
+        )
         digest.update("\0".join(parts).encode())
         for tensor in (layer.theta, layer.alpha):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

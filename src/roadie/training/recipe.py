@@ -30,6 +30,7 @@ class Recipe:
     variant, group_size, target_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the output layer.
     adapt_group_size: where a layer's outputs are no multiple of `group_size`, use their greatest common divisor;
         otherwise such a layer is an error.
+    stages: group sizes of several rotations in a row, such as (2, 16, 64), instead of one of `group_size`; None: one.
     share: the pairs of every layer that are trained, as text for `roadie.share.Share`: "1/2", "1/2 interleaved"; None: all.
     learning_rate: peak; warmup_ratio: share of the steps; weight_decay, max_grad_norm: as in AdamW and Trainer.
     epochs: passes over the data, may be a fraction; max_steps: optimizer steps, replaces epochs where given.
@@ -44,6 +45,7 @@ class Recipe:
     variant: str = "road_1"
     group_size: int = 64
     adapt_group_size: bool = False
+    stages: tuple[int, ...] | None = None
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     share: str | None = None
     learning_rate: float = 3e-3
@@ -68,6 +70,8 @@ class Recipe:
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
         if self.share is not None:
             object.__setattr__(self, "share", str(Share.parse(self.share)))
+        if self.stages is not None:
+            object.__setattr__(self, "stages", _checked_stages(self))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Recipe:
@@ -83,8 +87,9 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """All settings as JSON can hold them; `from_mapping` gives the same recipe back."""
         settings = asdict(self)
-        if isinstance(self.target_modules, tuple):
-            settings["target_modules"] = list(self.target_modules)
+        for name in ("target_modules", "stages"):
+            if isinstance(settings[name], tuple):
+                settings[name] = list(settings[name])
         return settings
 
     def accumulation_steps(self, devices: int = 1) -> int:
@@ -125,6 +130,23 @@ def _check_numbers(recipe: Recipe) -> None:
     _between("max_grad_norm", recipe.max_grad_norm, 0.0, float("inf"), advice="1.0 is usual, 0 switches clipping off")
     _between("epochs", recipe.epochs, 0.0, 1e6, open_low=True, advice="the paper used 6 to 20")
     recipe.accumulation_steps()
+
+
+def _checked_stages(recipe: Recipe) -> tuple[int, ...]:
+    stages: object = recipe.stages
+    if not isinstance(stages, (list, tuple)) or not stages:
+        raise _refused("stages", stages, "the group sizes of rotations in a row", "try stages=(2, 16, 64)")
+    for size in stages:
+        _whole("stages", size, 2, "try stages=(2, 16, 64)")
+        if size % 2:
+            raise _refused("stages", stages, "even numbers", "try stages=(2, 16, 64)")
+    if recipe.share is not None:
+        raise _refused(
+            "share", recipe.share, "none with stages", "pairs are shared out within one rotation; leave one out"
+        )
+    if recipe.group_size not in (64, stages[0]):
+        raise _refused("group_size", recipe.group_size, "none with stages, which say the group sizes", "leave one out")
+    return tuple(stages)
 
 
 def _checked_targets(targets: object) -> str | tuple[str, ...]:

@@ -170,6 +170,7 @@ def _adapt(source: ModelSource, recipe: Recipe) -> PeftModel:
         variant=recipe.variant,
         group_size=recipe.group_size,
         adapt_group_size=recipe.adapt_group_size,
+        stages=list(recipe.stages) if recipe.stages else None,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     return get_peft_model(base, config)

@@ -127,7 +127,7 @@ def _kind(name: str, layers: Sequence[LayerParameters]) -> KindSummary:
         layers=len(layers),
         out_features=tuple(sorted({layer.out_features for layer in layers})),
         variants=tuple(sorted({layer.variant.value for layer in layers})),
-        group_sizes=tuple(sorted({layer.group_size for layer in layers})),
+        group_sizes=tuple(sorted({size for layer in layers for size in layer.stages})),
         parameters=sum(layer.num_parameters for layer in layers),
         angle_degrees=angle,
         scale=scale,
@@ -139,7 +139,7 @@ def _dtypes(layers: Sequence[LayerParameters]) -> tuple[str, ...]:
 
 
 def _ranges(layers: Sequence[LayerParameters]) -> tuple[Range, Range]:
-    rotations = [layer.rotation for layer in layers]
+    rotations = [rotation for layer in layers for rotation in layer.rotations]
     angles = [math.degrees(value) for rotation in rotations for value in _extremes(_angle(rotation))]
     scales = [value for rotation in rotations for value in _extremes(torch.hypot(rotation.cross, rotation.direct))]
     return Range(min(angles), max(angles)), Range(min(scales), max(scales))

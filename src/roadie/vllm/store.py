@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from roadie import checkpoint
-from roadie.adapter import Adapter
+from roadie.adapter import Adapter, refuse_chains
 
 _PREFIX = "roadie-vllm-"
 _LOCK = "in-use"
@@ -45,8 +45,12 @@ class AdapterStore:
         self._finalizer = weakref.finalize(self, _remove, self.folder, lock)
 
     def add(self, path: str | os.PathLike[str]) -> Path:
-        """The copy of the adapter in the folder `path`; raises `CheckpointError` where it is not a sound RoAd adapter."""
+        """The copy of the adapter in the folder `path`.
+
+        Raises `CheckpointError` where it is not a sound RoAd adapter, `AdapterError` where it has several rotations in a row.
+        """
         adapter = checkpoint.load(path)
+        refuse_chains(adapter, f"{path}: the vLLM plug-in")
         copy = self.folder / content_hash(adapter)
         if not (copy / checkpoint.CONFIG_NAME).is_file():
             checkpoint.save(adapter, copy)

@@ -14,9 +14,9 @@ from roadie.training.many.schedule import learning_rate
 from roadie.training.recipe import Recipe
 
 LAYERS = [
-    AdaptedLayer("a", 16, Variant.ROAD_1, 8),
-    AdaptedLayer("b", 32, Variant.ROAD_1, 8),
-    AdaptedLayer("c", 16, Variant.ROAD_1, 8),
+    AdaptedLayer("a", 16, Variant.ROAD_1, (8,)),
+    AdaptedLayer("b", 32, Variant.ROAD_1, (8,)),
+    AdaptedLayer("c", 16, Variant.ROAD_1, (8,)),
 ]
 SETTINGS = [
     {"lr": 3e-3, "weight_decay": 0.0, "clip": 1.0, "begins": 0},

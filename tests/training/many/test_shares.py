@@ -117,7 +117,7 @@ def test_gradients_of_a_mixed_batch_stay_in_the_share_of_their_row(variant):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16)).requires_grad_(False)
     bank = TrainableBank(torch.device("cpu"))
-    bank.join({name: [AdaptedLayer(path, 16, variant, 4, share) for path in "02"] for name, share in shares.items()})
+    bank.join({name: [AdaptedLayer(path, 16, variant, (4,), share) for path in "02"] for name, share in shares.items()})
     assert [family.names for family in bank.families] == [["a"], ["b"], ["all"]]
     for family in bank.families:
         for stack in family.stacks:
@@ -141,13 +141,13 @@ def test_gradients_of_a_mixed_batch_stay_in_the_share_of_their_row(variant):
 
 
 def test_a_gradient_outside_of_the_share_that_is_not_finite_harms_nothing():
-    layer = AdaptedLayer("0", 8, Variant.ROAD_1, 4, Share(1, 2))
+    layer = AdaptedLayer("0", 8, Variant.ROAD_1, (4,), Share(1, 2))
     bank = TrainableBank(torch.device("cpu"))
     bank.join({"a": [layer]})
     bank.make_tables()
     (table,) = bank._tables.values()
-    table.table.direct.grad = torch.tensor([[1.0, 1.0, 1.0, 1.0, torch.nan, 1.0, torch.inf, 1.0]])
-    table.table.cross.grad = torch.zeros(1, 8)
+    table.chain[0].direct.grad = torch.tensor([[1.0, 1.0, 1.0, 1.0, torch.nan, 1.0, torch.inf, 1.0]])
+    table.chain[0].cross.grad = torch.zeros(1, 8)
     (squares,) = bank.collect_gradients()
     assert squares.item() == 8.0  # two pairs, alpha alone: (1 + 1)^2 each
 

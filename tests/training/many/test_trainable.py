@@ -38,7 +38,7 @@ class Two(nn.Module):
 
 def layers_of(name):
     (variant, group_size), paths = SHAPES[name]
-    return [AdaptedLayer(path, WIDTH, variant, group_size) for path in paths]
+    return [AdaptedLayer(path, WIDTH, variant, (group_size,)) for path in paths]
 
 
 def filled(names, keep=None):

@@ -28,8 +28,9 @@ _NOT_RECORDED = ("name", "output", "status", "reason")
 def adapter_config(prepared: PreparedJob, model: nn.Module, source: ModelSource) -> dict[str, Any]:
     """adapter_config.json of a job's adapter, as PEFT writes it."""
     recipe = prepared.job.recipe
+    asked = recipe.stages or (recipe.group_size,)
     return {
-        "adapt_group_size": any(layer.group_size != recipe.group_size for layer in prepared.layers),
+        "adapt_group_size": any(layer.stages != asked for layer in prepared.layers),
         "auto_mapping": None,
         "base_model_name_or_path": source.place,
         "group_size": recipe.group_size,
@@ -38,6 +39,7 @@ def adapter_config(prepared: PreparedJob, model: nn.Module, source: ModelSource)
         "modules_to_save": None,
         "peft_type": "ROAD",
         "revision": source.revision,
+        "stages": list(recipe.stages) if recipe.stages else None,
         "target_modules": target_names(model, prepared.layers),
         "task_type": "CAUSAL_LM",
         "variant": recipe.variant,

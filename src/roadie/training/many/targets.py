@@ -26,7 +26,7 @@ def adapted_layers(model: Any, recipe: Recipe) -> tuple[AdaptedLayer, ...]:
     Raises `ConfigError` where nothing is targeted, a group size does not divide a layer, or the share has no pair;
     `UnsupportedLayer` where something other than a linear layer is targeted.
     """
-    config = {key: getattr(recipe, key) for key in ("variant", "group_size", "adapt_group_size")}
+    config = {key: getattr(recipe, key) for key in ("variant", "group_size", "adapt_group_size", "stages")}
     share = None if recipe.share is None else Share.parse(recipe.share)
     modules = _targeted(model, recipe.target_modules)
     if not modules:
@@ -37,8 +37,7 @@ def adapted_layers(model: Any, recipe: Recipe) -> tuple[AdaptedLayer, ...]:
     found = []
     for path, module in modules.items():
         out_features = _out_features(path, module)
-        variant, (group_size,) = resolve_layer(config, path, out_features)
-        found.append(AdaptedLayer(path, out_features, variant, group_size, share))
+        found.append(AdaptedLayer(path, out_features, *resolve_layer(config, path, out_features), share))
     _check_share(share, found)
     return tuple(found)
 
