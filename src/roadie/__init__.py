@@ -37,8 +37,12 @@ if TYPE_CHECKING:
         RoadConfig,
         RoadLayer,
         RoadModel,
+        add_lora,
         get_peft_model,
+        load_together,
+        lora_rows,
         register,
+        save_together,
         train_only,
         unregister,
     )
@@ -57,6 +61,7 @@ __all__ = [
     "RoadieError",
     "Rotation",
     "Variant",
+    "add_lora",
     "checkpoint",
     "compose",
     "convert",
@@ -70,6 +75,8 @@ __all__ = [
     "inspect",
     "interpolate",
     "inverse",
+    "load_together",
+    "lora_rows",
     "mean",
     "power",
     "register",
@@ -77,6 +84,7 @@ __all__ = [
     "rotate_weight",
     "rows",
     "save_lora",
+    "save_together",
     "shard",
     "subspaces",
     "subtract",
@@ -101,8 +109,8 @@ _NAMES = {
         *("shard", "to_dense", "to_parameters"),
     ),
     "roadie.tuner": (
-        *("Linear", "PeftModel", "RoadConfig", "RoadLayer", "RoadModel", "get_peft_model", "register"),
-        *("train_only", "unregister"),
+        *("Linear", "PeftModel", "RoadConfig", "RoadLayer", "RoadModel", "add_lora", "get_peft_model", "load_together"),
+        *("lora_rows", "register", "save_together", "train_only", "unregister"),
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -15,6 +15,7 @@ from roadie.tuner.output import KeptForBackward
 from roadie.tuner.pair_training import train_only
 from roadie.tuner.registry import is_registered, register, unregister
 from roadie.tuner.routing import rows
+from roadie.tuner.with_lora import add_lora, load_together, lora_rows, save_together
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,11 +28,15 @@ __all__ = [
     "RoadConfig",
     "RoadLayer",
     "RoadModel",
+    "add_lora",
     "allow_pickle",
     "get_peft_model",
     "is_registered",
+    "load_together",
+    "lora_rows",
     "register",
     "rows",
+    "save_together",
     "train_only",
     "unregister",
 ]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from roadie.adapter import stages_of
 from roadie.bank.attachment import LayerRotation
 from roadie.bank.blends import Blend
+from roadie.bank.live import on_this_process
 from roadie.errors import ConfigError, MergeError, RoutingError, UnsupportedLayer
 from roadie.kernels import (
     Chain,
@@ -73,6 +74,7 @@ class RoadLayer(BaseTunerLayer):
         self._routing = Routing()
         self.resident: LayerRotation | None = None
         self._watch: Watch | None = None
+        self.held_by: tuple[str, ...] = ()  # LoRA that is merged into the weight after RoAd: R must not change under it
 
     @property
     def _available_adapters(self) -> set[str]:
@@ -145,7 +147,7 @@ class RoadLayer(BaseTunerLayer):
     def _slot(self, adapter: str) -> SlotParameters | None:
         if adapter not in self.road_theta:
             return None
-        parameters = self.road_theta[adapter], self.road_alpha[adapter]
+        parameters = on_this_process(self.road_theta[adapter]), on_this_process(self.road_alpha[adapter])
         return SlotParameters(*parameters, self.variant[adapter], self.group_size[adapter])
 
     def _rotated(self, y: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ class RoadLayer(BaseTunerLayer):
         entry, self._tables.last = self._tables.trained, None
         if entry is not None and entry.slots[0] is slot and entry.is_unwritten() and entry.has_same_content():
             return entry.table
-        if not all(type(tensor) in PLAIN for tensor in slot[:2]):
+        if not all(type(tensor) in PLAIN and tensor.is_leaf for tensor in slot[:2]):
             return None
         name = next(name for name, theta in self.road_theta.items() if theta is slot.theta)
         table = self._tables.get((name,), (slot,), self.out_features, None)
@@ -336,6 +338,7 @@ class Linear(nn.Module, RoadLayer):
         names = self._to_merge(adapter_names)
         if not names:
             return
+        self._check_not_held()
         if safe_merge:
             self.check_merge(names)
         merge = self._base_weight().merge(
@@ -373,12 +376,24 @@ class Linear(nn.Module, RoadLayer):
 
     def check_unmerge(self) -> None:
         """Raise `MergeError` if a merge cannot be taken back; changes nothing."""
+        self._check_not_held()
+        self.check_undoable()
+
+    def check_undoable(self) -> None:
+        """As `check_unmerge`, but for what was merged after RoAd."""
         for merge in self._merges:
             if not merge.can_be_undone:
                 raise MergeError(
                     f"got adapter(s) {', '.join(merge.adapters)} with a singular block (alpha = 0 or a determinant of "
                     "0) merged; such a merge cannot be undone. Nothing was changed; load the base model again."
                 )
+
+    def _check_not_held(self) -> None:
+        if self.held_by:
+            raise MergeError(
+                f"got a layer into which {', '.join(self.held_by)} (LoRA) was merged after RoAd; wanted LoRA unmerged first: it "
+                "is added to R W, and R must not change under it; model.unmerge_adapter() takes both back. Nothing was changed."
+            )
 
     @property
     def unmerge_bytes(self) -> int:
@@ -390,6 +405,9 @@ class Linear(nn.Module, RoadLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, applied in the order given; see PEFT's BaseTunerLayer."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if not self.merged and any(name in self.road_theta for name in names):
+            self._check_not_held()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._tables.clear()
 

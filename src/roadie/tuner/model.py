@@ -93,6 +93,9 @@ class RoadModel(BaseTuner):
         backend = quantization_backend(target, self.model)
         _, out_features = linear_features(base_of(target), backend)
         config = layer_config(peft_config, current_key, out_features)
+        if getattr(target, "lies_around_road", False):  # LoRA: R W x + B A x
+            around: Any = target
+            parent, target_name, target = around, "base_layer", around.base_layer
         if isinstance(target, RoadLayer):
             target.update_layer(adapter_name, config=config, inference_mode=peft_config.inference_mode)
             return
@@ -243,6 +246,17 @@ class RoadModel(BaseTuner):
         """
         result = weighted_adapter(self, adapters, weights, adapter_name, combination_type)
         add_adapter(self, adapter_name, result)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As PEFT does, but without what LoRA around the layers holds."""
+        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+        return {key: tensor for key, tensor in found.items() if ".lora_" not in key}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT does; that LoRA lies around a layer is no part of the file."""
+        return str(super()._remove_adapter_name_from_key(key.replace(".base_layer.road_", ".road_"), adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -164,7 +164,7 @@ def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expa
     layers = {
         path: module for path, module in model.named_modules() if isinstance(getattr(module, "_routing", None), Routing)
     }
-    if any(layer.merged for layer in layers.values()):
+    if any(layer.merged or layer.held_by for layer in layers.values()):
         raise RoutingError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
