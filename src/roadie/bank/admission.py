@@ -75,15 +75,20 @@ def _whole(kind: Kind, layers: Sequence[LayerParameters], dtype: torch.dtype) ->
     """The rotations in a row of layers of one kind, each time end to end."""
     variant, stages, *_, device = kind
     with torch.no_grad():
-        thetas, alphas = (
-            zip(*(split_stages(vector, len(stages)) for vector in vectors), strict=True)
-            for vectors in ([x.theta for x in layers], [x.alpha for x in layers])
-        )
+        thetas, alphas = (_by_stage(v, len(stages)) for v in ([x.theta for x in layers], [x.alpha for x in layers]))
         whole = [
-            from_parameters(torch.cat(theta), torch.cat(alpha), variant, group_size)
+            from_parameters(theta, alpha, variant, group_size)
             for theta, alpha, group_size in zip(thetas, alphas, stages, strict=True)
         ]
         return [Rotation(r.direct.to(device, dtype), r.cross.to(device, dtype), r.group_size) for r in whole]
+
+
+def _by_stage(stored: Sequence[Tensor], num_stages: int) -> list[Tensor]:
+    """For each rotation in a row the parameters of all layers, end to end."""
+    if num_stages == 1:
+        return [torch.cat(list(stored))]
+    parts = (split_stages(vector, num_stages) for vector in stored)
+    return [torch.cat(of_stage) for of_stage in zip(*parts, strict=True)]
 
 
 def _split(whole: Rotation, shapes: Sequence[tuple[int, int]]) -> list[Rotation]:

@@ -35,12 +35,15 @@ class LayerTable:
 
     def write(self, slots: Sequence[int], rotations: Sequence[Rotation]) -> None:
         """Put rotations in a row, ``[K, D]`` each for K slots that nobody reads, into these, rounded to the tables' dtype."""
+        if len(self.current) == len(rotations) == 1:  # of hundreds of layers, most of the time
+            self._set_group_sizes(0, slots, rotations[0].group_size)
+            _write_rows(self.current[0], slots, rotations[0])
+            return
         if len(rotations) > len(self.current):
             self._lengthen(len(rotations))
         for stage in range(len(self.current)):
             rotation = rotations[stage] if stage < len(rotations) else None
-            for slot in slots:
-                self._set_group_size(stage, slot, NO_ROTATION if rotation is None else rotation.group_size)
+            self._set_group_sizes(stage, slots, NO_ROTATION if rotation is None else rotation.group_size)
             if rotation is not None:
                 _write_rows(self.current[stage], slots, rotation)
 
@@ -73,6 +76,10 @@ class LayerTable:
         more = num_rotations - len(self.current)
         shape = direct.shape[1], direct.shape[0], direct.dtype, direct.device
         self.current = (*self.current, *(_identity_table(*shape, _sizes(direct, NO_ROTATION)) for _ in range(more)))
+
+    def _set_group_sizes(self, stage: int, slots: Sequence[int], group_size: int) -> None:
+        for slot in slots:
+            self._set_group_size(stage, slot, group_size)
 
     def _set_group_size(self, stage: int, slot: int, group_size: int) -> None:
         table = self.current[stage]
