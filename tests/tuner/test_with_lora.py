@@ -18,9 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import roadie
+from roadie.bank.families import AdaptedLayer
+from roadie.bank.trainable import TrainableBank
 from roadie.errors import CheckpointError, ConfigError, MergeError, RoutingError, UnsupportedLayer
 from roadie.testing import tiny_llama
 from roadie.testing.accuracy import assert_same_bits, assert_within, smallest_step, unit_roundoff, wide
@@ -381,6 +384,51 @@ def _base_of(model: Any) -> nn.Module:
     return copy.deepcopy(model).unload()
 
 
+def test_many_adapters_are_trained_at_once_on_a_lora_model() -> None:
+    """The engine of `train_many` rotates the layers inside LoRA's: each row trains its own adapter, LoRA is frozen or not."""
+    torch.manual_seed(0)
+    plain = peft.get_peft_model(Two(), lora_config(target_modules=["first", "second"]))
+    places = ["base_model.model.first.base_layer", "base_model.model.second.base_layer"]
+    layers = [AdaptedLayer(path, 8, roadie.Variant.ROAD_2, (4,)) for path in places]
+    bank = TrainableBank(torch.device("cpu"))
+    bank.join({"a": layers, "b": layers})
+    for stack in bank.families[0].stacks:
+        stack.parameters.add_(0.3 * torch.randn(stack.parameters.shape, generator=torch.Generator().manual_seed(3)))
+    x = inputs(4).float()
+    rows = [0, 1, 1, -1]
+    bank.make_tables()
+    with bank.attached(plain, places), bank.routed(torch.tensor(rows)):
+        got = plain(x)
+    got.square().sum().backward()
+    bank.collect_gradients()
+    model = roadie.get_peft_model(Two(), road_config(target_modules=["first", "second"]))
+    model.add_adapter("b", road_config(target_modules=["first", "second"]))
+    roadie.add_lora(model, lora_config(target_modules=["first", "second"]))
+    base = model.get_base_model()
+    base.load_state_dict(plain.base_model.model.state_dict(), strict=False)
+    for at, path in enumerate(("first", "second")):
+        ours, theirs = base.get_submodule(path), plain.base_model.model.get_submodule(path)
+        ours.get_base_layer().load_state_dict(theirs.get_base_layer().state_dict())
+        for store in ("lora_A", "lora_B"):
+            getattr(ours, store)["lora"].load_state_dict(getattr(theirs, store)["default"].state_dict())
+        for number, name in enumerate(("default", "b")):
+            theta, alpha = bank.families[0].stacks[0].parameters[at, :, number]
+            ours.road.road_theta[name].data, ours.road.road_alpha[name].data = theta.clone(), alpha.clone()
+            ours.road.road_theta[name].requires_grad_(True)
+            ours.road.road_alpha[name].requires_grad_(True)
+    with roadie.rows(model, ["default", "b", "b", None]):
+        wanted = model(x)
+    wanted.square().sum().backward()
+    torch.testing.assert_close(got, wanted)
+    for at, path in enumerate(("first", "second")):
+        ours, theirs = base.get_submodule(path), plain.base_model.model.get_submodule(path)
+        torch.testing.assert_close(theirs.lora_A["default"].weight.grad, ours.lora_A["lora"].weight.grad)
+        for number, name in enumerate(("default", "b")):
+            grads = bank.families[0].stacks[0].gradients[at, :, number]
+            torch.testing.assert_close(grads[0], ours.road.road_theta[name].grad)
+            torch.testing.assert_close(grads[1], ours.road.road_alpha[name].grad)
+
+
 # Merging
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -572,8 +620,6 @@ torch.save((type(model.base_model).__module__, model(torch.tensor(json.load(sys.
 @pytest.mark.parametrize("kind", ["road", "lora"])
 def test_stock_peft_loads_each_alone(kind: str, tmp_path: Path, base_folder: Path) -> None:
     torch.manual_seed(0)
-    from transformers import AutoModelForCausalLM
-
     config = road_config(target_modules=TARGETS, group_size=8, task_type="CAUSAL_LM")
     model = roadie.get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config)
     roadie.add_lora(model, lora_config(target_modules=LORA_TARGETS)).eval()
@@ -776,3 +822,90 @@ def test_blends_of_road_stand_beside_lora() -> None:
     model.set_adapter("halved")
     torch.testing.assert_close(half, model(x), rtol=0, atol=1e-6)
     torch.testing.assert_close(model(x), through_matrices(model, x, "halved", "lora"), rtol=0, atol=ORDER_OF_SUMS)
+
+
+# Other kinds of layers, and modules that are trained whole
+
+
+def test_lora_switched_off_alone_switches_nothing_else() -> None:
+    model, x = two(), inputs()
+    lora_of(model).disable_adapter_layers()
+    torch.testing.assert_close(model(x), through_matrices(model, x, "default", None), rtol=0, atol=ORDER_OF_SUMS)
+    lora_of(model).enable_adapter_layers()
+    torch.testing.assert_close(model(x), through_matrices(model, x, "default", "lora"), rtol=0, atol=ORDER_OF_SUMS)
+
+
+class Classifier(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(super().forward(x))
+
+
+def test_a_classifier_that_road_trains_whole_stays_road_s(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Classifier()
+    plain = copy.deepcopy(base)
+    model = roadie.get_peft_model(base, road_config(target_modules=["first"], modules_to_save=["classifier"]))
+    roadie.add_lora(model, lora_config(target_modules=["first"]))
+    model.set_adapter("lora")
+    x = inputs().float()
+    model(x).sum().backward()
+    head: Any = base.classifier
+    assert head.modules_to_save["default"].weight.grad is not None
+    head.modules_to_save["default"].weight.data.add_(1)
+    roadie.save_together(model, tmp_path / "both")
+    loaded = roadie.load_together(plain, tmp_path / "both")
+    assert_same_bits(loaded(x), model(x), "loaded")
+    wanted = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), wanted)
+
+
+class Convolution(nn.Module):
+    """transformers' Conv1D, whose weight is transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Conv1D(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
+def test_conv1d_keeps_its_weight_transposed() -> None:
+    torch.manual_seed(0)
+    model = roadie.get_peft_model(Convolution().double(), road_config(target_modules=["first"]))
+    roadie.add_lora(model, lora_config(target_modules=["first"])).double()
+    x, layer = inputs(), model.get_base_model().first
+    with torch.no_grad():
+        wanted = (
+            layer.road(x) + layer.scaling["lora"] * x @ layer.lora_A["lora"].weight.T @ layer.lora_B["lora"].weight.T
+        )
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=ORDER_OF_SUMS)
+        merged = model.merge_and_unload()
+        assert merged.first.weight.shape == (6, 8)
+        torch.testing.assert_close(merged(x), wanted, rtol=0, atol=ORDER_OF_SUMS)
+
+
+def test_quantised_layers_take_lora_but_no_merge(base_folder: Path, portrait: Callable[[Any], Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_folder, quantization_config=settings)
+    torch.manual_seed(0)
+    model = roadie.get_peft_model(base, road_config(target_modules=TARGETS, group_size=8))
+    ids = tokens()
+    with torch.no_grad():
+        rotated = model(ids).logits
+        roadie.add_lora(model, lora_config(target_modules=LORA_TARGETS))
+        assert (model(ids).logits - rotated).abs().max() > 0.1
+        with without_lora(model):
+            assert_same_bits(model(ids).logits, rotated, "LoRA switched off")
+        with roadie.lora_rows(model, ["lora", None, "lora"]):
+            mixed = model(ids).logits
+        torch.testing.assert_close(mixed[1], rotated[1])
+        torch.testing.assert_close(mixed[::2], model(ids).logits[::2])
+    with pytest.raises(MergeError, match="quantised"):
+        model.merge_adapter()
+    assert not any(layer.road.merged for layer in lora_of(model).layers() if layer.road is not None)
