@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-SECONDS = 150
+SECONDS = 120
 
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 

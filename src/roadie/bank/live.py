@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from roadie.adapter import Adapter, LayerParameters
 from roadie.errors import AdapterError
@@ -12,17 +13,24 @@ from roadie.errors import AdapterError
 _PREFIX = "base_model.model."  # of a PeftModel
 
 
-def live_adapter(model: nn.Module, name: str) -> Adapter:
+def on_this_process(tensor: Tensor) -> Tensor:
+    """The part of a parameter that this process holds, where it is shared among several (a DTensor); differentiable."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def live_adapter(model: nn.Module, name: str, part: Callable[[Tensor], Tensor] = on_this_process) -> Adapter:
     """The adapter `name` of a model with RoAd layers inside (PEFT's or roadie's), its parameters copied.
 
-    Paths are those of the base model. Raises `AdapterError` where no layer has such an adapter.
+    Paths are those of the base model; part: what is taken of a parameter that several processes share.
+    Raises `AdapterError` where no layer has such an adapter.
     """
     layers = {}
     for path, module in model.named_modules():
         if name not in getattr(module, "road_theta", ()):
             continue
         layer: Any = module
-        theta, alpha = (store[name].detach().clone() for store in (layer.road_theta, layer.road_alpha))
+        theta, alpha = (part(store[name].detach()).clone() for store in (layer.road_theta, layer.road_alpha))
         layers[path.removeprefix(_PREFIX)] = LayerParameters(theta, alpha, layer.variant[name], layer.group_size[name])
     if not layers:
         raise AdapterError(

@@ -113,6 +113,7 @@ def joined() -> Iterator[Processes]:
     finally:
         if not before and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+            PartialState._reset_state()  # it would go on believing that there is a connection
             _talks.clear()
 
 

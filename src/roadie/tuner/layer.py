@@ -271,9 +271,11 @@ class RoadLayer(BaseTunerLayer):
         entry, self._tables.last = self._tables.trained, None
         if entry is not None and entry.slots[0] is slot and entry.is_unwritten() and entry.has_same_content():
             return entry.table
-        if not all(type(tensor) in PLAIN and tensor.is_leaf for tensor in slot[:2]):
+        if not all(type(tensor) in PLAIN for tensor in slot[:2]):
             return None
-        name = next(name for name, theta in self.road_theta.items() if theta is slot.theta)
+        name = next((name for name, theta in self.road_theta.items() if theta is slot.theta), None)
+        if name is None:  # a part of a parameter that several processes share
+            return None
         table = self._tables.get((name,), (slot,), self.out_features, None)
         self._tables.trained = self._tables.entries.get((name,))
         return table

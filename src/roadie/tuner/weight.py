@@ -280,7 +280,13 @@ def _stored_bytes(tensor: Tensor) -> int:
 
 def base_weight(layer: Any) -> BaseWeight:
     """The weight of a RoAd layer's base layer."""
-    return QuantisedWeight(layer) if layer.quantization_backend is not None else DenseWeight(layer.get_base_layer())
+    base_layer = layer.get_base_layer()
+    if hasattr(getattr(base_layer, "weight", None), "to_local"):
+        raise MergeError(
+            "got a weight that several processes share (a DTensor); wanted a whole one; save the adapter "
+            "(roadie.distributed.full_adapter) and merge it in one process (roadie merge)"
+        )
+    return QuantisedWeight(layer) if layer.quantization_backend is not None else DenseWeight(base_layer)
 
 
 def is_conv1d(module: nn.Module) -> bool:
