@@ -66,6 +66,10 @@ def serve(
             help="Value of the Host header that is taken; several times.", show_default="any; on loopback its own"
         ),
     ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of pages elsewhere that may ask (CORS), or *; several times.", show_default="none"),
+    ] = None,
     open_metrics: Annotated[
         bool, typer.Option("--open-metrics", help="Name adapters in /metrics without an administrator's key, too.")
     ] = False,
@@ -131,6 +135,7 @@ def serve(
                 request_timeout_s=request_timeout,
                 drain_timeout_s=drain_timeout,
                 allowed_hosts=tuple(allowed_host or ()),
+                allowed_origins=tuple(allowed_origin or ()),
                 is_metrics_open=open_metrics,
             ),
         )

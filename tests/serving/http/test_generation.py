@@ -9,7 +9,7 @@ import openai
 import pytest
 from pydantic import TypeAdapter
 from tests.serving.http.fake_engine import FakeEngine
-from tests.serving.http.harness import USER_KEY, Running, running, until
+from tests.serving.http.harness import KEYS, USER_KEY, Running, running, until
 
 from roadie import embedded
 from roadie.serving.http import answers
@@ -307,3 +307,82 @@ def test_who_hangs_up_is_cancelled(stream: bool) -> None:
             until(lambda: engine.counts["generated"] > 10)
         until(lambda: engine.num_live == 0 and server.service.gate.num_inside == 0)
         assert engine.counts["cancelled"] == 2
+
+
+@pytest.mark.parametrize(
+    "unasked",
+    [
+        {"metadata": {"a": "b"}, "store": False, "service_tier": "auto", "prompt_cache_key": "k"},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"tools": None, "functions": [], "function_call": "none", "prediction": None, "verbosity": None},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "top_logprobs": 0},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [], "annotations": [], "refusal": None}]},
+    ],
+)
+def test_what_clients_send_unasked_is_taken(open_server: Running, unasked: dict[str, Any]) -> None:
+    body = {"model": "legal", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1, **unasked}
+    response = open_server.http().post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "lacking"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}], "no tools"),
+        ("tool_choice", "required", "no tools"),
+        ("response_format", {"type": "json_object"}, "but plain text"),
+        ("modalities", ["text", "audio"], "but text"),
+        ("reasoning_effort", "low", "reasoning"),
+    ],
+)
+def test_what_the_server_lacks_is_refused_by_name(open_server: Running, field: str, value: Any, lacking: str) -> None:
+    body = {"model": "legal", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1, field: value}
+    error = open_server.http().post("/v1/chat/completions", json=body).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", field)
+    assert lacking in error["message"]
+
+
+def test_a_value_of_another_kind_is_named_in_words_of_the_api(open_server: Running) -> None:
+    http = open_server.http()
+    for prompt in ([], None, {"a": 1}):
+        error = http.post("/v1/completions", json={"model": "base", "prompt": prompt}).json()["error"]
+        assert (error["param"], error["code"]) == ("prompt", "invalid_value")
+        assert "validator" not in error["message"]
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    body = {"model": "base", "messages": [{"role": "user", "content": image}]}
+    error = http.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["param"].startswith("messages.0.content")
+    assert "(" not in error["param"]
+    unknown = http.post("/v1/completions", json={"model": "base", "prompt": "a", "promt": "a"}).json()["error"]
+    assert (unknown["param"], unknown["code"]) == ("promt", "unknown_parameter")
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models", "/v1/models/legal", "/metrics"])
+def test_head_is_get_without_a_body(open_server: Running, path: str) -> None:
+    http = open_server.http()
+    whole, head = http.get(path), http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert http.head("/v1/completions").status_code == 405
+    assert http.get(path).status_code == 200  # the connection is still good
+
+
+def test_pages_elsewhere_may_ask_only_where_they_are_allowed() -> None:
+    asks = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    wants = {"access-control-request-headers": "authorization,content-type,x-stainless-os"}
+    body = {"model": "base", "prompt": "a", "max_tokens": 1}
+    with running() as server:
+        assert server.http().options("/v1/completions", headers=asks | wants).status_code == 405
+        assert "access-control-allow-origin" not in server.http().get("/v1/models", headers=asks).headers
+    with running(settings=HttpSettings(allowed_origins=("https://a.example",)), keys=KEYS) as server:
+        http = server.http(USER_KEY)
+        leave = http.options("/v1/completions", headers=asks | wants)
+        assert (leave.status_code, leave.headers["access-control-allow-origin"]) == (200, "https://a.example")
+        assert "authorization" in leave.headers["access-control-allow-headers"]
+        done = http.post("/v1/completions", json=body, headers={"origin": "https://a.example"})
+        assert (done.status_code, done.headers["access-control-allow-origin"]) == (200, "https://a.example")
+        refused = server.http().post("/v1/completions", json=body, headers={"origin": "https://a.example"})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.example")
+        other = http.post("/v1/completions", json=body, headers={"origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers

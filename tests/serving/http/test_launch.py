@@ -103,7 +103,14 @@ def test_bases_are_read_from_what_can_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_choices": 129}, {"drain_timeout_s": 0}, {"model_name": ""}, {"model_aliases": ("a\nb",)}]
+    "wrong",
+    [
+        {"max_choices": 129},
+        {"drain_timeout_s": 0},
+        {"model_name": ""},
+        {"model_aliases": ("a\nb",)},
+        {"allowed_origins": ("example.org",)},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="wanted"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -51,4 +52,13 @@ def make_app(service: Service) -> ASGIApp:
     async def give_document(request: Request) -> Response:
         return JSONResponse(document)
 
-    return service.gate.around(app)
+    return _for_pages_elsewhere(service.gate.around(app), service.settings.allowed_origins)
+
+
+def _for_pages_elsewhere(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+    """Browsers are told that pages of these origins may ask; without any, an Origin is nothing special."""
+    if not origins:
+        return app
+    told = ["X-Request-Id", "Retry-After"]
+    methods = ["GET", "POST"]
+    return CORSMiddleware(app, origins, allow_methods=methods, allow_headers=["*"], expose_headers=told)

@@ -1,8 +1,12 @@
-"""What callers send: OpenAI's requests, the fields that vLLM added to them, and `adapters`. Unknown fields are refused."""
+"""What callers send: OpenAI's requests, the fields that vLLM added to them, and `adapters`. Unknown fields are refused.
+
+Fields of OpenAI's that change nothing here are taken, and so are those of things that this server lacks, where they ask for
+nothing (``"tools": []``): clients send them unasked. `failures` has the words for those that ask for something.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -29,6 +33,8 @@ TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Strength: TypeAlias = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 Stop: TypeAlias = Annotated[Text, Field(min_length=1, max_length=1000)]
+NoItems: TypeAlias = Annotated[list[Any], Field(max_length=0)]
+Label: TypeAlias = Annotated[Text, Field(max_length=1024)]
 
 
 class Body(BaseModel):
@@ -42,6 +48,8 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     """One more event before the end, without choices, with `usage`."""
+    include_obfuscation: bool | None = None
+    """Taken, and not used."""
 
 
 class GenerationBody(Body):
@@ -71,7 +79,12 @@ class GenerationBody(Body):
         | None
     ) = None
     user: Annotated[str, Field(max_length=1024)] | None = None
-    """Taken, and neither used nor logged: requests are counted by their key."""
+    """Taken, and neither used nor logged, as are the five below: requests are counted by their key."""
+    metadata: Annotated[dict[Label, Label], Field(max_length=64)] | None = None
+    store: bool | None = None
+    service_tier: Label | None = None
+    prompt_cache_key: Label | None = None
+    safety_identifier: Label | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = None
     """0 or -1: no limit. An extra of vLLM, as are the five below."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -163,10 +176,10 @@ class Message(Body):
     content: Text | list[TextPart] | None
     name: Annotated[Text, Field(max_length=64)] | None = None
     refusal: None = None
-    tool_calls: None = None
+    tool_calls: NoItems | None = None
     function_call: None = None
     audio: None = None
-    annotations: None = None
+    annotations: NoItems | None = None
 
     @property
     def text(self) -> str:
@@ -192,6 +205,18 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+    tools: NoItems | None = None
+    """There are none, as there is nothing of what the fields below are about."""
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: NoItems | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -206,7 +231,7 @@ class ChatBody(GenerationBody):
     def check(self) -> None:
         """Raise `ApiError` for fields that do not go together."""
         self.check_streaming()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "got top_logprobs; wanted logprobs=true with it", "invalid_value", param="top_logprobs")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import traceback
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,13 +166,40 @@ async def _on_validation(request: Request, error: Exception) -> Response:
     return _validation(error.errors()).response()
 
 
+_LACKING = {
+    "tools": "tools",
+    "tool_choice": "tools",
+    "functions": "tools",
+    "function_call": "tools",
+    "response_format": "formats but plain text",
+    "modalities": "anything but text",
+    "audio": "sound",
+    "prediction": "predictions",
+    "reasoning_effort": "levels of reasoning",
+    "verbosity": "levels of verbosity",
+    "web_search_options": "search of the web",
+}
+_FIELD = re.compile(r"(?!(?:str|int|float|bool|none)$)[A-Za-z0-9_-]+")
+
+
 def _validation(problems: Any) -> ApiError:
     """The first problem, without the value, which may be a prompt."""
     first = problems[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "got a body that is not JSON in UTF-8; wanted an object", "invalid_json")
-    parts = [str(part) for part in first["loc"][1:]]
-    param = ".".join(parts)[:200] or None
-    code = {"extra_forbidden": "unknown_parameter", "missing": "missing_parameter"}.get(first["type"], "invalid_value")
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return ApiError(400, f"{param or 'body'}: {first['msg']}{more}", code, param=param)
+    param = _param(first)
+    field = (param or "").partition(".")[0]
+    if field in _LACKING:
+        message = f"got {field}; this server has no {_LACKING[field]}; leave it out"
+        return ApiError(400, message, "unsupported_parameter", param=field)
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"got {param}, which is not known here; leave it out", "unknown_parameter", param=param)
+    code = "missing_parameter" if first["type"] == "missing" else "invalid_value"
+    # A value that may be of several kinds has a problem with each of them.
+    reasons = dict.fromkeys(problem["msg"] for problem in problems if _param(problem) == param)
+    return ApiError(400, f"{param or 'body'}: {', or: '.join(list(reasons)[:3])}", code, param=param)
+
+
+def _param(problem: Any) -> str | None:
+    """Where a problem is, by names and numbers; without the kinds of value that were tried there."""
+    return ".".join(part for part in map(str, problem["loc"][1:]) if _FIELD.fullmatch(part))[:200] or None

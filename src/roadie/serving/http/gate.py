@@ -153,7 +153,7 @@ class Gate:
             self._check_host(headers)
             caller = scope["state"]["caller"] = self._caller(headers, route.right)
             if not (route.generates and scope["method"] == "POST"):
-                await app(scope, await self._body(scope, headers, receive), send)
+                await app(_head_as_get(scope), await self._body(scope, headers, receive), send)
                 return
             self._check_room(caller)
         except ApiError as error:
@@ -247,6 +247,11 @@ class Gate:
         except asyncio.TimeoutError:
             message = f"the body did not come within {self.settings.body_timeout_s:g} s; send it faster"
             raise ApiError(408, message, "too_slow", headers={"connection": "close"}) from None
+
+
+def _head_as_get(scope: Scope) -> Scope:
+    """HEAD is GET without the body, which whoever sends the answer leaves out."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
 def _is_json(headers: Headers) -> bool:

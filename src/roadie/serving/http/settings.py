@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 
 from roadie.errors import ConfigError
@@ -26,7 +27,8 @@ class HttpSettings:
     header_timeout_s, body_timeout_s: a client that has not sent them by then gets a 408. write_timeout_s: one that takes nothing
     of a stream for so long is cut off. request_timeout_s: from the first byte of an answer's making to its last.
     drain_timeout_s: how long accepted requests may go on after SIGTERM.
-    allowed_hosts: values of the Host header, without a port; empty: any. max_labelled_adapters: those with a label of their own
+    allowed_hosts: values of the Host header, without a port; empty: any. allowed_origins: pages of other servers that a browser
+    may let in, as "https://example.org", or "*" for all. max_labelled_adapters: those with a label of their own
     in /metrics. is_metrics_open: adapters are named in /metrics without an admin's key, too.
     """
 
@@ -46,6 +48,7 @@ class HttpSettings:
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 60.0
     allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     max_labelled_adapters: int = 100
     is_metrics_open: bool = False
 
@@ -56,6 +59,9 @@ class HttpSettings:
                 raise ConfigError(f"got {field.name}={value!r}; wanted a number above 0")
         if self.max_choices > MAX_CHOICES:
             raise ConfigError(f"got max_choices={self.max_choices}; wanted at most {MAX_CHOICES}")
+        for origin in self.allowed_origins:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+                raise ConfigError(f"got origin {origin!r}; wanted one as browsers send it, https://example.org, or *")
         for name in (self.model_name, *self.model_aliases):
             if not name or len(name) > 1024 or not name.isprintable():
                 raise ConfigError(f"got model name {name!r}; wanted 1 to 1024 printable characters")
