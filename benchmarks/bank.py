@@ -102,17 +102,17 @@ def _peft_layer(kind: str, base: nn.Linear, slots: Tensor) -> Callable[[Tensor],
     names = [f"a{slot}" for slot in slots.tolist()]
     if kind == "PEFT RoAd":
         with stock_peft() as config:
-            model = _with(
+            model = with_adapters(
                 nn.Sequential(copy), config(target_modules=["0"], group_size=GROUP_SIZE, init_weights=False), names
             )
         assert is_stock(model)
     else:
         lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"], init_lora_weights=False)
-        model = _with(nn.Sequential(copy), lora, names)
+        model = with_adapters(nn.Sequential(copy), lora, names)
     return lambda x: model(x, adapter_names=names)
 
 
-def _with(model: nn.Module, config: Any, names: list[str]) -> Any:
+def with_adapters(model: nn.Module, config: Any, names: list[str]) -> Any:
     first, *others = dict.fromkeys(names)
     adapted = peft.get_peft_model(model, config, adapter_name=first, autocast_adapter_dtype=False)
     for name in others:
@@ -160,24 +160,24 @@ def model_adapter(base: nn.Module, seed: int) -> Adapter:
 def model(rows: int = 64, size: ModelSize = SIZE, budget_s: float = 60.0) -> list[dict[str, Any]]:
     """Whole model, float32: decoding and prefill of rows that all use different adapters."""
     base = llama(size, torch.float32).requires_grad_(False)
-    banked = _sharing(base, size)
+    banked = sharing(base, size)
     bank = roadie.AdapterBank(banked, slots=rows)
     for index in range(rows):
         bank.admit(f"a{index}", model_adapter(base, index))
     names = [f"a{index}" for index in range(rows)]
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
-    rivals = {"PEFT LoRA r=8": _with(_sharing(base, size), lora, names)}
+    rivals = {"PEFT LoRA r=8": with_adapters(sharing(base, size), lora, names)}
     with stock_peft() as config:
         road = config(target_modules=TARGETS, group_size=GROUP_SIZE, init_weights=False)
-        rivals["PEFT RoAd"] = _with(_sharing(base, size), road, names)
+        rivals["PEFT RoAd"] = with_adapters(sharing(base, size), road, names)
     slots = bank.slots(names)
     tokens = torch.randint(0, size.vocabulary, (rows, 64))
     entries = []
     for mode in ("decode", "prefill"):
         steps = {
-            "base": _step(mode, base, rows, tokens),
-            "roadie": _in_bank(bank, slots, lambda mode=mode: _step(mode, banked, rows, tokens)),
-            **{kind: _step(mode, rival, rows, tokens, adapter_names=names) for kind, rival in rivals.items()},
+            "base": step(mode, base, rows, tokens),
+            "roadie": in_bank(bank, slots, lambda mode=mode: step(mode, banked, rows, tokens)),
+            **{kind: step(mode, rival, rows, tokens, adapter_names=names) for kind, rival in rivals.items()},
         }
         rounds = measure(steps, Budget(budget_s / 2, 5, warm_up_calls=1, shortest_sample_s=0))
         summary = summarise(rounds, "base", "roadie")
@@ -188,7 +188,7 @@ def model(rows: int = 64, size: ModelSize = SIZE, budget_s: float = 60.0) -> lis
     return entries
 
 
-def _sharing(base: nn.Module, size: ModelSize) -> Any:
+def sharing(base: nn.Module, size: ModelSize) -> Any:
     copy = llama(size, torch.float32, device="meta")
     copy.load_state_dict(base.state_dict(), assign=True)
     for (_, buffer), (name, mine) in zip(base.named_buffers(), list(copy.named_buffers()), strict=True):
@@ -197,7 +197,7 @@ def _sharing(base: nn.Module, size: ModelSize) -> Any:
     return copy.requires_grad_(False)
 
 
-def _step(mode: str, model: Any, rows: int, tokens: Tensor, **arguments: Any) -> Run:
+def step(mode: str, model: Any, rows: int, tokens: Tensor, **arguments: Any) -> Run:
     if mode == "decode":
         return static_step(model, rows, 64, **arguments)
 
@@ -208,7 +208,7 @@ def _step(mode: str, model: Any, rows: int, tokens: Tensor, **arguments: Any) ->
     return once
 
 
-def _in_bank(bank: Any, slots: Tensor, make: Callable[[], Run]) -> Run:
+def in_bank(bank: Any, slots: Tensor, make: Callable[[], Run]) -> Run:
     with bank.rows(slots):
         step = make()
 
