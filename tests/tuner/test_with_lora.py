@@ -216,6 +216,14 @@ def test_gradients_of_mixed_rows_go_to_their_own_adapters() -> None:
         torch.testing.assert_close(grad, one_by_one[name], rtol=0, atol=ORDER_OF_SUMS)
 
 
+def test_rows_of_lora_leave_alone_what_road_1_keeps_for_backward() -> None:
+    model, x = two(), inputs()
+    model.set_adapter("other")  # road_1 keeps its output
+    parameters = [parameter for name, parameter in model.named_parameters() if name.endswith(".other")]
+    with roadie.lora_rows(model, ["lora", None, "fr", "lora"]):
+        assert torch.autograd.gradcheck(lambda *_: model(x), parameters, eps=1e-6, atol=1e-6)
+
+
 def road_and_lora(model: Any) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".road_" in name or ".lora_" in name]
 
@@ -523,6 +531,16 @@ def test_the_wrong_order_is_refused_and_changes_nothing(portrait: Callable[[Any]
     road.unmerge_adapter()
 
 
+def test_the_wrong_order_is_seen_before_any_layer_is_touched(portrait: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = roadie.get_peft_model(Two(), road_config(target_modules=["second"]))
+    roadie.add_lora(model, lora_config(target_modules=["first", "second"]))
+    before = portrait(model)  # float32: adding and taking away B A would not give the bits back
+    with pytest.raises(MergeError, match="not merged: the layer would give R"):
+        lora_of(model).merge_adapter()
+    assert portrait(model) == before
+
+
 def test_unmerging_is_refused_whole_where_a_rotation_is_singular(portrait: Callable[[Any], Any]) -> None:
     model = two()
     model.get_base_model().second.road.road_alpha["default"].data[:2] = 0
@@ -568,7 +586,7 @@ def test_lora_merged_where_road_had_nothing_to_do_keeps_road_out(portrait: Calla
     model = roadie.get_peft_model(Two().double(), road_config(target_modules=["first"]))
     roadie.add_lora(model, lora_config(target_modules=["second"]))
     model.add_adapter("wider", road_config(target_modules=["first", "second"]))
-    model.double().merge_adapter()
+    model.double().merge_adapter(["lora"])
     before = portrait(model)
     with pytest.raises(MergeError, match="wanted LoRA unmerged first"):
         model.get_base_model().second.road.set_adapter("wider")
