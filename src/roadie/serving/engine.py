@@ -109,13 +109,17 @@ def _within(name: str, value: float, lowest: float, highest: float) -> None:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to be continued. request_id: unique among live requests; tenant: who is charged for it."""
+    """One prompt to be continued. request_id: unique among live requests; tenant: who is charged for it.
+
+    whole: the caller looks at nothing before the end, so that an engine may give all of it as one output.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     adapter: AdapterWish = None
     sampling: Sampling = field(default_factory=Sampling)
     tenant: str = "default"
+    whole: bool = False
 
 
 @dataclass(frozen=True)

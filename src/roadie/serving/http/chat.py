@@ -33,7 +33,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     service.check_length(len(prompt), max_tokens)
     stop = () if service.prompts.has_template else PLAIN_STOP
     rules = [body.sampling(max_tokens, body.num_logprobs, choice, stop) for choice in range(num_choices)]
-    flow = service.flow(call, [prompt], rules)
+    flow = service.flow(call, [prompt], rules, whole=not body.stream)
     writer = _Writer(
         call,
         flow,

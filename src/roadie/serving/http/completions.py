@@ -33,9 +33,8 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     prompts = [await service.prompts.encode(text) for text in texts]
     for prompt in prompts:
         service.check_length(len(prompt), max_tokens)
-    flow = service.flow(
-        call, prompts, [body.sampling(max_tokens, body.logprobs, choice) for choice in range(num_choices)]
-    )
+    rules = [body.sampling(max_tokens, body.logprobs, choice) for choice in range(num_choices)]
+    flow = service.flow(call, prompts, rules, whole=not body.stream)
     choices = [
         _Choice(index, _echoed(body, texts[index // num_choices], service.prompts), body.logprobs is not None)
         for index in range(len(texts) * num_choices)

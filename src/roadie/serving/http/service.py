@@ -33,10 +33,10 @@ class Service:
     gate: Gate
     started_s: int = field(default_factory=lambda: int(time.time()))
 
-    def flow(self, call: Call, prompts: Sequence[tuple[int, ...]], rules: Sequence[Sampling]) -> Flow:
-        """Submit each prompt with each of the rules; raises what `Engine.submit` raises."""
+    def flow(self, call: Call, prompts: Sequence[tuple[int, ...]], rules: Sequence[Sampling], *, whole: bool) -> Flow:
+        """Submit each prompt with each of the rules; raises what `Engine.submit` raises. whole: nothing is streamed."""
         requests = [
-            GenerationRequest(f"{call.id}-{place}-{choice}", prompt, call.wish, sampling, call.caller.name)
+            GenerationRequest(f"{call.id}-{place}-{choice}", prompt, call.wish, sampling, call.caller.name, whole)
             for place, prompt in enumerate(prompts)
             for choice, sampling in enumerate(rules)
         ]

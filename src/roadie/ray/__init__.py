@@ -1,0 +1,29 @@
+"""Ray Serve: replicas of an engine with many adapters, on one machine or a cluster. Needs `roadie[ray]`.
+
+application   the application of Serve: `app` is what an import path names
+launch        starting it and taking it down: what `roadie deploy` does
+directory     which version of an adapter is in force, for all
+replica       an engine, and its adapters
+fleet         all replicas as one engine, over which the HTTP side of `roadie serve` runs
+routing       which replica gets a request
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+__all__ = ["app"]
+
+
+def app(arguments: Mapping[str, Any]) -> Application:
+    """The application: the import path `roadie.ray:app` of `serve run`, `serve build` and of Serve's config files.
+
+    arguments: what a deploy.yaml says, or `config`, the path of one. Raises `ConfigError`.
+    """
+    from roadie.ray.application import application
+
+    return application(arguments)

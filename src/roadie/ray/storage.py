@@ -1,0 +1,232 @@
+"""Adapters in a place that all machines reach: a folder, or whatever URI fsspec knows (s3://, gs://, hdfs://, memory://).
+
+    adapters/
+    ├── legal/                            what people put there, and change when they like
+    └── .roadie/
+        ├── catalogue.json                which version each name has; written by one process
+        └── versions/<sha256>/...         copies that never change: what replicas read
+
+A version is known by the SHA-256 of its two files. It is copied before any replica hears of it, and whoever copies it on to
+their own disk computes the hash again. So an adapter that is written to while it is read, or was damaged on its way, is an
+error and never an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from roadie import checkpoint
+from roadie.adapter import check_adapter_name
+from roadie.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from roadie.errors import CheckpointError, ConfigError, RoadieError, StateNotWritten
+
+OWN_FOLDER = ".roadie"
+CATALOGUE = f"{OWN_FOLDER}/catalogue.json"
+VERSIONS = f"{OWN_FOLDER}/versions"
+_FILES = ((CONFIG_NAME, MAX_CONFIG_BYTES), (WEIGHTS_NAME, None))
+
+
+def digest_of(config: bytes, weights: bytes) -> str:
+    """SHA-256 of both files, hex; the length of the first keeps the border between them."""
+    found = hashlib.sha256(len(config).to_bytes(8, "big"))
+    found.update(config)
+    found.update(weights)
+    return found.hexdigest()
+
+
+class SharedAdapters:
+    """See the module. uri: absolute; allow_from: further places. Raises `ConfigError` where a place is not there."""
+
+    def __init__(self, uri: str, allow_from: tuple[str, ...] = (), max_bytes: int = 1 << 30) -> None:
+        self.uri, self.max_bytes = uri, max_bytes
+        self._fs, self._root = opened(uri)
+        self._roots = [(self._fs, self._root), *(opened(place) for place in allow_from)]
+
+    def names(self) -> tuple[str, ...]:
+        """The adapters that lie there, sorted."""
+        found = []
+        for entry in self._fs.ls(self._root, detail=True):
+            name = posixpath.basename(entry["name"].rstrip("/"))
+            if entry["type"] == "directory" and self.has(name):
+                found.append(name)
+        return tuple(sorted(found))
+
+    def has(self, name: str) -> bool:
+        """Whether there is an adapter of this name; nothing of it is opened."""
+        place = f"{self._root}/{name}"
+        if not is_adapter_name(name) or not self._fs.isfile(f"{place}/{CONFIG_NAME}"):
+            return False
+        return not (_is_local(self._fs) and os.path.islink(place))
+
+    def publish(self, source: str) -> str:
+        """Make a copy of the adapter at a place that will not change, and return its digest.
+
+        source: a path relative to the folder of adapters, or an absolute one within an allowed place. Raises `CheckpointError`
+        for files that cannot be used or lie elsewhere, `StateNotWritten` where the copy cannot be written.
+        """
+        fs, place = self._allowed(source)
+        config, weights = (_read(fs, f"{place}/{name}", limit or self.max_bytes) for name, limit in _FILES)
+        self._check(config, weights, source)
+        assert config is not None
+        assert weights is not None
+        digest = digest_of(config, weights)
+        try:
+            self._keep(digest, config, weights)
+        except OSError as error:
+            raise StateNotWritten(
+                f"{self.uri}: got {error.strerror or error} when a copy of {source!r} was written; nothing has changed; "
+                f"the place of the adapters must be writable for {OWN_FOLDER}"
+            ) from None
+        return digest
+
+    def _allowed(self, source: str) -> tuple[Any, str]:
+        if not source or "\0" in source or len(source) > 4096:
+            raise CheckpointError(f"got path {source[:100]!r}; wanted a path to a folder")
+        if "://" in source or source.startswith("/"):
+            fs, path = fsspec.core.url_to_fs(source)
+        else:
+            fs, path = self._fs, f"{self._root}/{source}"
+        normal = posixpath.normpath(path)
+        inside = any(fs is other and normal.startswith(f"{root}/") for other, root in self._roots)
+        if not inside or ".." in source.split("/") or f"/{OWN_FOLDER}" in normal:
+            raise CheckpointError(
+                f"got path {source!r}, which is not within the folders that adapters may be loaded from; put it there"
+            )
+        if _is_local(fs) and os.path.realpath(normal) != normal:
+            raise CheckpointError(
+                f"{source}: got a symbolic link; wanted a folder, not a link, that can be read; check the path"
+            )
+        return fs, normal
+
+    def _check(self, config: bytes | None, weights: bytes | None, shown: str) -> None:
+        """What can be said without a model."""
+        with tempfile.TemporaryDirectory(prefix="roadie-adapter-") as private:
+            for (name, _), content in zip(_FILES, (config, weights), strict=True):
+                if content is not None:
+                    (Path(private) / name).write_bytes(content)
+            try:
+                checkpoint.load(private, max_weights_bytes=self.max_bytes)
+            except CheckpointError as error:
+                raise type(error)(str(error).replace(private, shown)) from None
+
+    def _keep(self, digest: str, config: bytes, weights: bytes) -> None:
+        """Weights first: where the config is, all is."""
+        place = f"{self._root}/{VERSIONS}/{digest}"
+        if self._fs.isfile(f"{place}/{CONFIG_NAME}"):
+            return
+        self._fs.makedirs(place, exist_ok=True)
+        self._put(f"{place}/{WEIGHTS_NAME}", weights)
+        self._put(f"{place}/{CONFIG_NAME}", config)
+
+    def _put(self, path: str, content: bytes) -> None:
+        """A whole file, or none: object stores do so by themselves."""
+        if not _is_local(self._fs):
+            self._fs.pipe_file(path, content)
+            return
+        scratch = f"{path}.{uuid.uuid4().hex}.new"
+        try:
+            with open(scratch, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(scratch, path)
+        finally:
+            if os.path.exists(scratch):
+                os.unlink(scratch)
+
+    def fetch(self, digest: str, folder: Path) -> Path:
+        """The version as a folder of this machine, `folder/digest`, whole or not at all. Raises `CheckpointError`."""
+        target = folder / digest
+        if target.is_dir():
+            return target
+        place = f"{self._root}/{VERSIONS}/{digest}"
+        config, weights = (_read(self._fs, f"{place}/{name}", limit or self.max_bytes) for name, limit in _FILES)
+        if config is None or weights is None or digest_of(config, weights) != digest:
+            raise CheckpointError(
+                f"{self.uri}: got other bytes than those of version {digest[:12]}; wanted what was published; load the "
+                "adapter again"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{digest[:12]}-", dir=folder))
+        try:
+            (scratch / WEIGHTS_NAME).write_bytes(weights)
+            (scratch / CONFIG_NAME).write_bytes(config)
+            _move_into_place(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return target
+
+    def read_catalogue(self) -> bytes | None:
+        """What was written last; None where nothing was."""
+        return _read(self._fs, f"{self._root}/{CATALOGUE}", 1 << 30)
+
+    def write_catalogue(self, content: bytes) -> None:
+        """Raises `StateNotWritten`; what was there stays then."""
+        try:
+            self._fs.makedirs(f"{self._root}/{OWN_FOLDER}", exist_ok=True)
+            self._put(f"{self._root}/{CATALOGUE}", content)
+        except OSError as error:
+            raise StateNotWritten(
+                f"{self.uri}: got {error.strerror or error} when the catalogue was written; nothing has changed; make room"
+            ) from None
+
+
+def opened(uri: str) -> tuple[Any, str]:
+    """The file system of a place, and its path there. Raises `ConfigError` where it cannot be reached or is no folder."""
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+        path = os.path.realpath(path) if _is_local(fs) else path.rstrip("/")
+        if fs.isdir(path):
+            return fs, path
+        reason = "no such folder"
+    except (ImportError, ValueError, OSError) as error:
+        reason = str(error)
+    raise ConfigError(f"got folder of adapters {uri!r} ({reason}); wanted one that exists, which all machines reach")
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether an adapter may have this name."""
+    try:
+        check_adapter_name(name)
+    except RoadieError:
+        return False
+    return True
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+def _read(fs: Any, path: str, limit: int) -> bytes | None:
+    """At most `limit` bytes of a regular file; None where there is none."""
+    try:
+        if _is_local(fs) and (os.path.islink(path) or not os.path.isfile(path)):
+            return None
+        with fs.open(path, "rb") as stream:
+            content: bytes = stream.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: got {error.strerror or error}; wanted a file that can be read; check it"
+        ) from None
+    if len(content) > limit:
+        raise CheckpointError(f"{path}: got more than {limit} bytes; wanted at most that; raise the limit")
+    return content
+
+
+def _move_into_place(scratch: Path, target: Path) -> None:
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():  # somebody else was faster, with the same bytes
+            raise
