@@ -377,6 +377,7 @@ def test_what_nobody_foresaw_is_an_error_without_its_message(caplog: pytest.LogC
 
 def test_neither_prompts_nor_keys_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", logger="roadie")  # a command line that ran before may have set it
     with running(keys=KEYS) as server:
         client = server.http(ADMIN_KEY)
         for content in (body(prompt="my secret prompt"), body(prompt=["my secret prompt", 1]), b'"my secret prompt'):
