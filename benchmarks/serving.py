@@ -270,7 +270,7 @@ SIZE = ModelSize()
 ROWS, PROMPT, NEW = 64, 16, 24
 
 
-def throughput(rounds: int = 9, rounds_of_peft: int = 2) -> list[Entry]:
+def throughput(rounds: int = 7, rounds_of_peft: int = 5) -> list[Entry]:
     """Generated tokens a second of 64 requests in flight, the three loads in turn; new prompts in every run."""
     model = llama(SIZE, torch.float32).eval()
     adapters = {f"a{seed}": random_adapter(model, seed, group_size=64) for seed in range(ROWS)}
