@@ -12,6 +12,7 @@ VENV ?= .venv
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "constraints-lowest.txt")')
 VLLM_VENV ?= .venv-vllm
 RAY_VENV ?= .venv-ray
+DEEPSPEED_VENV ?= .venv-deepspeed
 WORKERS ?= 2
 ARGS ?=
 
@@ -22,7 +23,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 CHECKED := $(wildcard src tests scripts examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-ray check bench format build clean
+.PHONY: help demo test test-deepspeed test-vllm test-ray check bench format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +39,9 @@ test-vllm: $(VLLM_VENV)/.installed ## tests of the vLLM plug-in, in an environme
 
 test-ray: $(RAY_VENV)/.installed ## tests on Ray Serve, in an environment of its own (ARGS="..." goes to pytest)
 	$(RAY_VENV)/bin/python -m pytest tests/ray $(ARGS)
+
+test-deepspeed: $(DEEPSPEED_VENV)/.installed ## tests with DeepSpeed's ZeRO-3, in an environment of its own (ARGS="..." goes to pytest)
+	$(DEEPSPEED_VENV)/bin/python -m pytest tests/distributed/test_deepspeed.py $(ARGS)
 
 check: $(VENV)/.development ## style, types, the import ladder and the public surface
 	$(RUN)/ruff check $(CHECKED)
@@ -57,7 +61,7 @@ build: $(VENV)/.development ## wheel and source archive into dist/
 	$(RUN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(VLLM_VENV) $(RAY_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) $(RAY_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 
 $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +73,15 @@ $(VENV)/.runtime: $(INSTALLED_FROM) | $(RUN)/python
 $(VENV)/.development: $(INSTALLED_FROM) | $(RUN)/python
 	$(PIP) -e ".[dev]"
 	touch $(VENV)/.runtime $@
+
+# DeepSpeed is built from source, without its kernels, against the torch that is there.
+$(DEEPSPEED_VENV)/.installed: pyproject.toml constraints-deepspeed.txt setup.py $(wildcard src/roadie/kernels/cpu/*.[ch])
+	test -x $(DEEPSPEED_VENV)/bin/python || $(PYTHON) -m venv $(DEEPSPEED_VENV)
+	$(DEEPSPEED_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-deepspeed.txt \
+		setuptools wheel hypothesis pytest torch -e .
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(DEEPSPEED_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--no-build-isolation -c constraints-deepspeed.txt deepspeed
+	touch $@
 
 # vLLM's CPU build brings torchvision and its like from an index where they are CUDA builds, which break imports; nothing needs them.
 $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard src/roadie/kernels/cpu/*.[ch])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 FOLDER = Path(__file__).parent
@@ -23,11 +24,25 @@ def start(
     what = [str(program)] if isinstance(program, Path) else ["-m", program]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *what]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": ""}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS, env=environment, cwd=cwd
-    )
+    done = run_to_its_end([*command, *map(str, arguments)], environment, cwd)
     assert (done.returncode != 0) == fails, f"{done.stdout}\n{done.stderr}"
     return done
+
+
+def run_to_its_end(
+    command: list[str], environment: dict[str, str], cwd: Path | None, seconds: float = SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Run a program; at the end of its time it is killed with every process that it has started."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=cwd, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()  # torchrun starts each in a session of its own
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def live_adapter(model: nn.Module, name: str, part: Callable[[Tensor], Tensor] =
         if name not in getattr(module, "road_theta", ()):
             continue
         layer: Any = module
-        theta, alpha = (part(store[name].detach()).clone() for store in (layer.road_theta, layer.road_alpha))
+        theta, alpha = (part(store[name]).detach().clone() for store in (layer.road_theta, layer.road_alpha))
         layers[path.removeprefix(_PREFIX)] = LayerParameters(theta, alpha, layer.variant[name], layer.group_size[name])
     if not layers:
         raise AdapterError(

@@ -6,17 +6,15 @@ if rank == 0: roadie.checkpoint.save(adapter, "my-adapter")
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from roadie.adapter import Adapter, stages_of
 from roadie.bank.live import live_adapter
-from roadie.distributed.layers import STORES, road_layers
-from roadie.errors import AdapterError
+from roadie.distributed.layers import STORES, adapter_parameters, road_layers
+from roadie.errors import AdapterError, ConfigError
 
 _PREFIX = "base_model.model."  # of a PeftModel
 
@@ -38,8 +36,13 @@ def load_full_adapter(model: nn.Module, adapter: Adapter, adapter_name: str = "d
     """Put a whole adapter into the layers of a model, each process its part; in all processes, with the same adapter.
 
     The model has an adapter `adapter_name` of the same layers, variants and group sizes already (`roadie.get_peft_model`).
-    Raises `AdapterError`, with nothing changed, where these differ.
+    Raises `AdapterError`, with nothing changed, where these differ; `ConfigError` under DeepSpeed, whose optimizer has copies.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in adapter_parameters(_unwrapped(model))):
+        raise ConfigError(
+            "got a model that DeepSpeed has taken over, whose optimizer keeps copies of the parameters; wanted one before that; "
+            "load the adapter before deepspeed.initialize"
+        )
     layers = {path.removeprefix(_PREFIX): layer for path, layer in road_layers(_unwrapped(model)).items()}
     mine = {path: layer for path, layer in layers.items() if adapter_name in layer.road_theta}
     if mine.keys() != adapter.layers.keys():
@@ -73,12 +76,16 @@ def _unwrapped(model: nn.Module) -> Any:
     return model
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Any) -> Tensor:
     gather = getattr(tensor, "full_tensor", None)
     if gather is not None:
-        return gather()
-    with _gathered(tensor, write=False):
-        return tensor.detach().clone()
+        return cast(Tensor, gather())
+    if not hasattr(tensor, "ds_id"):
+        return cast(Tensor, tensor)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return cast(Tensor, tensor.detach().clone())
 
 
 def _put(parameter: Any, value: Tensor) -> None:
@@ -86,19 +93,5 @@ def _put(parameter: Any, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(parameter.device, parameter.dtype)
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
-        return
-    with _gathered(parameter, write=True):
-        parameter.copy_(value)
-
-
-@contextmanager
-def _gathered(tensor: Any, *, write: bool) -> Iterator[None]:
-    """Within the block a parameter that DeepSpeed has in parts is whole."""
-    if not hasattr(tensor, "ds_id"):
-        yield
-        return
-    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
-
-    with GatheredParameters([tensor], modifier_rank=0 if write else None):
-        yield
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
