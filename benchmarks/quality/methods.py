@@ -111,4 +111,4 @@ METHODS = {
 }
 
 MINIMUM = ("road_1", "road_2", "road_4", "lora_r1", "lora_r4", "ia3")
-CAPACITY = ("road_1_stages_2", "road_2_stages_3", "road_2_stages_4")
+CAPACITY = ("road_2_stages_4", "road_1_stages_2")

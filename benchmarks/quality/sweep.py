@@ -22,6 +22,8 @@ Stop = Callable[[], bool]
 def sweep(folder: Path, stop: Stop, only: Sequence[str] = ()) -> int:
     """Train what is missing in `folder`, until `stop()` or the end; gives the number of runs. only: names of tasks."""
     facts, count = records.provenance(), 0
+    if not only:
+        count += _at_the_default_rate(folder, facts, stop)
     for name, methods in plan.stages():
         if only and name not in only:
             continue
@@ -46,6 +48,18 @@ def _method(task: Task, method: Method, seeds: Sequence[int], path: Path, facts:
         exponent, seed = following
         records.add(path, one_run(task, method, rate(exponent), seed, facts))
         count += 1
+    return count
+
+
+def _at_the_default_rate(folder: Path, facts: records.Record, stop: Stop) -> int:
+    """road_1 at the rate of the paper, on every task whose records have begun."""
+    learning_rate, count = rate(plan.DEFAULT_RATE_EXPONENT), 0
+    for name in plan.FIRST_TASKS:
+        path = folder / f"{name}.jsonl"
+        done = {records.key(record) for record in records.read(path)}
+        if done and ("road_1", learning_rate, SEEDS[0]) not in done and not stop():
+            records.add(path, one_run(plan.task(name), METHODS["road_1"], learning_rate, SEEDS[0], facts))
+            count += 1
     return count
 
 
