@@ -270,7 +270,7 @@ SIZE = ModelSize()
 ROWS, PROMPT, NEW = 64, 16, 24
 
 
-def throughput(rounds: int = 7, rounds_of_peft: int = 5) -> list[Entry]:
+def throughput(rounds: int = 5, rounds_of_peft: int = 5) -> list[Entry]:
     """Generated tokens a second of 64 requests in flight, the three loads in turn; new prompts in every run."""
     model = llama(SIZE, torch.float32).eval()
     adapters = {f"a{seed}": random_adapter(model, seed, group_size=64) for seed in range(ROWS)}
@@ -340,7 +340,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 PAUSES_S = {"quiet": None, "a load every 150 ms": 0.15, "loads without a pause": 0.0}
 
 
-def first_token(phases: int = 4, seconds: float = 10.0) -> list[Entry]:
+def first_token(phases: int = 3, seconds: float = 10.0) -> list[Entry]:
     """Four clients, one request after another, in quiet phases and in two kinds of loading, in turn.
 
     Counted are the requests that waited for their first token while an adapter was being loaded, and all of the quiet phases.

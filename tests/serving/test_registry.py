@@ -13,7 +13,7 @@ import torch
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
-from roadie.errors import CheckpointError, ConfigError, UnknownAdapter, UnsafeCheckpointError
+from roadie.errors import CheckpointError, ConfigError, StateNotWritten, UnknownAdapter, UnsafeCheckpointError
 from roadie.serving import Registry
 from roadie.serving.registry import STATE_NAME, Entry, content_hash
 
@@ -180,3 +180,14 @@ def test_hashes_tell_adapters_apart() -> None:
     kinds.append(Adapter({"layer": LayerParameters(torch.full((4,), 0.5), torch.full((4,), 1.5), "road_2", 4)}, {}))
     assert len({content_hash(kind) for kind in kinds}) == len(kinds)
     assert content_hash(small()) == content_hash(small())
+
+
+def test_no_room_for_the_private_copy_is_the_servers_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry.open(folder)
+
+    def no_room(stream: object, target: object, num_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("roadie.serving.registry._pour", no_room)
+    with pytest.raises(StateNotWritten, match="No space left"):
+        registry.read("good")

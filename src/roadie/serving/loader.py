@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import torch
 
-MOST_REST = 9.0
+MOST_REST = 14.0
 IDLE_AFTER_S = 0.2
 """Requests come in turns: an engine without any has not come to rest until so long after its last step."""
 _NICENESS = 10

@@ -252,8 +252,14 @@ def _copy(folder: int, name: str, private: Path, limit: int, shown: Path) -> Non
             raise CheckpointError(
                 f"{shown / name}: got {status.st_size} bytes; wanted at most {limit}; raise the limit"
             )
-        with (private / name).open("wb") as target:
-            _pour(stream, target, status.st_size)
+        try:
+            with (private / name).open("wb") as target:
+                _pour(stream, target, status.st_size)
+        except OSError as error:
+            raise StateNotWritten(
+                f"{shown / name}: got {error.strerror} when a private copy was made in {private.parent}; nothing has changed; "
+                "make room there"
+            ) from None
 
 
 def _pour(stream: Any, target: Any, num_bytes: int) -> None:

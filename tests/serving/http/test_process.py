@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,10 +92,12 @@ def _make_bad_ones(adapters: Path, good: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Process]:
-    with served(
-        folder, "--allow-from", str(folder / "allowed"), "--state", str(folder / "state" / "state.json")
-    ) as server:
+    with served(folder, *options_of(folder)) as server:
         yield server
+
+
+def options_of(folder: Path) -> list[str]:
+    return ["--allow-from", str(folder / "allowed"), "--state", str(folder / "state" / "disk" / "state.json")]
 
 
 def load(server: Process, name: str, path: str) -> httpx2.Response:
@@ -109,8 +112,15 @@ def complete(server: Process, model: str, **more: Any) -> httpx2.Response:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place_for_the_state(folder: Path) -> None:
-    (folder / "state").mkdir()
+def is_small_disk(folder: Path) -> Iterator[bool]:
+    """A place for the state: a disk of 64 KiB where this user may mount one."""
+    place = folder / "state" / "disk"
+    place.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "roadie-test", str(place)]
+    is_mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
+    yield is_mounted
+    if is_mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_every_adapter_answers_and_a_blend_and_all_of_one(server: Process) -> None:
@@ -186,6 +196,70 @@ def test_a_state_that_cannot_be_written_changes_nothing(server: Process, folder:
     assert complete(server, "topics").status_code == 200
 
 
+def fill(file: Path) -> None:
+    """Write until there is no room."""
+    with file.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(b"x" * 4096)
+
+
+def test_a_disk_that_is_full_changes_nothing(server: Process, folder: Path, is_small_disk: bool) -> None:
+    """A real one, full to its last byte, while the state is written; with room again the same request is served."""
+    if not is_small_disk:
+        pytest.skip("this user may not mount a file system")
+    place = folder / "state" / "disk"
+    with server.client() as client:
+        assert client.post("/v1/adapters/pin", json={"name": "turtle"}).status_code == 200
+        before = (place / "state.json").read_bytes()
+        with pytest.raises(OSError, match="No space"):
+            fill(place / "filler")
+        for _ in range(3):
+            response = client.post("/v1/adapters/pin", json={"name": "topics"})
+            assert (response.status_code, response.json()["error"]["code"]) == (507, "state_not_written")
+            assert "No space left" in response.json()["error"]["message"]
+        assert sorted(path.name for path in place.iterdir()) == ["filler", "state.json"]
+        assert (place / "state.json").read_bytes() == before
+        assert not _states(client)["topics"][1]
+        assert complete(server, "topics").status_code == 200
+        (place / "filler").unlink()
+        assert client.post("/v1/adapters/pin", json={"name": "topics"}).json()["pinned"]
+        for name in ("topics", "turtle"):
+            assert client.post("/v1/adapters/pin", json={"name": name, "pinned": False}).status_code == 200
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused_or_whole(server: Process, folder: Path) -> None:
+    """Written and cut off again and again while it is loaded: what answers is the adapter as it should be, or a 400."""
+    shutil.copytree(folder / "adapters" / "turtle", folder / "adapters" / "shrinking")
+    weights = folder / "adapters" / "shrinking" / "adapter_model.safetensors"
+    whole, stop = weights.read_bytes(), threading.Event()
+    wanted = complete(server, "turtle").json()["choices"]
+
+    def shrink() -> None:
+        while not stop.is_set():
+            os.truncate(weights, len(whole) // 3)
+            stop.wait(0.004)
+            weights.write_bytes(whole)
+            stop.wait(0.004)
+
+    found = set()
+    with server.client() as client:
+        thread = threading.Thread(target=shrink)
+        thread.start()
+        try:
+            for number in range(400):
+                body = {"name": "shrinking", "replace": True}
+                found.add(client.post("/v1/adapters/load", json=body).status_code)
+                assert found <= {200, 400}
+                if 200 in found and number % 4 == 0:
+                    assert complete(server, "shrinking").json()["choices"] == wanted
+                if found == {200, 400} and number > 60:
+                    break
+        finally:
+            stop.set()
+            thread.join()
+    assert found == {200, 400}
+
+
 def test_kill_9_and_restart_then_sigterm_under_load(server: Process, folder: Path) -> None:
     """One test, since starting takes seconds: what was loaded and pinned is there again; nothing that was accepted is lost."""
     with server.client() as client:
@@ -195,8 +269,7 @@ def test_kill_9_and_restart_then_sigterm_under_load(server: Process, folder: Pat
         wanted = complete(server, "other").json()["choices"]
     server.running.send_signal(signal.SIGKILL)
     server.running.wait(30)
-    options = ("--allow-from", str(folder / "allowed"), "--state", str(folder / "state" / "state.json"))
-    with served(folder, *options) as again:
+    with served(folder, *options_of(folder)) as again:
         with again.client() as client:
             until(lambda: _states(client).get("other") == ("resident", True))
             assert "topics" not in _states(client)
