@@ -50,12 +50,12 @@ class CpuImplementation(Implementation):
 
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """R x into out; see the contract."""
-        threads = threads_for(2 * x.numel() * x.element_size())
+        threads = threads_for(2 * x.numel() * x.element_size() + table_work([turns]))
         _check(loaded().rotate(_job(x, None, out, turns, None, None, threads)))
 
     def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
         """All rotations of a row while it is in the cache; see the contract."""
-        threads = threads_for(2 * x.numel() * x.element_size())
+        threads = threads_for(2 * x.numel() * x.element_size() + table_work(chain))
         job = _job(x, None, out, chain[0], None, None, threads)
         _check(loaded().rotate_chain(stages_of(chain), len(chain), job))
 
@@ -166,6 +166,17 @@ def stages_of(chain: Sequence[RowRotations]) -> bytes:
         )
         for turns in chain
     )
+
+
+def table_work(chain: Sequence[RowRotations]) -> int:
+    """Bytes of the tables that rows with slots of their own read, at most, twice: they come from memory and not from a cache.
+
+    Rows of one slot find its table in the cache.
+    """
+    slots, direct = chain[0].slots, chain[0].direct
+    if slots is None:
+        return 0
+    return 4 * len(chain) * min(slots.numel(), direct.shape[0]) * direct.shape[1] * direct.element_size()
 
 
 def threads_for(nbytes: int) -> int:

@@ -15,7 +15,16 @@ from torch.autograd import forward_ad
 
 from roadie.kernels.choice import asked_for
 from roadie.kernels.contract import RowRotations
-from roadie.kernels.cpu import BYTES_A_THREAD, JOB, TYPES, CpuImplementation, loaded, stages_of, threads_for
+from roadie.kernels.cpu import (
+    BYTES_A_THREAD,
+    JOB,
+    TYPES,
+    CpuImplementation,
+    loaded,
+    stages_of,
+    table_bytes,
+    threads_for,
+)
 
 # Looked up once: what they are asked for is whether anything in torch wants to see what is done.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -32,7 +41,7 @@ class PreparedRotation:
 
     __slots__ = (
         *("_chain", "_content", "_dtype", "_function", "_head", "_routed", "_routed_shape", "_tail", "_then"),
-        *("_watched", "_watched_bytes", "_width"),
+        *("_table_bytes", "_watched", "_watched_bytes", "_width"),
     )
 
     def __init__(
@@ -52,6 +61,7 @@ class PreparedRotation:
         self._function: Callable[[bytes], int] = loaded().rotate
         if len(chain) > 1:
             self._function = partial(loaded().rotate_chain, stages_of(chain), len(chain))
+        self._table_bytes = table_bytes(chain)
         self._routed = slots.numel() if slots is not None else 1
         pointers = [
             direct.data_ptr(),
@@ -80,7 +90,7 @@ class PreparedRotation:
         rows, address = y.numel() // width, y.data_ptr()
         if not rows or not routed:
             return False
-        nbytes = 2 * y.nbytes
+        nbytes = 2 * y.nbytes + self._table_bytes
         threads = 1 if nbytes < 2 * BYTES_A_THREAD else threads_for(nbytes)
         now: tuple[int, ...] = (0, 0)
         then: tuple[int, ...] = (0, 0)
