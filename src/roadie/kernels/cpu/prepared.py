@@ -22,7 +22,7 @@ from roadie.kernels.cpu import (
     CpuImplementation,
     loaded,
     stages_of,
-    table_bytes,
+    table_work,
     threads_for,
 )
 
@@ -41,7 +41,7 @@ class PreparedRotation:
 
     __slots__ = (
         *("_chain", "_content", "_dtype", "_function", "_head", "_routed", "_routed_shape", "_tail", "_then"),
-        *("_table_bytes", "_watched", "_watched_bytes", "_width"),
+        *("_table_work", "_watched", "_watched_bytes", "_width"),
     )
 
     def __init__(
@@ -61,7 +61,7 @@ class PreparedRotation:
         self._function: Callable[[bytes], int] = loaded().rotate
         if len(chain) > 1:
             self._function = partial(loaded().rotate_chain, stages_of(chain), len(chain))
-        self._table_bytes = table_bytes(chain)
+        self._table_work = table_work(chain)
         self._routed = slots.numel() if slots is not None else 1
         pointers = [
             direct.data_ptr(),
@@ -90,7 +90,7 @@ class PreparedRotation:
         rows, address = y.numel() // width, y.data_ptr()
         if not rows or not routed:
             return False
-        nbytes = 2 * y.nbytes + self._table_bytes
+        nbytes = 2 * y.nbytes + self._table_work
         threads = 1 if nbytes < 2 * BYTES_A_THREAD else threads_for(nbytes)
         now: tuple[int, ...] = (0, 0)
         then: tuple[int, ...] = (0, 0)
