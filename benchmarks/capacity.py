@@ -1,7 +1,8 @@
-"""What more capacity costs to serve. ``python -m benchmarks.capacity layer model``
+"""What more capacity costs to serve. ``python -m benchmarks.capacity layer decode prefill``
 
     layer    one layer of 4096 outputs, 64 rows of 64 adapters: rotations in a row over a single rotation, of the layer's time
-    model    a Llama of 160M parameters: decoding 64 rows with 64 adapters, and prefill of 64 x 64, beside PEFT LoRA r=8
+    decode   a Llama of 160M parameters: a step of 64 rows with 64 adapters, beside PEFT LoRA r=8
+    prefill  the same, of 64 x 64 tokens
 
 Everything that is compared runs interleaved in one process. Prints tables and writes
 benchmarks/results/<machine>/capacity-<commit>.json; parts that were run before stay in it.
@@ -94,8 +95,8 @@ def _shares(
     return {option: median_ratio(rotations[option][2:], layers[option][2:]) for option in tables}
 
 
-def model(rows: int = ROWS, size: ModelSize = SIZE, budget_s: float = 120.0) -> list[dict[str, Any]]:
-    """Whole model, float32: decoding and prefill of rows that all use different adapters, over single rotations."""
+def model(mode: str, rows: int = ROWS, size: ModelSize = SIZE, budget_s: float = 60.0) -> list[dict[str, Any]]:
+    """Whole model, float32: decode or prefill of rows that all use different adapters, over single rotations."""
     base = llama(size, torch.float32).requires_grad_(False)
     names = [f"a{index}" for index in range(rows)]
     banks = {}
@@ -105,25 +106,23 @@ def model(rows: int = ROWS, size: ModelSize = SIZE, budget_s: float = 120.0) -> 
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
     rival = with_adapters(sharing(base, size), lora, names)
     tokens = torch.randint(0, size.vocabulary, (rows, 64))
-    entries = []
-    for mode in ("decode", "prefill"):
-        steps = {"base": step(mode, base, rows, tokens)}
-        for option, bank in banks.items():
-            run = partial(step, mode, bank.model, rows, tokens)
-            steps[option] = in_bank(bank, bank.slots(names), run)
-        steps["PEFT LoRA r=8"] = step(mode, rival, rows, tokens, adapter_names=names)
-        rounds = measure(steps, Budget(budget_s / 2, 5, warm_up_calls=1, shortest_sample_s=0))
-        case = {"mode": mode, "rows": rows, "adapters": rows, "dtype": "fp32", "threads": torch.get_num_threads()}
-        over_one, over_base = summarise(rounds, ONE, None), summarise(rounds, "base", None)
-        entries.append(
-            {"what": "model", "case": case, "rounds": rounds.count, "over_single": over_one, "over_base": over_base}
-        )
-        shown = {k: (round(s["median_ms"], 1), s["ratio"]) for k, s in over_one.items()}
-        print(mode, rounds.count, shown, flush=True)
-    return entries
+    steps = {"base": step(mode, base, rows, tokens)}
+    for option, bank in banks.items():
+        run = partial(step, mode, bank.model, rows, tokens)
+        steps[option] = in_bank(bank, bank.slots(names), run)
+    steps["PEFT LoRA r=8"] = step(mode, rival, rows, tokens, adapter_names=names)
+    rounds = measure(steps, Budget(budget_s, 5, warm_up_calls=1, shortest_sample_s=0))
+    case = {"mode": mode, "rows": rows, "adapters": rows, "dtype": "fp32", "threads": torch.get_num_threads()}
+    over_one, over_base = summarise(rounds, ONE, None), summarise(rounds, "base", None)
+    print(mode, rounds.count, {k: (round(s["median_ms"], 1), s["ratio"]) for k, s in over_one.items()}, flush=True)
+    return [{"what": mode, "case": case, "rounds": rounds.count, "over_single": over_one, "over_base": over_base}]
 
 
-PARTS: dict[str, tuple[Callable[[], list[dict[str, Any]]], int | None]] = {"layer": (layer, 1), "model": (model, None)}
+PARTS: dict[str, tuple[Callable[[], list[dict[str, Any]]], int | None]] = {
+    "layer": (layer, 1),
+    "decode": (partial(model, "decode"), None),
+    "prefill": (partial(model, "prefill"), None),
+}
 
 
 def main() -> None:

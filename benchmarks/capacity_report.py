@@ -75,7 +75,7 @@ def _layer(entries: Sequence[Entry]) -> Iterator[str]:
     yield markdown(["dtype", "tokens a row", *names], rows)
 
 
-_SECTIONS = {"model": ("A whole model", _model), "layer": ("One layer", _layer)}
+_SECTIONS = {"decode": ("A decode step", _model), "prefill": ("Prefill", _model), "layer": ("One layer", _layer)}
 
 
 def _ratio(found: Mapping[str, float], digits: int = 3) -> str:
