@@ -386,3 +386,21 @@ def test_pages_elsewhere_may_ask_only_where_they_are_allowed() -> None:
         assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.example")
         other = http.post("/v1/completions", json=body, headers={"origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def test_what_is_left_out_is_as_openai_has_it(open_server: Running) -> None:
+    complete(open_server)
+    sampling = open_server.engine.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (1.0, 1.0, 16)
+    assert (sampling.seed, sampling.stop, sampling.logprobs, sampling.ignore_eos) == (None, (), None, False)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, dict(sampling.logit_bias)) == (0.0, 0.0, {})
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_tells_its_usage_only_where_it_is_asked_for(open_server: Running, path: str) -> None:
+    asked = {"prompt": "a"} if path == "/v1/completions" else {"messages": HELLO}
+    for options in ({}, {"stream_options": {"include_usage": False}}):
+        parts = events(open_server, path, max_tokens=3, **asked, **options)
+        assert all(event["choices"] and event["usage"] is None for event in parts)
+    *parts, last = events(open_server, path, max_tokens=3, **asked, stream_options={"include_usage": True})
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 3)

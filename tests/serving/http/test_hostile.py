@@ -410,3 +410,16 @@ def test_a_state_that_cannot_be_written_is_the_servers_fault() -> None:
     with running(keys=KEYS) as server:
         response = server.http(ADMIN_KEY).post(LOAD, content=b'{"lora_name": "x", "lora_path": "full"}', headers=JSON)
         check_error(response, 507, "state_not_written")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/", 200), ("/health", 200), ("/v1/models", 401), ("/nowhere", 404), ("/v1/completions", 405)]
+)
+def test_every_answer_has_an_id_and_keeps_browsers_from_guessing(server: Running, path: str, status: int) -> None:
+    key = ADMIN_KEY if status == 405 else None
+    first, second = (server.http(key).get(path) for _ in range(2))
+    assert first.status_code == status
+    assert first.headers["x-content-type-options"] == "nosniff"
+    assert first.headers["referrer-policy"] == "no-referrer"
+    assert first.headers["cross-origin-resource-policy"] == "same-origin"
+    assert len({first.headers["x-request-id"], second.headers["x-request-id"]}) == 2
