@@ -200,11 +200,11 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 _KINDS: dict[str, tuple[Any, str]] = {
+    "Mapping": (Mapping, "a mapping"),  # first: others may be a part of its hint
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
     "str": (str, "a text; quote it"),
-    "Mapping": (Mapping, "a mapping"),
 }
 
 

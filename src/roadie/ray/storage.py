@@ -96,8 +96,8 @@ class SharedAdapters:
         else:
             fs, path = self._fs, f"{self._root}/{source}"
         normal = posixpath.normpath(path)
-        inside = any(fs is other and normal.startswith(f"{root}/") for other, root in self._roots)
-        if not inside or ".." in source.split("/") or f"/{OWN_FOLDER}" in normal:
+        root = next((root for other, root in self._roots if fs is other and normal.startswith(f"{root}/")), None)
+        if root is None or ".." in source.split("/") or OWN_FOLDER in normal[len(root) :].split("/"):
             raise CheckpointError(
                 f"got path {source!r}, which is not within the folders that adapters may be loaded from; put it there"
             )
