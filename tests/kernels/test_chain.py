@@ -14,6 +14,8 @@ from torch import Tensor
 from roadie.errors import AdapterError, KernelError, RoutingError
 from roadie.kernels import RotationTable, prepare_chain, rotate_chain, rotate_chain_, rotate_rows, using
 from roadie.kernels.chain import Chain
+from roadie.kernels.cpu import table_work
+from roadie.kernels.schema import row_rotations
 from roadie.rotation import Rotation, rotate
 from roadie.testing.accuracy import assert_same_bits
 
@@ -87,6 +89,19 @@ def test_threads_strides_and_slots_of_tokens_change_nothing(dtype):
     rotate_chain_(flat, chain, slots.view(-1))
     assert_same_bits(flat.unflatten(0, (8, 700)), one, "strided, in place")
     assert not wide[..., 128:].any()
+
+
+def test_tables_that_rows_read_count_as_work_to_share_and_those_of_one_slot_do_not():
+    chain = chain_of(NESTED, 128)
+
+    def work(slots):
+        return table_work([row_rotations(torch.empty(6, 128), t.direct, t.cross, slots, t.sizes, 2) for t in chain])
+
+    assert work(None) == 0
+    assert (
+        work(torch.tensor([0, 1, 2])) == 2 * 3 * 3 * 2 * 128 * 4
+    )  # twice: 3 rotations, 3 slots, direct and cross, float32
+    assert work(torch.tensor([0, 1, 2, 3, 0, 1])) == 2 * 3 * 4 * 2 * 128 * 4  # at most every slot
 
 
 def test_one_slot_for_all_rows_and_a_chain_of_one():

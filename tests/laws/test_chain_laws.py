@@ -25,13 +25,14 @@ def adapted(
     stages: tuple[int, ...] = (2, 4, 16),
     conv1d: bool = False,
 ) -> Any:
-    """Two linear layers of 16 with four adapters: rotations in a row that differ in number and order, and a plain one."""
+    """Two linear layers of 16 with five adapters: rotations in a row that differ in number and order, and a plain one."""
     base: nn.Module = linear_chain(8, 16, 16, dtype=dtype, conv1d=conv1d)
     both = ["first", "second"]
     model = roadie.get_peft_model(base, roadie.RoadConfig(variant=variant, stages=list(stages), target_modules=both))
     model.add_adapter("other", roadie.RoadConfig(variant="road_4", stages=[8, 2], target_modules=["second"]))
     model.add_adapter("third", roadie.RoadConfig(variant="road_1", stages=[16, 4], target_modules=both))
     model.add_adapter("plain", roadie.RoadConfig(variant="road_1", group_size=4, target_modules=both))
+    model.add_adapter("twin", roadie.RoadConfig(variant="road_2", stages=list(stages), target_modules=both))
     return randomise(model, scale=0.2)
 
 
@@ -56,7 +57,7 @@ def test_unmerging_restores(dtype: torch.dtype, exact: str) -> None:
     tuner_laws.check_unmerging_restores(adapted(dtype=dtype), ("default", "third"), exact)
 
 
-@pytest.mark.parametrize("names", [("default", "third"), ("plain", "third", "other", "default")], ids="+".join)
+@pytest.mark.parametrize("names", [("default", "twin"), ("twin", "plain", "third", "other", "default")], ids="+".join)
 def test_active_adapters_apply_in_order(names: tuple[str, ...]) -> None:
     tuner_laws.check_active_adapters_apply_in_order(adapted(), names)
 
