@@ -220,3 +220,18 @@ def num_slots(cluster: Cluster) -> int:
     """Of the replicas that run, eight each."""
     with cluster.http() as http:
         return http.get("/v1/status").json()["figures"]["slots"]
+
+
+def test_the_directory_may_die_and_comes_back_with_what_was_written(cluster: Cluster, embedded_adapters: Path) -> None:
+    assert load(cluster, "lasting", "asyncio").status_code == 200
+    with under_load(cluster, ("base", "lasting"), PROMPTS) as running:
+        running.wait_for(10)
+        os.kill(cluster.pids("ray::ServeReplica:roadie:directory")[0], signal.SIGKILL)
+        running.wait_for(20)
+        until(lambda: load(cluster, "later", "topics", replace=True).status_code == 200, 90)
+        running.wait_for(10)
+    place = {"base": None, "lasting": embedded_adapters / "asyncio"}
+    right = {f"{model}: {prompt}": {greedy(place[model], prompt, TOKENS)} for model in place for prompt in PROMPTS}
+    assert wrong(running.answers, right) == []
+    assert cluster.complete("later", PROMPTS[0], max_tokens=8) == greedy(embedded_adapters / "topics", PROMPTS[0], 8)
+    assert {"lasting", "later"} <= set(adapters(cluster))
