@@ -128,8 +128,9 @@ def _deploy(deployment: Deployment) -> None:
     from roadie.ray.config import url_of
 
     with launch.connected(deployment) as is_local:
+        over = launch.end_signals() if is_local else None
         launch.start(deployment)
         typer.echo(f"roadie serves {deployment.http.model_name} at {url_of(deployment)}")
-        if is_local:
-            launch.wait_for_signal()
+        if over is not None:
+            over.wait()
             launch.stop(deployment)

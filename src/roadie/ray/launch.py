@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,10 +125,9 @@ def _part(name: str, details: Any) -> str:
     return f"{name}: {details.status.value.lower()} ({states}){message}"
 
 
-def wait_for_signal(on_wait: Callable[[], None] = lambda: None) -> None:
-    """Until SIGTERM or SIGINT."""
+def end_signals() -> threading.Event:
+    """An event that SIGTERM and SIGINT set from now on; made before `start`, no signal that comes meanwhile is lost."""
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
-    on_wait()
-    over.wait()
+    return over
