@@ -23,7 +23,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 CHECKED := $(wildcard src tests scripts examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-deepspeed test-vllm test-ray check bench format build clean
+.PHONY: help demo test test-deepspeed test-vllm test-ray check bench quality quality-quick format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,13 @@ check: $(VENV)/.development ## style, types, the import ladder and the public su
 
 bench: $(VENV)/.development ## time and memory against the rivals, and docs/performance.md (ARGS=--quick: a minute, docs stay)
 	$(RUN)/python -m benchmarks.run $(ARGS)
+
+quality: $(VENV)/.development ## how well adapters learn: train what the records lack (hours), and docs/quality.md
+	$(RUN)/python -m benchmarks.quality run
+	$(RUN)/python -m benchmarks.quality report
+
+quality-quick: $(VENV)/.development ## two rows of docs/quality.md trained again, and compared
+	$(RUN)/python -m benchmarks.quality quick
 
 format: $(VENV)/.development ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix $(CHECKED)

@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--records", type=Path, default=None, help="folder of the records")
     run.add_argument("--until", default=None, help="HH:MM in UTC: start no run after that")
     run.add_argument("--threads", type=int, default=1)
+    verbs.add_parser("quick", help="repeat two rows of the records, and compare")
+    verbs.add_parser("report", help="make docs/quality.md of the records")
     options = parser.parse_args(arguments)
     return VERBS[options.verb](options)
 
@@ -35,6 +37,19 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _quick(_: argparse.Namespace) -> int:
+    from benchmarks.quality.quick import repeat
+
+    torch.set_num_threads(1)
+    return repeat()
+
+
+def _report(_: argparse.Namespace) -> int:
+    from benchmarks.quality.report import main as report
+
+    return report()
+
+
 def _stop_at(clock: str | None) -> Callable[[], bool]:
     """A question with the answer yes from that time of day (UTC) on; None: never."""
     if clock is None:
@@ -46,7 +61,7 @@ def _stop_at(clock: str | None) -> Callable[[], bool]:
     return lambda: datetime.datetime.now(datetime.timezone.utc) >= end
 
 
-VERBS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run}
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "quick": _quick, "report": _report}
 
 if __name__ == "__main__":
     sys.exit(main())

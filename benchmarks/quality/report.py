@@ -1,0 +1,334 @@
+"""docs/quality.md and its pictures, made from the committed records and nothing else: ``python -m benchmarks.quality report``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.quality import records
+from benchmarks.quality.methods import LORA, METHODS, OTHER, ROAD, rate
+from benchmarks.quality.plan import FIRST_TASKS, TASKS
+from benchmarks.quality.search import SEEDS, best_exponent, searched
+from benchmarks.tables import markdown
+
+Record = Mapping[str, Any]
+DOCUMENT = machine.ROOT / "docs" / "quality.md"
+IMAGES = machine.ROOT / "docs" / "images"
+EQUAL = 0.1  # parameters that differ by less, as a share of LoRA's, count as equal
+COLOURS = {ROAD: "#0072B2", LORA: "#D55E00", OTHER: "#777777"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A method on a task, at the rate that the first seed's validation chose; losses and accuracies by seed."""
+
+    task: str
+    method: str
+    rate: float
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    parameters: int
+    stored_bytes: int
+    kept_bytes: int
+    processor_s: float
+    peak_bytes: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all seeds are there."""
+        return len(self.losses) == len(SEEDS)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One of ours against LoRA of as many parameters: the difference of test losses, seed by seed (below 0: ours is better)."""
+
+    ours: Result
+    lora: Result
+
+    @property
+    def differences(self) -> tuple[float, ...]:
+        """Ours less LoRA's, by seed."""
+        return tuple(a - b for a, b in zip(self.ours.losses, self.lora.losses, strict=True))
+
+    @property
+    def verdict(self) -> str:
+        """Beyond one standard deviation of the differences between seeds, or a tie."""
+        middle, spread = mean(self.differences), stdev(self.differences)
+        return "tie" if abs(middle) <= spread else "win" if middle < 0 else "LOSS"
+
+
+def results_of(found: Sequence[Record]) -> list[Result]:
+    """The methods of a task's records that have a best rate, in the order of METHODS."""
+    return [result for name in METHODS if (result := _result(found, name)) is not None]
+
+
+def _result(found: Sequence[Record], name: str) -> Result | None:
+    exponent = best_exponent(found, name)
+    if exponent is None:
+        return None
+    chosen = {
+        record["seed"]: record
+        for record in found
+        if record["method"] == name and record["learning_rate"] == rate(exponent) and record["test"]
+    }
+    runs = [chosen[seed] for seed in SEEDS if seed in chosen]
+    parameters = runs[0]["parameters"]
+    return Result(
+        task=runs[0]["task"],
+        method=name,
+        rate=rate(exponent),
+        losses=tuple(run["test"]["loss"] for run in runs),
+        accuracies=tuple(run["test"]["accuracy"] for run in runs),
+        parameters=parameters,
+        stored_bytes=runs[0]["stored_bytes"],
+        kept_bytes=round(4 * parameters * METHODS[name].kept_per_parameter),
+        processor_s=mean(run["processor_s"] for run in runs),
+        peak_bytes=max(run["peak_bytes"] for run in runs),
+    )
+
+
+def comparisons(results: Sequence[Result], what: str = "parameters") -> list[Comparison]:
+    """Each LoRA of a task with each of ours that has as many parameters (or as much of `what`); all with every seed."""
+    whole = [result for result in results if result.is_whole]
+    return [
+        Comparison(ours, lora)
+        for lora in whole
+        if METHODS[lora.method].family == LORA
+        for ours in whole
+        if METHODS[ours.method].family == ROAD and abs(getattr(ours, what) / getattr(lora, what) - 1) < EQUAL
+    ]
+
+
+def best(found: Sequence[Comparison]) -> Comparison:
+    """The one of ours with the lowest test loss, which favours ours where there are several."""
+    return min(found, key=lambda one: mean(one.ours.losses))
+
+
+def text_of(by_task: Mapping[str, Sequence[Record]]) -> str:
+    """The document; equal for equal records."""
+    results = {task: results_of(found) for task, found in by_task.items()}
+    sections = [_HEAD, *_verdicts(results), *_losing(results)]
+    for task, found in results.items():
+        sections += _task(task, by_task[task], found)
+    return "\n".join([*sections, *_rates(by_task), *_rest(by_task, results)])
+
+
+_HEAD = """# How well adapters learn
+
+This file is made by `python -m benchmarks.quality report` from the records in `benchmarks/results/*/quality`, a line a run, and
+never written by hand. `make quality` trains what the records lack, `make quality-quick` repeats two rows and compares.
+
+Small models and short trainings (60 steps), on text that is on every machine: leads for a choice, not a ranking for large models.
+The paper (arXiv 2409.00119) finds RoAd ahead of LoRA on large pretrained models, except where a task needs much capacity (GSM8K).
+
+- **language-...**: the embedded language model (4 million parameters) goes on with one kind of the standard library's text; loss
+  in nats a token on files that nobody trained on.
+- **docstring-package**: all-MiniLM-L6-v2 says which package a docstring comes from; no module is in two splits.
+- **summary-body**: the same encoder finds which body of a batch belongs to a summary line.
+
+Every method has its own learning rate: a search in factors of about 3 with the first seed, on validation data, until the best
+rate has a worse one on both sides; then three seeds at that rate. Seeds are paired: all methods see the same batches. Time is
+processor time of one core, on a machine that others used too.
+"""
+
+
+def _verdicts(results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+    yield "## Against LoRA of as many parameters\n"
+    yield _paragraph(
+        f"Parameters within {EQUAL:.0%}, three seeds each. The difference is ours less LoRA's test loss, so below 0 ours is "
+        "better; its spread is the standard deviation over seeds. Within one spread it counts as a tie."
+    )
+    yield _compared(results, "parameters")
+    yield "## Against LoRA of as many bytes that a server keeps\n"
+    yield _paragraph(
+        "A server keeps direct and cross, two numbers an output and rotation, whatever the variant: twice the parameters of "
+        "road_1, as many as those of road_2, half of those of road_4. A file has as many numbers as there are parameters."
+    )
+    yield _compared(results, "kept_bytes")
+
+
+def _compared(results: Mapping[str, Sequence[Result]], what: str) -> str:
+    rows = [
+        [
+            task,
+            one.ours.method,
+            one.lora.method,
+            f"{getattr(one.ours, what):,} / {getattr(one.lora, what):,}",
+            f"{mean(one.ours.losses):.4f} / {mean(one.lora.losses):.4f}",
+            f"{mean(one.differences):+.4f} ± {stdev(one.differences):.4f}",
+            one.verdict,
+        ]
+        for task, found in results.items()
+        for one in comparisons(found, what)
+    ]
+    return markdown(["task", "ours", "LoRA", what.replace("_", " "), "test loss", "difference", "ours"], rows)
+
+
+def _losing(results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+    yield "## Where RoAd loses\n"
+    for what, words in (("parameters", "parameters"), ("kept_bytes", "bytes that a server keeps")):
+        chosen = {}
+        for task, found in results.items():
+            compared = comparisons(found, what)
+            for lora in dict.fromkeys(one.lora.method for one in compared):
+                chosen[task, lora] = best([one for one in compared if one.lora.method == lora])
+        of = {
+            verdict: [key for key, one in chosen.items() if one.verdict == verdict]
+            for verdict in ("win", "tie", "LOSS")
+        }
+        yield _paragraph(
+            f"At equal {words}, the best of ours for each task and rank: {len(of['win'])} of {len(chosen)} won "
+            f"({_named(of['win'])}), {len(of['tie'])} tied ({_named(of['tie'])}), {len(of['LOSS'])} lost ({_named(of['LOSS'])})."
+        )
+    yield _paragraph(
+        "On the small language model LoRA gets more out of a parameter, and rotations in a row (`stages`) do not change "
+        "that; on the pretrained encoder RoAd does. The best of ours was chosen by its test loss, which favours it where "
+        "there are several. What RoAd offers beside quality is that a row's own adapter costs nearly nothing to serve "
+        "([many-adapters-results.md](many-adapters-results.md))."
+    )
+
+
+def _named(keys: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{task} against {lora}" for task, lora in keys) or "none"
+
+
+def _task(task: str, found: Sequence[Record], results: Sequence[Result]) -> Iterator[str]:
+    yield f"## {task}\n"
+    base = next(record for record in found if record["method"] == "base")
+    if base["test"]:
+        yield f"Without an adapter: {base['test']['loss']:.4f}.\n"
+    rows = [
+        [
+            result.method,
+            f"{result.parameters:,}",
+            f"{result.stored_bytes / 1000:.0f}",
+            f"{result.kept_bytes / 1000:.0f}",
+            f"{result.rate:g}",
+            _spread(result.losses, 4),
+            _spread(result.accuracies, 3),
+            str(len(result.losses)),
+            f"{result.processor_s:.0f}",
+            f"{result.peak_bytes / 1e6:.0f}",
+        ]
+        for result in results
+    ]
+    head = ["method", "parameters", "file, kB", "served, kB", "rate", "test loss", "accuracy", "seeds", "s", "peak, MB"]
+    yield markdown(head, rows)
+
+
+def _rates(by_task: Mapping[str, Sequence[Record]]) -> Iterator[str]:
+    yield "## Learning rates\n"
+    yield "Validation loss of the first seed at each rate; a dash: not tried, or stopped because it was hopeless.\n"
+    for task, found in by_task.items():
+        scores = {name: scored for name in METHODS if (scored := searched(found, name))}
+        exponents = sorted({exponent for scored in scores.values() for exponent in scored})
+        rows = [
+            [name, *(f"{scored[e]:.3f}" if scored.get(e, float("inf")) < 1e9 else "-" for e in exponents)]
+            for name, scored in scores.items()
+        ]
+        yield markdown([task, *(f"{rate(exponent):g}" for exponent in exponents)], rows)
+    yield "![Quality over parameters](images/quality-parameters.png)\n"
+    yield "![Quality over bytes that a server keeps](images/quality-bytes.png)\n"
+    yield "![Loss over learning rate](images/quality-rates.png)\n"
+
+
+def _rest(by_task: Mapping[str, Sequence[Record]], results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+    runs = [record for found in by_task.values() for record in found if record["method"] != "base"]
+    hours = sum(record["processor_s"] for record in runs) / 3600
+    lacking = {
+        task: [name for name in METHODS if not any(r.method == name and r.is_whole for r in found)]
+        for task, found in results.items()
+    }
+    untouched = [task for task in TASKS if task not in results]
+    commits = sorted({record["commit"] for record in runs})
+    yield "## What it took, and what is lacking\n"
+    yield _paragraph(
+        f"{len(runs)} runs, {hours:.2f} hours of processor time, at the commits {', '.join(commits)}. Without three seeds: "
+        + "; ".join(f"{task}: {', '.join(names)}" for task, names in lacking.items())
+        + (f". Tasks that were not begun: {', '.join(untouched)}." if untouched else ".")
+    )
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 130, break_on_hyphens=False, break_long_words=False) + "\n"
+
+
+def read_all(folders: Sequence[Path]) -> dict[str, list[Record]]:
+    """The records by task, in the order of the plan."""
+    found: dict[str, list[Record]] = {}
+    for task in TASKS:
+        lines = [record for folder in folders for record in records.read(folder / f"{task}.jsonl")]
+        if lines:
+            found[task] = lines
+    return found
+
+
+def committed() -> dict[str, list[Record]]:
+    """The records of the repository."""
+    return read_all(sorted((machine.ROOT / "benchmarks" / "results").glob("*/quality")))
+
+
+def draw(by_task: Mapping[str, Sequence[Record]]) -> None:
+    """The pictures; needs matplotlib."""
+    results = {task: results_of(by_task[task]) for task in FIRST_TASKS if task in by_task}
+    _scatter(results, "parameters", "trainable parameters", IMAGES / "quality-parameters.png")
+    _scatter(results, "kept_bytes", "bytes a server keeps for one adapter (float32)", IMAGES / "quality-bytes.png")
+    _curves({task: by_task[task] for task in results}, IMAGES / "quality-rates.png")
+
+
+def _panels(tasks: Sequence[str]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(tasks), 3.4), layout="constrained")
+    panels = list(figure.subplots(1, len(tasks), squeeze=False)[0])
+    for axes, task in zip(panels, tasks, strict=True):
+        axes.set(title=task, xscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("loss")
+    return figure, panels
+
+
+def _scatter(results: Mapping[str, Sequence[Result]], what: str, label: str, path: Path) -> None:
+    figure, panels = _panels(tuple(results))
+    for axes, found in zip(panels, results.values(), strict=True):
+        axes.set_xlabel(label, fontsize=8)
+        for result in (one for one in found if one.is_whole):
+            place, colour = getattr(result, what), COLOURS[METHODS[result.method].family]
+            axes.errorbar(place, mean(result.losses), stdev(result.losses), fmt="o", color=colour)
+            axes.annotate(
+                result.method, (place, mean(result.losses)), fontsize=7, xytext=(4, 4), textcoords="offset points"
+            )
+    figure.savefig(path, dpi=100)
+
+
+def _curves(by_task: Mapping[str, Sequence[Record]], path: Path) -> None:
+    figure, panels = _panels(tuple(by_task))
+    for axes, found in zip(panels, by_task.values(), strict=True):
+        axes.set_xlabel("learning rate", fontsize=8)
+        for name in METHODS:
+            scored = {e: loss for e, loss in sorted(searched(found, name).items()) if loss < 1e9}
+            if len(scored) > 2:
+                axes.plot([rate(e) for e in scored], list(scored.values()), "o-", markersize=3, label=name)
+        axes.legend(fontsize=6)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> int:
+    """Write the document and its pictures."""
+    by_task = committed()
+    DOCUMENT.write_text(text_of(by_task), encoding="utf-8")
+    draw(by_task)
+    print(DOCUMENT.relative_to(machine.ROOT))
+    return 0
