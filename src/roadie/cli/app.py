@@ -14,6 +14,7 @@ from roadie.cli.combine import combine
 from roadie.cli.compare import compare
 from roadie.cli.demo import demo
 from roadie.cli.deploy import deploy
+from roadie.cli.find_lr import find_lr
 from roadie.cli.fit import fit
 from roadie.cli.generate import generate
 from roadie.cli.info import info
@@ -58,6 +59,7 @@ app = typer.Typer(
 )
 app.command(short_help="Train three adapters, merge them, mix them in one batch; takes a minute.")(demo)
 app.command(short_help="Fine-tune an adapter on texts, with the recipe of the paper.")(train)
+app.command("find-lr", short_help="Search a learning rate for train, by short runs.")(find_lr)
 app.command(short_help="Train many adapters of one base model at once.")(train_many)
 app.command(short_help="Continue prompts in one batch, each with its own adapter.")(generate)
 app.command(short_help="Write a whole model with adapters merged into it.")(merge)

@@ -99,7 +99,7 @@ def train(
     source, together = as_source(model), join()
     together.first(lambda: check_output(output, overwrite=overwrite, resume=resume))
     corpus = together.each(lambda: _prepare_corpus(data, eval_data, source, recipe))
-    adapted = together.each(lambda: _adapt(source, recipe))
+    adapted = together.each(lambda: adapted_model(source, recipe))
     settings = _settings(source, recipe, corpus)
     _check_same_everywhere(together, settings)
     work = together.first(lambda: open_work(output, settings, resume=resume))
@@ -159,7 +159,8 @@ def _prepare_corpus(data: Sources, eval_data: Sources | None, source: ModelSourc
     return _Corpus(examples, encode(read(eval_data), tokenizer, max_length), max_length)
 
 
-def _adapt(source: ModelSource, recipe: Recipe) -> PeftModel:
+def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
+    """The base model with a fresh adapter of the recipe, on the CPU."""
     base = load_model(source, training_dtype(recipe.precision))
     base.config.use_cache = False
     if recipe.gradient_checkpointing:

@@ -1,0 +1,86 @@
+"""`roadie find-lr`: a learning rate for a training, by short runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from roadie.cli.options import AllowPickle, Model, Revision, TrustRemoteCode
+from roadie.training.recipe import PRECISIONS, VARIANTS, Recipe
+
+if TYPE_CHECKING:
+    from roadie.training.rates import RateSearch
+
+DEFAULT = Recipe()
+
+
+def find_lr(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA", help="Texts: files, folders, or hub data sets OWNER/NAME[:CONFIG].", show_default=False
+        ),
+    ],
+    model: Model = None,
+    variant: Annotated[str, typer.Option(help=f"{', '.join(VARIANTS)}.")] = DEFAULT.variant,
+    group_size: Annotated[int, typer.Option(help="As for train.")] = DEFAULT.group_size,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
+    ] = None,
+    first: Annotated[float, typer.Option(help="The rate to start the search from.")] = DEFAULT.learning_rate,
+    steps: Annotated[int, typer.Option(help="Optimizer steps a rate.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Examples an optimizer step.")] = DEFAULT.batch_size,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Examples a forward pass, to save memory.", show_default="batch size")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = DEFAULT.max_length,
+    precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = DEFAULT.precision,
+    seed: Annotated[int, typer.Option(help="Of the data's order and the held-out share.")] = DEFAULT.seed,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Search a learning rate for `roadie train`, by short trainings from the same start; nothing is written.
+
+    Each rate gets STEPS steps with the schedule of the recipe and is measured on examples that were kept apart. From the
+    first rate the search goes up and down in factors of about 3 until the best one has a worse one on both sides.
+
+    \b
+    Examples:
+      roadie find-lr notes.txt
+      roadie find-lr questions.jsonl --model meta-llama/Llama-3.2-1B --micro-batch-size 4
+    """
+    from roadie.cli.quiet import quiet_libraries
+
+    recipe = Recipe(
+        variant=variant,
+        group_size=group_size,
+        target_modules=tuple(target) if target else DEFAULT.target_modules,
+        learning_rate=first,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        max_length=max_length,
+        precision=precision,
+        seed=seed,
+    )
+    with quiet_libraries():
+        from roadie.training.models import ModelSource
+        from roadie.training.rates import find_learning_rate
+
+        source = ModelSource(model, revision, trust_remote_code, allow_pickle)
+        found = find_learning_rate(data, model=source, recipe=recipe, steps=steps)
+    typer.echo(show(found))
+
+
+def show(found: RateSearch) -> str:
+    """The trials, and what to write behind `roadie train`."""
+    from roadie.training.table import table
+
+    best = found.learning_rate
+    rows = [[f"{t.learning_rate:g}", f"{t.loss:.4f}", "best" if t.learning_rate == best else ""] for t in found.trials]
+    lines = table(rows, head=["learning rate", f"held-out loss after {found.steps} steps", ""])
+    if not found.improves:
+        return f"{lines}\n\nloss before: {found.loss_before:.4f}; no rate made it smaller: give more steps or more data"
+    return f"{lines}\n\nloss before: {found.loss_before:.4f}; use --learning-rate {best:g}"
