@@ -156,7 +156,7 @@ def _add_lora_async(original: Any) -> Any:
 
 
 def _has_been_loaded(engine: Any, request: Any) -> None:
-    """A server keeps the request that it loaded in place and passes it on with every prompt: it is not to be read again for each."""
+    """A server passes on the request that it loaded in place with every prompt: it is not to be read again for each."""
     if admissions_of(engine) is not None:
         request.load_inplace = False
 
