@@ -329,8 +329,9 @@ while an unbalanced replica costs every request that waits there.
 def _checks(found: Measured) -> Iterator[str]:
     yield "## Checked against what was measured\n"
     yield _paragraph(
-        "A Llama of 160M random parameters in float32 on two CPU cores, every row an adapter of its own, from the records in `benchmarks/results` "
-        "([many-adapters-results.md](many-adapters-results.md), [vllm.md](vllm.md)). There a step is bound by arithmetic, "
+        "A Llama of 160M random parameters in float32 on two CPU cores, every row an adapter of its own, from the records in "
+        "`benchmarks/results` ([many-adapters-results.md](many-adapters-results.md), [vllm.md](vllm.md)). There a step is "
+        "bound by arithmetic, "
         "not by memory, so the table of memory traffic cannot be checked; what can be is what the bytes and calls add."
     )
     yield markdown(["what", "arithmetic", "measured", "remark"], [*_memory_check(found), *_time_checks(found)])

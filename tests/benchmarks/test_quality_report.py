@@ -11,8 +11,16 @@ from benchmarks.quality import quick, report
 def run(method: str, seed: int, loss: float, parameters: int = 1000, learning_rate: float = 0.01) -> dict[str, Any]:
     score = {"loss": loss, "accuracy": 0.5}
     return {
-        "task": "t", "method": method, "learning_rate": learning_rate, "seed": seed, "parameters": parameters,
-        "stored_bytes": 4 * parameters, "processor_s": 1.0, "peak_bytes": 5, "validation": score, "test": score,
+        "task": "t",
+        "method": method,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "parameters": parameters,
+        "stored_bytes": 4 * parameters,
+        "processor_s": 1.0,
+        "peak_bytes": 5,
+        "validation": score,
+        "test": score,
     }
 
 

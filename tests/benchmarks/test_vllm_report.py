@@ -15,7 +15,12 @@ def test_another_record_is_another_table() -> None:
     entry = {"tokens_per_s": 12.3, "of_base": {"value": 0.5, "low": 0.4, "high": 0.6}}
     load = {"model": "M", "requests": 1, "prompt_tokens": 2, "new_tokens": 3}
     record = {
-        "load": load, "versions": {"vllm": "9"}, "device": "D", "cores": 1, "date": "2026-01-02T03", "commit": "c",
+        "load": load,
+        "versions": {"vllm": "9"},
+        "device": "D",
+        "cores": 1,
+        "date": "2026-01-02T03",
+        "commit": "c",
         "entries": {"roadie": entry},
     }
     guide = vllm_report.with_table(vllm_report.DOCUMENT.read_text(encoding="utf-8"), record)
