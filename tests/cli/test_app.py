@@ -24,6 +24,8 @@ VERBS = (
     "combine",
     "compare",
     "demo",
+    "deploy",
+    "find-lr",
     "fit",
     "generate",
     "info",

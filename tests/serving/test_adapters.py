@@ -74,7 +74,7 @@ def sources_while(changes: Sequence[Change], begin_s: float, end_s: float) -> se
 
 
 def test_random_loads_replacements_and_unloads_under_traffic(model: Any, adapters: Any, root: Path) -> None:
-    """Three seconds of both; every request is whole in one of the versions that its name had while it was live."""
+    """Three seconds of both, or until 20 changes were made; every request is whole in one of the versions that its name had while it was live."""
     stop, turns = threading.Event(), random.Random(1)
     changes = {f"a{one}": [Change(0.0, 0.0, f"a{one}")] for one in range(4)}
 
@@ -92,7 +92,9 @@ def test_random_loads_replacements_and_unloads_under_traffic(model: Any, adapter
         changer = threading.Thread(target=change, args=(collector,))
         changer.start()
         rng, deadline = random.Random(0), time.monotonic() + 3
-        while time.monotonic() < deadline:
+        while (now := time.monotonic()) < deadline or (
+            sum(map(len, changes.values())) <= 20 and now < deadline + PATIENCE_S
+        ):
             wish, prompt_ids, now = f"a{rng.randrange(4)}", prompt(rng.randrange(8), 17), time.monotonic()
             with contextlib.suppress(UnknownAdapter):  # it is unloaded for a moment
                 asked[collector.submit(prompt_ids, wish, max_tokens=rng.randrange(1, 30))] = (prompt_ids, wish, now)
