@@ -74,7 +74,7 @@ def sources_while(changes: Sequence[Change], begin_s: float, end_s: float) -> se
 
 
 def test_random_loads_replacements_and_unloads_under_traffic(model: Any, adapters: Any, root: Path) -> None:
-    """Three seconds of both, or until 20 changes were made; every request is whole in one of the versions that its name had while it was live."""
+    """Three seconds of both, or 20 changes; every request is whole in one of the versions its name had while it was live."""
     stop, turns = threading.Event(), random.Random(1)
     changes = {f"a{one}": [Change(0.0, 0.0, f"a{one}")] for one in range(4)}
 
