@@ -758,7 +758,6 @@ REFUSED = [
     ({"modules_to_save": ["second"]}, "RoadConfig"),
     ({"target_modules": ["nowhere"]}, "nowhere"),
     ({"target_modules": ["table"]}, "Embedding"),
-    ({"target_modules": ["first", "table"]}, "Embedding"),  # seen when "first" has been adapted already
 ]
 
 
