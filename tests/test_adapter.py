@@ -13,14 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roadie.adapter import (
+    INPUT_SUFFIX,
     MAX_NAME_LENGTH,
     RESERVED_NAMES,
     Adapter,
     LayerParameters,
     check_adapter_name,
     check_settings,
+    is_input,
+    layer_of,
     out_features_of,
+    refuse_inputs,
     resolve_layer,
+    rotates_input,
 )
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Variant, parameter_size
@@ -30,7 +35,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def layer(variant="road_1", out_features=8, group_size=4, dtype=torch.float32):
-    size = parameter_size(variant, out_features)
+    num_stages = 1 if isinstance(group_size, int) else len(group_size)
+    size = num_stages * parameter_size(variant, out_features)
     return LayerParameters(torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype), variant, group_size)
 
 
@@ -213,6 +219,65 @@ def test_rotations_in_a_row_have_parameters_end_to_end_and_no_single_group_size(
     assert torch.equal(again.theta, theta)
 
 
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def test_the_input_of_a_layer_is_a_site_with_a_path_of_its_own():
+    assert (is_input(Q), is_input(Q + INPUT_SUFFIX)) == (False, True)
+    assert layer_of(Q + INPUT_SUFFIX) == layer_of(Q) == Q
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"input_stages": [4]}, (4,)),
+        ({"input_stages": [2, 8], "group_size": 4}, (2, 8)),
+        ({"input_stages": [2, 64], "adapt_group_size": True}, (2, 8)),
+        ({"input_stages": [2], "input_stages_pattern": {"q_proj": [8]}}, (8,)),
+        ({"input_stages_pattern": {"v_proj": [2], ".*": [8]}}, (8,)),
+        ({"input_stages": [8], "group_size_pattern": {"q_proj": 2}, "stages_pattern": {"q_proj": [2, 4]}}, (8,)),
+    ],
+)
+def test_group_sizes_of_an_input_come_from_the_settings_for_inputs(config, expected):
+    assert rotates_input(config, Q)
+    assert resolve_layer(config, Q + INPUT_SUFFIX, 24) == (Variant.ROAD_1, expected)
+
+
+def test_an_input_has_the_variant_of_its_layer():
+    config = {"variant": "road_4", "variant_pattern": {"q_proj": "road_2"}, "input_stages": [4]}
+    assert resolve_layer(config, Q + INPUT_SUFFIX, 8) == (Variant.ROAD_2, (4,))
+    assert resolve_layer(config, "mlp" + INPUT_SUFFIX, 8) == (Variant.ROAD_4, (4,))
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"stages": [2, 4]}, {"input_stages": [4], "input_stages_pattern": {"q_proj": []}}]
+)
+def test_an_input_that_is_not_rotated_has_no_group_sizes(config):
+    assert not rotates_input(config, Q)
+    says = f"wanted input_stages, or input_stages_pattern for this layer.*Module: {re.escape(Q)}.road_input"
+    with pytest.raises(ConfigError, match=says):
+        resolve_layer(config, Q + INPUT_SUFFIX, 8)
+
+
+def test_a_group_size_that_does_not_divide_the_inputs_says_so():
+    with pytest.raises(ConfigError, match=r"in_features of the base layer .* Got in_features=24; try group_size=12"):
+        resolve_layer({"input_stages": [16]}, Q + INPUT_SUFFIX, 24)
+    with pytest.raises(ConfigError, match="odd number of inputs"):
+        resolve_layer({"input_stages": [16], "adapt_group_size": True}, Q + INPUT_SUFFIX, 9)
+
+
+def test_an_adapter_tells_inputs_from_outputs():
+    plain = Adapter({Q: layer(group_size=4)})
+    both = Adapter({Q: layer(group_size=4), Q + INPUT_SUFFIX: layer(out_features=32, group_size=(2, 16))})
+    assert (plain.stages, plain.input_stages) == (((4,),), ())
+    assert (both.stages, both.input_stages) == (((4,),), ((2, 16),))
+    assert both.group_sizes == (2, 4, 16)
+    assert dict(both.out_features) == {Q: 8, Q + INPUT_SUFFIX: 32}
+    refuse_inputs(plain, "here")
+    with pytest.raises(AdapterError, match=f"here: got a rotation of the input of layer {re.escape(Q)};"):
+        refuse_inputs(both, "here")
+
+
 @pytest.mark.parametrize(
     ("size", "stages", "says"),
     [(24, [2, 8, 48], "multiple of group_size=48"), (25, [2, 8, 16], "with 3 rotations in a row"), (24, [], "one or more"),
@@ -243,6 +308,9 @@ def test_a_group_size_that_cannot_fit_is_refused_with_the_name_of_the_module(out
         ({"variant_pattern": {1: "road_1"}}, "variant_pattern .*wanted a mapping"),
         ({"group_size_pattern": {"q": 3}}, "divisible by 2.*3"),
         ({"group_size_pattern": {"(": 4}}, "group_size_pattern.*not a regular expression"),
+        ({"input_stages": []}, "got stages"),
+        ({"input_stages_pattern": {"q": [3]}}, "divisible by 2.*3"),
+        ({"input_stages_pattern": {"(": []}}, "input_stages_pattern.*not a regular expression"),
         ({"adapt_group_size": 1}, "adapt_group_size 1; wanted True or False"),
     ],
 )

@@ -10,6 +10,11 @@ module path, at a dot: ``(.*\\.)?(key)$``. The first key that matches, in the ma
 `group_size` and `stages` hold. A layer that neither `stages_pattern` nor `stages` speaks of has one rotation, of its group
 size. With `adapt_group_size` a group size that does not divide the layer's outputs D becomes gcd(D, group_size).
 
+**The input of a layer is one more site.** Where the input of the layer at P is rotated too, ``z = R_out (W (R_in x) + b)``, R_in
+is an entry of its own at the path ``P.road_input``, whose D is the layer's in_features. Its variant is that of the layer at P, its
+group sizes come from `input_stages_pattern` and `input_stages`, whose patterns are matched against P. Where they say nothing, the
+input is not rotated.
+
 Shapes: ``D`` out features of a layer, ``K`` stages (1 in a plain adapter), ``n = K parameter_size(variant, D)`` elements of
 theta and of alpha.
 """
@@ -32,6 +37,7 @@ from roadie.rotation import Rotation, Variant, chain_from_parameters, check_grou
 
 DEFAULT_VARIANT = "road_1"
 DEFAULT_GROUP_SIZE = 64
+INPUT_SUFFIX = ".road_input"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 MAX_NAME_LENGTH = 128
@@ -41,7 +47,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 # of several adapters it drops every key that has another adapter's name between two dots or at the end.
 RESERVED_NAMES = frozenset(
     {"__base__", "base_layer", "bias", "model", "modules_to_save", "original_module", "token_adapter", "weight"}
-    | {"road_alpha", "road_theta"}
+    | {"road_alpha", "road_input", "road_theta"}
 )
 
 
@@ -112,7 +118,8 @@ class LayerParameters:
 class Adapter:
     """One adapter: the RoAd parameters of each adapted layer, its config, and the other tensors of its file.
 
-    layers: module path in the base model ("model.layers.0.self_attn.q_proj") -> `LayerParameters`, at least one;
+    layers: module path in the base model ("model.layers.0.self_attn.q_proj") -> `LayerParameters`, at least one; a rotation of
+    the layer's input is at that path with `INPUT_SUFFIX` at the end;
     config: the keys of adapter_config.json, unknown ones included, the variant without roadie's prefix;
     other: tensor name in the file -> tensor, kept as it is (weights of `modules_to_save`, trained biases).
     The mappings are copied and read-only; the tensors are shared, not copied. Pickles and deep copies.
@@ -148,12 +155,17 @@ class Adapter:
 
     @property
     def stages(self) -> tuple[tuple[int, ...], ...]:
-        """The group sizes of the rotations in a row that occur in layers, each once; ``((64,),)`` in a plain adapter."""
-        return tuple(sorted({layer.stages for layer in self.layers.values()}))
+        """The group sizes of the rotations in a row that outputs of layers have, each once; ``((64,),)`` in a plain adapter."""
+        return tuple(sorted({layer.stages for path, layer in self.layers.items() if not is_input(path)}))
+
+    @property
+    def input_stages(self) -> tuple[tuple[int, ...], ...]:
+        """As `stages`, of the inputs of layers; empty where no input is rotated."""
+        return tuple(sorted({layer.stages for path, layer in self.layers.items() if is_input(path)}))
 
     @property
     def out_features(self) -> Mapping[str, int]:
-        """Module path -> D."""
+        """Module path -> D, which is the in_features of the layer where the path is that of an input."""
         return MappingProxyType({path: layer.out_features for path, layer in self.layers.items()})
 
     @property
@@ -170,6 +182,16 @@ class Adapter:
     def nbytes(self) -> int:
         """Bytes of every tensor held, `other` included."""
         return sum(layer.nbytes for layer in self.layers.values()) + sum(t.nbytes for t in self.other.values())
+
+
+def is_input(path: str) -> bool:
+    """Whether `path` is that of the input of a layer, and not of a layer."""
+    return path.endswith(INPUT_SUFFIX)
+
+
+def layer_of(path: str) -> str:
+    """The path of the layer whose input is at `path`; `path` itself where it is that of a layer."""
+    return path.removesuffix(INPUT_SUFFIX)
 
 
 def stages_of(group_size: int | Sequence[int]) -> tuple[int, ...]:
@@ -195,6 +217,16 @@ def refuse_chains(adapter: Adapter, where: str) -> None:
             )
 
 
+def refuse_inputs(adapter: Adapter, where: str) -> None:
+    """Raise `AdapterError`, naming the layer, where `adapter` rotates the input of one, which `where` does not take."""
+    for path in adapter.layers:
+        if is_input(path):
+            raise AdapterError(
+                f"{where}: got a rotation of the input of layer {layer_of(path)}; wanted rotations of outputs alone; use an "
+                "adapter trained without input_stages, or merge this one into its base model"
+            )
+
+
 def out_features_of(variant: str | Variant, size: int, num_stages: int = 1) -> int:
     """D of a layer whose theta has `size` elements for `num_stages` rotations; the inverse of `rotation.parameter_size`.
 
@@ -212,45 +244,73 @@ def out_features_of(variant: str | Variant, size: int, num_stages: int = 1) -> i
     return out_features
 
 
-def resolve_layer(config: Mapping[str, Any], module_path: str, out_features: int) -> tuple[Variant, tuple[int, ...]]:
-    """The variant and the group sizes that `config` gives to the layer at `module_path` with `out_features` outputs.
+def resolve_layer(config: Mapping[str, Any], module_path: str, width: int) -> tuple[Variant, tuple[int, ...]]:
+    """The variant and the group sizes that `config` gives to the layer, or the input of one, at `module_path`.
 
-    One group size for each rotation in a row, one in a plain adapter. Raises `ConfigError`, naming the module, for an
-    unknown variant, a bad pattern, or a group size that does not divide `out_features` (with `adapt_group_size`: where
-    `out_features` is odd).
+    width: the layer's outputs, or its in_features for an input. One group size for each rotation in a row, one in a plain
+    adapter. Raises `ConfigError`, naming the module, for an unknown variant, a bad pattern, a group size that does not divide
+    `width` (with `adapt_group_size`: where `width` is odd), and an input that `config` does not rotate.
     """
-    return resolve_variant(config, module_path), resolve_stages(config, module_path, out_features)
+    return resolve_variant(config, module_path), resolve_stages(config, module_path, width)
 
 
 def resolve_variant(config: Mapping[str, Any], module_path: str) -> Variant:
     """The variant that `config` gives to the layer at `module_path`; the first half of `resolve_layer`."""
     try:
-        return Variant.parse(_setting_of(config, "variant", module_path, DEFAULT_VARIANT))
+        return Variant.parse(_setting_of(config, "variant", layer_of(module_path), DEFAULT_VARIANT))
     except ConfigError as error:
         raise ConfigError(f"{error} Module: {module_path}.") from None
 
 
-def resolve_stages(config: Mapping[str, Any], module_path: str, out_features: int) -> tuple[int, ...]:
+def resolve_stages(config: Mapping[str, Any], module_path: str, width: int) -> tuple[int, ...]:
     """The group sizes that `config` gives to the layer at `module_path`; the second half of `resolve_layer`."""
     try:
         stages = stages_at(config, module_path)
-        return tuple(_fitted(size, out_features, bool(config.get("adapt_group_size"))) for size in stages)
+        return fitted_stages(stages, width, bool(config.get("adapt_group_size")), of_input=is_input(module_path))
     except ConfigError as error:
         raise ConfigError(f"{error} Module: {module_path}.") from None
 
 
 def stages_at(config: Mapping[str, Any], module_path: str) -> tuple[int, ...]:
-    """The group sizes that `config` names for the layer at `module_path`, whatever its outputs are."""
+    """The group sizes that `config` names for the layer, or the input, at `module_path`, whatever its width is.
+
+    Raises `ConfigError` where it names none: for an input that is not rotated.
+    """
+    if is_input(module_path):
+        return _input_stages_at(config, module_path)
     stages = _setting_of(config, "stages", module_path, None)
     if stages is None:
         stages = _setting_of(config, "group_size", module_path, DEFAULT_GROUP_SIZE)
     return stages_of(stages)
 
 
-def _fitted(group_size: int, out_features: int, adapt: bool) -> int:
-    if adapt and math.gcd(out_features, group_size) % 2 == 0:
-        return math.gcd(out_features, group_size)
-    check_group_size(group_size, out_features)
+def _input_stages_at(config: Mapping[str, Any], module_path: str) -> tuple[int, ...]:
+    if not rotates_input(config, module_path):
+        raise ConfigError(
+            "got a rotation of a layer's input where the config gives none; wanted input_stages, or input_stages_pattern for "
+            "this layer; set one of them, or leave the rotation out."
+        )
+    return stages_of(_setting_of(config, "input_stages", layer_of(module_path), None))
+
+
+def rotates_input(config: Mapping[str, Any], module_path: str) -> bool:
+    """Whether `config` gives the layer at `module_path` a rotation of its input."""
+    stages = _setting_of(config, "input_stages", layer_of(module_path), None)
+    return stages is not None and stages != [] and stages != ()
+
+
+def fitted_stages(stages: Sequence[int], width: int, adapt: bool, *, of_input: bool = False) -> tuple[int, ...]:
+    """Group sizes for a layer of so many outputs, or inputs: as they are where they divide `width`, else with `adapt` the gcd.
+
+    Raises `ConfigError` where one does not fit.
+    """
+    return tuple(_fitted(size, width, adapt, "in_features" if of_input else "out_features") for size in stages)
+
+
+def _fitted(group_size: int, width: int, adapt: bool, name: str) -> int:
+    if adapt and math.gcd(width, group_size) % 2 == 0:
+        return math.gcd(width, group_size)
+    check_group_size(group_size, width, name)
     return group_size
 
 
@@ -277,10 +337,16 @@ def check_adapter_name(name: str, module_paths: Iterable[str] = ()) -> None:
         )
 
 
+def stages_or_none(stages: Any) -> tuple[int, ...]:
+    """As `stages_of`, but an empty list says that there is no rotation."""
+    return () if isinstance(stages, (list, tuple)) and not stages else stages_of(stages)
+
+
 _PATTERNS: Mapping[str, Callable[[Any], object]] = {
     "variant_pattern": Variant.parse,
     "group_size_pattern": check_group_size,
     "stages_pattern": stages_of,
+    "input_stages_pattern": stages_or_none,
 }
 
 
@@ -290,8 +356,9 @@ def check_settings(config: Mapping[str, Any]) -> None:
     check_group_size(config.get("group_size", DEFAULT_GROUP_SIZE))
     if not isinstance(config.get("adapt_group_size", False), bool):
         raise ConfigError(f"got adapt_group_size {_shortened(config['adapt_group_size'])}; wanted True or False.")
-    if config.get("stages") is not None:
-        stages_of(config["stages"])
+    for key in ("stages", "input_stages"):
+        if config.get(key) is not None:
+            stages_of(config[key])
     for key, check in _PATTERNS.items():
         for pattern, value in _patterns_of(config, key).items():
             matches_end(pattern, "", key)

@@ -77,20 +77,24 @@ class Rotation:
         return self.direct.shape[-1]
 
 
-def check_group_size(group_size: int, out_features: int | None = None) -> None:
-    """Raise `ConfigError` unless `group_size` is a positive even integer that divides `out_features` (where given)."""
+def check_group_size(group_size: int, width: int | None = None, name: str = "out_features") -> None:
+    """Raise `ConfigError` unless `group_size` is a positive even integer that divides `width` (where given).
+
+    name: of the width, "out_features" or "in_features".
+    """
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size <= 0 or group_size % 2:
         raise ConfigError(
             f"The group_size must be divisible by 2 when using RoadLayer, but got {group_size}. "
             "Wanted a positive even integer; try group_size=64."
         )
-    if out_features is None or out_features % group_size == 0:
+    if width is None or width % group_size == 0:
         return
-    fitting = largest_fitting_group_size(group_size, out_features)
-    advice = f"try group_size={fitting}" if fitting else "an odd number of outputs cannot be paired; exclude the layer"
+    fitting = largest_fitting_group_size(group_size, width)
+    what = name.removesuffix("_features") + "puts"
+    advice = f"try group_size={fitting}" if fitting else f"an odd number of {what} cannot be paired; exclude the layer"
     raise ConfigError(
-        f"The out_features of the base layer must be divisible by group_size ({group_size}) when using RoadLayer. "
-        f"Got out_features={out_features}; {advice}."
+        f"The {name} of the base layer must be divisible by group_size ({group_size}) when using RoadLayer. "
+        f"Got {name}={width}; {advice}."
     )
 
 
