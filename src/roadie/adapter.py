@@ -11,9 +11,9 @@ module path, at a dot: ``(.*\\.)?(key)$``. The first key that matches, in the ma
 size. With `adapt_group_size` a group size that does not divide the layer's outputs D becomes gcd(D, group_size).
 
 **The input of a layer is one more site.** Where the input of the layer at P is rotated too, ``z = R_out (W (R_in x) + b)``, R_in
-is an entry of its own at the path ``P.road_input``, whose D is the layer's in_features. Its variant is that of the layer at P, its
-group sizes come from `input_stages_pattern` and `input_stages`, whose patterns are matched against P. Where they say nothing, the
-input is not rotated.
+is an entry of its own at the path ``P.road_input``, whose D is the layer's in_features. Its variant is that of the layer at P;
+its group sizes come from `input_stages_pattern` and `input_stages`, whose patterns are matched against P. Where they say nothing,
+the input is not rotated.
 
 Shapes: ``D`` out features of a layer, ``K`` stages (1 in a plain adapter), ``n = K parameter_size(variant, D)`` elements of
 theta and of alpha.
