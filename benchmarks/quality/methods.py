@@ -14,6 +14,7 @@ import peft
 from torch import nn
 
 import roadie
+from benchmarks.quality import tried
 from benchmarks.quality.tasks import CLASSIFICATION, LANGUAGE, Task
 
 GROUP_SIZE = 64
@@ -54,11 +55,11 @@ def _through_peft(config: type, **settings: Any) -> Adapt:
     return adapt
 
 
-def _road(variant: str, **settings: Any) -> Adapt:
+def _road(variant: str, group_size: int = GROUP_SIZE, **settings: Any) -> Adapt:
     def adapt(model: nn.Module, task: Task) -> nn.Module:
         config = roadie.RoadConfig(
             variant=variant,
-            group_size=GROUP_SIZE,
+            group_size=group_size,
             target_modules=task.targets,
             modules_to_save=list(task.head) or None,
             **settings,
@@ -78,6 +79,10 @@ def _head_only(model: nn.Module, task: Task) -> nn.Module:
     return model
 
 
+def _with(adapt: Adapt, more: Adapt) -> Adapt:
+    return lambda model, task: more(adapt(model, task), task)
+
+
 def _rates(language: int, classification: int) -> dict[str, int]:
     return {LANGUAGE: language, CLASSIFICATION: classification}
 
@@ -86,7 +91,7 @@ def _lora(rank: int, **settings: Any) -> Adapt:
     return _through_peft(peft.LoraConfig, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **settings)
 
 
-ROAD, LORA, OTHER = "RoAd", "LoRA", "other"
+ROAD, LORA, OTHER, TRIED = "RoAd", "LoRA", "other", "tried, not built in"
 
 METHODS = {
     method.name: method
@@ -100,6 +105,9 @@ METHODS = {
         Method("road_1_stages_2", ROAD, _road("road_1", stages=[2, 64]), _rates(-3, -4), kept_per_parameter=2.0),
         Method("road_2_stages_3", ROAD, _road("road_2", stages=[2, 16, 64]), _rates(-3, -4)),
         Method("road_2_stages_4", ROAD, _road("road_2", stages=[2, 8, 32, 64]), _rates(-3, -4)),
+        Method("road_2_group_2", ROAD, _road("road_2", group_size=2), _rates(-3, -4)),
+        Method("road_2_group_32", ROAD, _road("road_2", group_size=32), _rates(-3, -4)),
+        Method("lora_r2", LORA, _lora(2), _rates(-4, -5)),
         Method("lora_r8", LORA, _lora(8), _rates(-4, -5)),
         Method("lora_r16", LORA, _lora(16), _rates(-4, -5)),
         Method("dora_r1", OTHER, _lora(1, use_dora=True), _rates(-4, -5)),
@@ -107,6 +115,19 @@ METHODS = {
         Method("vera_r256", OTHER, _through_peft(peft.VeraConfig, r=256), _rates(-3, -4)),
         Method("full", OTHER, _everything, _rates(-6, -7)),
         Method("probe", OTHER, _head_only, _rates(0, -4), kinds=(CLASSIFICATION,), needs_head=True),
+        Method("road_1_shift", TRIED, _with(_road("road_1"), tried.shift_layers), _rates(-3, -5)),
+        Method("road_2_norms", TRIED, _with(_road("road_2"), tried.train_norms), _rates(-3, -4)),
+        Method("lora_r1_norms", TRIED, _with(_lora(1), tried.train_norms), _rates(-4, -5)),
+        Method(
+            "road_1_last_shift",
+            TRIED,
+            _with(_road("road_1"), tried.shift_output_layer),
+            _rates(-3, -4),
+            kinds=(LANGUAGE,),
+        ),
+        Method(
+            "lora_r1_last_shift", TRIED, _with(_lora(1), tried.shift_output_layer), _rates(-4, -5), kinds=(LANGUAGE,)
+        ),
     )
 }
 
