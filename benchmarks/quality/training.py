@@ -10,7 +10,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ HOPELESS_NATS = 1.0
 """A run whose loss over the last steps is so far above its first is stopped: no schedule brings it back."""
 
 
+Schedule = Callable[[int, int], float]
+
+
 @dataclass(frozen=True)
 class Trained:
     """What training leaves: losses of the steps, where it was stopped (None: it was not), processor seconds."""
@@ -39,14 +42,22 @@ class Trained:
     processor_s: float
 
 
-def run(task: Task, method: Method, learning_rate: float, seed: int, base: nn.Module) -> dict[str, Any]:
+def factor(step: int, steps: int) -> float:
+    """The share of the peak rate at a step: up over a tenth of the steps, then down to zero, linearly."""
+    warm_up = max(1, math.ceil(WARM_UP_SHARE * steps))
+    return (step + 1) / warm_up if step < warm_up else (steps - step) / (steps - warm_up + 1)
+
+
+def run(
+    task: Task, method: Method, learning_rate: float, seed: int, base: nn.Module, schedule: Schedule = factor
+) -> dict[str, Any]:
     """Train and measure; gives the part of the record that the run itself knows. `base` is copied, not changed."""
     torch.manual_seed(seed)
     model = copy.deepcopy(base).requires_grad_(False)
     _start_head(model, task, seed)
     adapted = method.adapt(model, task)
     trained: list[Trained] = []
-    peak = peak_bytes(lambda: trained.append(_train(task, adapted, learning_rate, seed)))
+    peak = peak_bytes(lambda: trained.append(_train(task, adapted, learning_rate, seed, schedule)))
     done = trained[0]
     diverged = done.stopped_at is not None
     return {
@@ -72,12 +83,6 @@ def batches(task: Task, seed: int) -> Iterator[Batch]:
         yield collate([task.splits.train[index] for index in chosen], task.pad_id)
 
 
-def factor(step: int, steps: int) -> float:
-    """The share of the peak rate at a step: up over a tenth of the steps, then down to zero, linearly."""
-    warm_up = max(1, math.ceil(WARM_UP_SHARE * steps))
-    return (step + 1) / warm_up if step < warm_up else (steps - step) / (steps - warm_up + 1)
-
-
 def _start_head(model: nn.Module, task: Task, seed: int) -> None:
     """The same fresh head for every method of a seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,14 +93,14 @@ def _start_head(model: nn.Module, task: Task, seed: int) -> None:
                 parameter.copy_(values if parameter.dim() > 1 else torch.zeros_like(parameter))
 
 
-def _train(task: Task, model: nn.Module, learning_rate: float, seed: int) -> Trained:
+def _train(task: Task, model: nn.Module, learning_rate: float, seed: int, share: Schedule) -> Trained:
     head, rest = _trainable(model, task)
     groups = [{"params": list(rest.values()), "lr": learning_rate}]
     if head:
         groups.append({"params": list(head.values()), "lr": task.head_rate if rest else learning_rate})
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, task.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(step, task.steps))
     parameters = [*rest.values(), *head.values()]
     model.eval()  # no dropout, whatever the model's own configuration
     losses: list[float] = []

@@ -69,6 +69,12 @@ def _trained(model, learnt, held_out, rate, steps):
         return model(**collate(held_out), use_cache=False).loss.item()
 
 
+def test_the_search_starts_at_the_rate_of_the_models_width(examples):
+    learnt, _ = examples
+    found = search(adapted(), learnt[:32], learnt[32:40], replace(RECIPE, learning_rate=None), steps=2)
+    assert 1.2e-2 in [trial.learning_rate for trial in found.trials]
+
+
 def test_everything_is_put_back(examples):
     learnt, _ = examples
     model = adapted("road_2")

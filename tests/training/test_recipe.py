@@ -9,15 +9,43 @@ import pytest
 
 from roadie.errors import ConfigError
 from roadie.rotation import Variant
-from roadie.training.recipe import VARIANTS, Recipe
+from roadie.training.recipe import VARIANTS, Recipe, default_learning_rate
 
 
 def test_the_defaults_are_those_of_the_paper():
     recipe = Recipe()
     assert (recipe.target_modules, recipe.variant, recipe.group_size) == ("all-linear", "road_1", 64)
-    assert (recipe.learning_rate, recipe.weight_decay, recipe.schedule) == (3e-3, 0, "linear")
+    assert (recipe.for_width(4096).learning_rate, recipe.weight_decay, recipe.schedule) == (3e-3, 0, "linear")
     assert (recipe.warmup_ratio, recipe.batch_size, recipe.max_length) == (0.1, 32, 512)
     assert not recipe.adapt_group_size
+
+
+@pytest.mark.parametrize(
+    ("width", "rate"),
+    [
+        (None, 3e-3),
+        (16, 1.2e-2),
+        (256, 1.2e-2),
+        (384, 9.8e-3),
+        (1024, 6e-3),
+        (4096, 3e-3),
+        (5120, 2.7e-3),
+        (10**6, 1e-3),
+    ],
+)
+def test_the_rate_follows_the_width_between_what_was_measured(width, rate):
+    assert default_learning_rate(width) == rate
+    assert Recipe().for_width(width).peak_rate == rate
+
+
+def test_a_rate_that_was_asked_for_stays():
+    assert Recipe(learning_rate=0.02).for_width(4096) == Recipe(learning_rate=0.02)
+
+
+def test_a_rate_that_is_left_to_the_model_is_none_without_one():
+    assert Recipe().learning_rate is None
+    with pytest.raises(ConfigError, match=r"got learning_rate=None.*; wanted a rate; use Recipe.for_width"):
+        _ = Recipe().peak_rate
 
 
 def test_the_variants_are_those_of_the_rotation():

@@ -202,6 +202,21 @@ def test_an_interruption_after_the_last_step_loses_nothing(trained, texts, tiny_
     assert resumed.loss_after == trained.loss_after
 
 
+def test_a_rate_by_the_models_width_is_recorded_and_kept_by_a_resumed_run(texts, tiny_path, tmp_path, monkeypatch):
+    output, unsaid = tmp_path / "adapter", replace(QUICK, learning_rate=None)
+    with pytest.raises(KeyboardInterrupt):
+        train(texts, output, model=str(tiny_path), recipe=unsaid, callbacks=[Stop(5)])
+    monkeypatch.setattr("roadie.training.recipe.default_learning_rate", lambda width: 0.7)  # as another version may
+    resumed = train(texts, output, model=str(tiny_path), recipe=unsaid, resume=True)
+    assert resumed.resumed_from_step > 0
+    assert resumed.learning_rate == 1.2e-2
+    written = record(output)
+    assert written["settings"]["learning_rate"] == written["result"]["learning_rate"] == 1.2e-2
+    assert max(entry["learning_rate"] for entry in written["history"] if "loss" in entry) == 1.2e-2
+    anew = train(texts, tmp_path / "new", model=str(tiny_path), recipe=replace(unsaid, max_steps=1))
+    assert anew.learning_rate == 0.7
+
+
 def test_resuming_with_other_settings_or_texts_is_refused(texts, tiny_path, tmp_path):
     output = tmp_path / "adapter"
     work = interrupted(output, texts, tiny_path, step=2)
@@ -332,7 +347,7 @@ def test_trainer_gets_what_the_recipe_says(texts, tiny_path, tmp_path, changes, 
     recipe = Recipe(max_steps=1, batch_size=8, group_size=16, precision="float32", **changes)
     train(texts, tmp_path / "adapter", model=str(tiny_path), recipe=recipe, callbacks=[Look()])
     (args,) = seen
-    assert (args.optim.value, args.learning_rate, args.weight_decay) == ("adamw_torch", 3e-3, recipe.weight_decay)
+    assert (args.optim.value, args.learning_rate, args.weight_decay) == ("adamw_torch", 1.2e-2, recipe.weight_decay)
     assert (args.lr_scheduler_type.value, args.max_grad_norm) == (schedule, recipe.max_grad_norm)
     assert (args.seed, args.data_seed, args.bf16, args.fp16) == (recipe.seed, recipe.seed, False, False)
 

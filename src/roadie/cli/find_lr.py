@@ -29,7 +29,9 @@ def find_lr(
         list[str] | None,
         typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
     ] = None,
-    first: Annotated[float, typer.Option(help="The rate to start the search from.")] = DEFAULT.learning_rate,
+    first: Annotated[
+        float | None, typer.Option(help="The rate to start the search from.", show_default="as for train")
+    ] = DEFAULT.learning_rate,
     steps: Annotated[int, typer.Option(help="Optimizer steps a rate.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Examples an optimizer step.")] = DEFAULT.batch_size,
     micro_batch_size: Annotated[

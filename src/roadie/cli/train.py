@@ -9,7 +9,7 @@ import typer
 
 from roadie.cli.options import AllowPickle, Model, Overwrite, Revision, TrustRemoteCode
 from roadie.errors import ConfigError
-from roadie.training.recipe import PRECISIONS, SCHEDULES, VARIANTS, Recipe
+from roadie.training.recipe import PRECISIONS, SCHEDULES, VARIANTS, Recipe, default_learning_rate
 
 if TYPE_CHECKING:
     from roadie.training.record import TrainingResult
@@ -57,7 +57,14 @@ def train(
         ),
     ] = DEFAULT.share,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", "--lr", help="At its peak.")
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            "--lr",
+            help="At its peak.",
+            show_default=f"by the model's width: {default_learning_rate(4096):g} at 4096, {default_learning_rate(1024):g} "
+            f"at 1024, {default_learning_rate(256):g} at 256",
+        ),
     ] = DEFAULT.learning_rate,
     schedule: Annotated[str, typer.Option(help=f"{', '.join(SCHEDULES)}.")] = DEFAULT.schedule,
     warmup_ratio: Annotated[
@@ -99,12 +106,14 @@ def train(
     learnt, written with the chat template of the model.
 
     The output appears at the end. Checkpoints are kept in OUTPUT.training until then, and --resume goes on from the
-    last one to the same result as without the interruption. A model much smaller than 1B parameters learns faster
-    with --lr 1e-2.
+    last one to the same result as without the interruption.
+
+    The learning rate is that of the paper, more where the model is narrower: 3e-3 * sqrt(4096 / width). A warning says
+    when the loss shows that it is far off; roadie find-lr searches a better one.
 
     \b
     Examples:
-      roadie train notes.txt --output notes-adapter --lr 1e-2
+      roadie train notes.txt --output notes-adapter
       roadie train questions.jsonl --eval-share 0.1 --output answers --model meta-llama/Llama-3.2-1B
       roadie train docs/ more.jsonl --output both --micro-batch-size 4 --gradient-checkpointing --resume
       accelerate launch --num_processes 2 -m roadie.cli train notes.txt --output notes-adapter
@@ -171,6 +180,7 @@ def show(result: TrainingResult) -> str:
             ("base model", result.model),
             ("examples", examples),
             ("steps", steps),
+            ("learning rate", f"{result.learning_rate:g}"),
             ("loss on", result.loss_on),
             ("loss before", f"{result.loss_before:.4f}"),
             ("loss after", f"{result.loss_after:.4f}"),

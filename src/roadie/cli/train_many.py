@@ -92,11 +92,12 @@ def show(result: ManyResult) -> str:
     """The final table."""
     from roadie.training.table import table
 
-    head = ["job", "status", "steps", "first loss", "last loss", "held-out", "adapter"]
+    head = ["job", "status", "steps", "rate", "first loss", "last loss", "held-out", "adapter"]
     lines = table([_cells(job) for job in result.jobs], head=head)
     return f"{lines}\n\n{result.steps:,} steps in {result.seconds:.1f} s; logs in {result.work}"
 
 
 def _cells(job: JobResult) -> list[str]:
     losses = ["" if loss is None else f"{loss:.4f}" for loss in (job.first_loss, job.last_loss, job.eval_after)]
-    return [job.name, job.status.value, f"{job.steps:,}", *losses, "" if job.reason else str(job.output)]
+    rate = "" if job.learning_rate is None else f"{job.learning_rate:g}"
+    return [job.name, job.status.value, f"{job.steps:,}", rate, *losses, "" if job.reason else str(job.output)]

@@ -67,6 +67,12 @@ def open_work(output: Path, settings: Mapping[str, Any], *, resume: bool) -> Wor
     return WorkFolder(path)
 
 
+def former_rate(output: Path) -> float | None:
+    """The learning rate of the run that was interrupted on its way to `output`; None where there is none."""
+    settings = work_path(output) / SETTINGS_NAME
+    return _read_settings(settings)["settings"].get("learning_rate") if settings.is_file() else None
+
+
 def record_start(path: Path, settings: Mapping[str, Any], loss_before: float) -> None:
     """Write settings.json into the working folder, whole or not at all; the run can be resumed from then on."""
     temporary = path / f"{SETTINGS_NAME}.new"

@@ -89,6 +89,15 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 def context_length(source: ModelSource) -> int | None:
     """The number of tokens the model was made for, None where its config does not say; reads the config only."""
+    return _number_in_config(source, "max_position_embeddings")
+
+
+def hidden_size(source: ModelSource) -> int | None:
+    """The number of elements of a hidden state, None where the config does not say; reads the config only."""
+    return _number_in_config(source, "hidden_size")
+
+
+def _number_in_config(source: ModelSource, name: str) -> int | None:
     from transformers import AutoConfig
 
     try:
@@ -97,8 +106,8 @@ def context_length(source: ModelSource) -> int | None:
         )
     except (OSError, ValueError) as error:
         raise _not_loaded("a model", source, error) from error
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    number = getattr(config.get_text_config(), name, None)
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def _not_loaded(what: str, source: ModelSource, error: Exception) -> ConfigError:

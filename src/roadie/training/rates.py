@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from roadie.errors import ConfigError
 from roadie.training.encoding import Example, collate, encode, split
 from roadie.training.many.schedule import learning_rate as scheduled_rate
-from roadie.training.models import ModelSource, as_source, best_device, context_length, load_tokenizer, training_dtype
+from roadie.training.models import (
+    ModelSource,
+    as_source,
+    best_device,
+    context_length,
+    hidden_size,
+    load_tokenizer,
+    training_dtype,
+)
 from roadie.training.recipe import Recipe
 from roadie.training.record import Sources
 from roadie.training.run import adapted_model
@@ -68,13 +76,14 @@ def find_learning_rate(
 ) -> RateSearch:
     """Search a peak learning rate for training on `data` (see `roadie.training.text`) with `recipe`; writes nothing.
 
-    The search starts at the recipe's own rate. steps: optimizer steps of a trial, of `recipe.batch_size` examples each.
+    The search starts at the recipe's own rate, or at the default for the model's width. steps: optimizer steps of a trial,
+    of `recipe.batch_size` examples each.
     Raises `RoadieError` for settings, texts and models that cannot be used.
     """
-    source, recipe = as_source(model), recipe or Recipe()
+    source = as_source(model)
     if steps < 2:
         raise ConfigError(f"got steps={steps}; wanted at least 2; try {STEPS}")
-    tokenizer = load_tokenizer(source)
+    recipe, tokenizer = (recipe or Recipe()).for_width(hidden_size(source)), load_tokenizer(source)
     length = min(recipe.max_length, context_length(source) or recipe.max_length)
     examples = encode(read(data), tokenizer, length)
     share = min(MEASURED_SHARE, MOST_MEASURED / len(examples))
@@ -93,11 +102,12 @@ def search(
     pad_token_id: int = 0,
 ) -> RateSearch:
     """The search on an adapted model, whose trainable parameters, mode and random state are as before afterwards."""
+    recipe = recipe.for_width(getattr(getattr(model, "config", None), "hidden_size", None))
     bench = _Bench(model, learnt, measured, recipe, steps, pad_token_id)
     losses: dict[float, float] = {}
     with _put_back(model):
         before = bench.loss()
-        rate: float | None = recipe.learning_rate
+        rate: float | None = recipe.peak_rate
         while rate is not None and len(losses) < MOST_TRIALS:
             with _put_back(model):
                 losses[rate] = bench.trial(rate)
@@ -137,7 +147,7 @@ class _Bench:
         self.model.train()
         for step, batch in zip(range(self.steps), self._batches(), strict=False):
             # the schedule starts at a rate of 0, which would be a lost step here
-            share = scheduled_rate(self.recipe, step + 1, self.steps + 1) / self.recipe.learning_rate
+            share = scheduled_rate(self.recipe, step + 1, self.steps + 1) / self.recipe.peak_rate
             optimizer.param_groups[0]["lr"] = rate * share
             if not self._backward(batch):
                 return math.inf

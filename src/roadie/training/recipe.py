@@ -2,16 +2,18 @@
 
 Liao & Monz 2024 (arXiv 2409.00119, section 4 and appendix): all linear layers, AdamW without weight decay, a linear
 schedule with a warm-up of 10 %, learning rate 3e-3 for LLaMA (about ten times a LoRA learning rate), batches of 32,
-6 epochs (commonsense), texts of at most 512 tokens, no dropout, bfloat16. Two values are not the paper's: gradients
-are clipped at 1.0 (transformers' default), and bfloat16 is used only where an accelerator supports it.
+6 epochs (commonsense), texts of at most 512 tokens, no dropout, bfloat16. Three values are not the paper's: gradients
+are clipped at 1.0 (transformers' default), bfloat16 is used only where an accelerator supports it, and the learning
+rate follows the width of the model (`default_learning_rate`), which gives the paper's at the width of LLaMA-7B.
 
 This module imports nothing heavy, so that the command line can show the defaults in its help.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from roadie.errors import ConfigError
@@ -21,6 +23,21 @@ VARIANTS = ("road_1", "road_2", "road_4")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16")
 ALL_LINEAR = "all-linear"
+
+PAPER_RATE, PAPER_WIDTH = 3e-3, 4096
+LOWEST_RATE, HIGHEST_RATE = 1e-3, 1.2e-2
+"""The lowest rate that the paper searched, and what the rule gives at 256, the smallest width that was measured."""
+
+
+def default_learning_rate(hidden_size: int | None) -> float:
+    """The peak learning rate for a model whose hidden states have so many elements; None, where that is unknown: 3e-3.
+
+    3e-3 * sqrt(4096 / hidden_size), rounded to two digits, between 1e-3 and 1.2e-2. Source: docs/recipe.md.
+    """
+    if not hidden_size:
+        return PAPER_RATE
+    rate = PAPER_RATE * math.sqrt(PAPER_WIDTH / hidden_size)
+    return float(f"{min(max(rate, LOWEST_RATE), HIGHEST_RATE):.2g}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,8 @@ class Recipe:
         otherwise such a layer is an error.
     stages: group sizes of several rotations in a row, such as (2, 16, 64), instead of one of `group_size`; None: one.
     share: the pairs of every layer that are trained, as text for `roadie.share.Share`: "1/2", "1/2 interleaved"; None: all.
-    learning_rate: peak; warmup_ratio: share of the steps; weight_decay, max_grad_norm: as in AdamW and Trainer.
+    learning_rate: peak; None: `default_learning_rate` of the model; warmup_ratio: share of the steps; weight_decay,
+        max_grad_norm: as in AdamW and Trainer.
     epochs: passes over the data, may be a fraction; max_steps: optimizer steps, replaces epochs where given.
     batch_size: examples an optimizer step; micro_batch_size: examples a forward pass (None: all of them).
     max_length: tokens an example, cut down to what the model supports.
@@ -48,7 +66,7 @@ class Recipe:
     stages: tuple[int, ...] | None = None
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     share: str | None = None
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     weight_decay: float = 0.0
     schedule: str = "linear"
     warmup_ratio: float = 0.1
@@ -92,6 +110,21 @@ class Recipe:
                 settings[name] = list(settings[name])
         return settings
 
+    def for_width(self, hidden_size: int | None) -> Recipe:
+        """The recipe with a learning rate: its own, or else the default for models of this width."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=default_learning_rate(hidden_size))
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate; raises `ConfigError` where it is left to the model, see `for_width`."""
+        if self.learning_rate is None:
+            raise ConfigError(
+                "got learning_rate=None without a model; wanted a rate; use Recipe.for_width(hidden_size)"
+            )
+        return self.learning_rate
+
     def accumulation_steps(self, devices: int = 1) -> int:
         """Forward passes an optimizer step on so many devices; raises `ConfigError` where the batch does not divide."""
         per_pass = (self.micro_batch_size or self.per_device_batch_size(devices)) * devices
@@ -123,7 +156,9 @@ def _check_numbers(recipe: Recipe) -> None:
     for name in ("max_steps", "micro_batch_size", "checkpoint_steps"):
         _whole(name, getattr(recipe, name), 1, f"try {name}=8, or leave it out", optional=True)
     _whole("seed", recipe.seed, 0, "try seed=0")
-    _between("learning_rate", recipe.learning_rate, 0.0, 1.0, open_low=True, advice="the paper used 3e-3 for LLaMA")
+    if recipe.learning_rate is not None:
+        advice = "the paper used 3e-3 for LLaMA; None: by the model's width"
+        _between("learning_rate", recipe.learning_rate, 0.0, 1.0, open_low=True, advice=advice)
     _between("weight_decay", recipe.weight_decay, 0.0, 1.0, advice="the paper used 0")
     _between("warmup_ratio", recipe.warmup_ratio, 0.0, 1.0, advice="the paper used 0.1")
     _between("eval_share", recipe.eval_share, 0.0, 1.0, advice="try eval_share=0.1, or 0 for no held-out part")

@@ -22,12 +22,14 @@ RECORD_NAME = "training.json"
 class TrainingResult:
     """What a run did. Losses are nats a token, by Trainer's evaluation, on `loss_on`; sizes in bytes, time in seconds.
 
-    steps: optimizer steps in all; seconds and tokens (without padding): of this session, from resumed_from_step on;
+    learning_rate: at its peak; steps: optimizer steps in all; seconds and tokens (without padding): of this session, from
+    resumed_from_step on;
     best_step: the step whose adapter was kept, None where that is simply the last one.
     """
 
     output: Path
     model: str
+    learning_rate: float
     loss_on: str
     loss_before: float
     loss_after: float

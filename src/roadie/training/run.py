@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +30,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from roadie.checkpoint import WEIGHTS_NAME
 from roadie.distributed.processes import Processes, join
 from roadie.errors import ConfigError
-from roadie.training.checkpoints import WorkFolder, check_output, open_work, record_start, work_path
+from roadie.training.checkpoints import WorkFolder, check_output, former_rate, open_work, record_start, work_path
 from roadie.training.encoding import Example, encode, fingerprint, split
 from roadie.training.folders import whole_folder
 from roadie.training.models import (
     ModelSource,
     as_source,
     context_length,
+    hidden_size,
     load_model,
     load_tokenizer,
     training_dtype,
@@ -95,10 +96,12 @@ def train(
     resume: go on with an interrupted run, or start it where there is none. callbacks: further ones for Trainer.
     Raises `RoadieError` for settings, texts and models that cannot be used, before anything is written.
     """
-    output, recipe = Path(output), recipe or Recipe()
+    output, asked = Path(output), recipe or Recipe()
     source, together = as_source(model), join()
     together.first(lambda: check_output(output, overwrite=overwrite, resume=resume))
-    corpus = together.each(lambda: _prepare_corpus(data, eval_data, source, recipe))
+    corpus = together.each(lambda: _prepare_corpus(data, eval_data, source, asked))
+    former = together.first(lambda: former_rate(output) if resume else None)
+    recipe = together.each(lambda: _with_rate(asked, former, source))
     adapted = together.each(lambda: adapted_model(source, recipe))
     settings = _settings(source, recipe, corpus)
     _check_same_everywhere(together, settings)
@@ -119,6 +122,7 @@ def train(
             result = TrainingResult(
                 output=output,
                 model=source.place,
+                learning_rate=recipe.peak_rate,
                 loss_on=corpus.measured_name,
                 loss_before=loss_before,
                 loss_after=loss_after,
@@ -133,6 +137,13 @@ def train(
         return result
 
     return together.first(write)
+
+
+def _with_rate(asked: Recipe, former: float | None, source: ModelSource) -> Recipe:
+    """The recipe with a learning rate: the one asked for, that of the run that goes on, or that of the model's width."""
+    if asked.learning_rate is None and former is not None:
+        return replace(asked, learning_rate=former)
+    return asked.for_width(hidden_size(source))
 
 
 def _check_same_everywhere(together: Processes, settings: dict[str, Any]) -> None:
@@ -232,7 +243,7 @@ def _arguments(recipe: Recipe, corpus: _Corpus, folder: Path, together: Processe
         gradient_accumulation_steps=recipe.accumulation_steps(devices),
         max_steps=steps,
         optim="adamw_torch",
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.peak_rate,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,

@@ -106,6 +106,21 @@ def test_a_run_is_resumed_only_as_it_was(some_jobs, tiny_path):
     assert train_many(jobs, model=str(tiny_path), settings=OFTEN, overwrite=True).steps == 8
 
 
+def test_a_rate_by_the_models_width_is_recorded_and_kept_by_a_resumed_run(some_jobs, tiny_path, monkeypatch):
+    jobs = some_jobs(2)
+    del jobs[1]["learning_rate"]
+    with pytest.raises(KeyboardInterrupt):
+        train_many(jobs, model=str(tiny_path), settings=OFTEN, observers=[Stop(5)])
+    monkeypatch.setattr("roadie.training.recipe.default_learning_rate", lambda width: 0.7)  # as another version may
+    resumed = train_many(jobs, model=str(tiny_path), settings=OFTEN, resume=True)
+    assert [job.learning_rate for job in resumed.jobs] == [jobs[0]["learning_rate"], 1.2e-2]
+    record = json.loads((Path(jobs[1]["output"]) / "training.json").read_text())
+    assert record["settings"]["learning_rate"] == record["result"]["learning_rate"] == 1.2e-2
+    assert max(line["learning_rate"] for line in record["history"] if "loss" in line) == 1.2e-2
+    again = train_many(jobs, model=str(tiny_path), settings=OFTEN, overwrite=True)
+    assert again["job1"].learning_rate == 0.7
+
+
 def test_data_that_are_mended_join_the_resumed_run(some_jobs, tiny_path):
     jobs = some_jobs(2)
     good = Path(jobs[1]["data"]).read_text()

@@ -21,7 +21,7 @@ class JobResult:
 
     steps: steps that were done; first_loss, last_loss: of its first and last training batch; eval_before, eval_after: on
     held-out data, None where there are none; best_step: the step whose adapter was kept, None for the last one;
-    tokens: learnt from, without padding.
+    tokens: learnt from, without padding; learning_rate: at its peak, None where the job never began.
     """
 
     name: str
@@ -35,6 +35,7 @@ class JobResult:
     eval_after: float | None = None
     best_step: int | None = None
     tokens: int = 0
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)

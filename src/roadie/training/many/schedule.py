@@ -14,9 +14,9 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     """The rate of the step number `step` (from 0) of `steps`."""
     warmup = min(math.ceil(recipe.warmup_ratio * steps), steps - 1)  # a first warm-up step has a rate of 0
     if step < warmup:
-        return recipe.learning_rate * step / warmup
+        return recipe.peak_rate * step / warmup
     if recipe.schedule == "constant":
-        return recipe.learning_rate
+        return recipe.peak_rate
     progress = (step - warmup) / (steps - warmup)
     left = 1 - progress if recipe.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return recipe.learning_rate * left
+    return recipe.peak_rate * left

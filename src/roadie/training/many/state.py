@@ -105,4 +105,5 @@ class ActiveJob:
             eval_after=progress.best_loss if progress.best_loss is not None else progress.eval_after,
             best_step=progress.best_step,
             tokens=progress.tokens,
+            learning_rate=self.prepared.job.recipe.learning_rate,
         )

@@ -66,6 +66,14 @@ def open_work(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job], *, o
     return work
 
 
+def former_rates(path: Path) -> dict[str, float]:
+    """The learning rate of each job of the run that was interrupted in this folder; empty where there is none."""
+    if not (path / RUN_NAME).is_file():
+        return {}
+    jobs = _read(path / RUN_NAME)["settings"]["jobs"]
+    return {job["name"]: job["learning_rate"] for job in jobs if job.get("learning_rate") is not None}
+
+
 def close_work(work: Work, settings: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
     """Note what became of the jobs, and remove the checkpoint."""
     _write(work, settings, outcome)
