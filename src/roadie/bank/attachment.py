@@ -1,19 +1,24 @@
-"""A bank's hold on the layers of a model: what rotates a layer's output, and how it gets at it.
+"""A bank's hold on the layers of a model: what rotates a layer's output, or its input, and how it gets at it.
 
 A plain model is held by forward hooks (`Hooks`); it needs nothing but linear layers, and no PEFT, and taking the hooks off leaves
-it as it was. Layers that rotate their own output, such as the tuner's, are held by another `Hold`.
+it as it was. Layers that rotate by themselves, such as the tuner's, are held by another `Hold`.
 
-Legend: D out features, S slots.
+A **site** is a layer's output, at the layer's path, or its input, at that path with `roadie.adapter.INPUT_SUFFIX`. Several layers
+may be given one input, which is therefore never written to.
+
+Legend: D features of a site, S slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from roadie.adapter import INPUT_SUFFIX
 from roadie.bank.routing import BankRouting, Choice
 from roadie.bank.servers import Server, serve, stop_serving
 from roadie.bank.table import LayerTable
@@ -27,15 +32,24 @@ from roadie.kernels import (
 )
 
 
+class _Last(NamedTuple):
+    """How a layer was rotated the last time, and for whom; prepared: None where no row had a rotation."""
+
+    choice: Choice
+    table: Chain
+    prepared: PreparedRotation | None
+    in_place: bool
+
+
 class LayerRotation:
-    """One layer: its table, and the choice of the rows. A copy of a model has none: its bank is another's."""
+    """One layer, or its input: its table, and the choice of the rows. A copy of a model has none: its bank is another's."""
 
     def __init__(self, table: LayerTable, routing: BankRouting) -> None:
         self.table, self._routing = table, routing
-        self._last: tuple[Choice, Chain, PreparedRotation] | None = None
+        self._last: _Last | None = None
 
     def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
-        """y ``[B, ..., D]`` rotated by the slots in force, or y itself where none are.
+        """y ``[B, ..., D]`` rotated by the slots in force, or y itself where none are, or none of them has a rotation here.
 
         is_fresh: whether nobody else holds y, so that it may be written to.
         """
@@ -43,27 +57,41 @@ class LayerRotation:
         if choice is None:
             return y
         table = self.table.current
-        if not torch.compiler.is_compiling() and self._is_rotated_as_before(y, choice, table):
-            return y
-        slots = choice.of(y)
-        if is_fresh() and can_rotate_chain_in_place(y, table):
-            rotate_chain_(y, table, slots)
-            prepared = prepare_chain(y, table, slots)
-            self._last = None if prepared is None else (choice, table, prepared)
-            return y
-        return rotate_chain(y, table, slots)
-
-    def _is_rotated_as_before(self, y: Tensor, choice: Choice, table: Chain) -> bool:
+        if torch.compiler.is_compiling():
+            return rotate_chain(y, table, self.table.routed(choice.of(y)))
         last = self._last
-        if last is None or last[0] is not choice or last[1] is not table or torch.is_grad_enabled():
-            return False
-        return last[2].rotate_(y)
+        if last is not None and last.choice is choice and last.table is table and not torch.is_grad_enabled():
+            rotated = _as_before(last, y)
+            if rotated is not None:
+                return rotated
+        return self._rotated(y, choice, table, is_fresh)
+
+    def _rotated(self, y: Tensor, choice: Choice, table: Chain, is_fresh: Callable[[], bool]) -> Tensor:
+        if self.table.has_none(choice.slots):
+            self._last = _Last(choice, table, None, in_place=False)
+            return y
+        slots = self.table.routed(choice.of(y))
+        if not can_rotate_chain_in_place(y, table):
+            return rotate_chain(y, table, slots)
+        in_place = is_fresh()
+        z = rotate_chain_(y, table, slots) if in_place else rotate_chain(y, table, slots)
+        prepared = prepare_chain(y, table, slots)
+        self._last = None if prepared is None else _Last(choice, table, prepared, in_place)
+        return z
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
+
+
+def _as_before(last: _Last, y: Tensor) -> Tensor | None:
+    if last.prepared is None:
+        return y
+    if not last.in_place:
+        return last.prepared.rotated(y)
+    return y if last.prepared.rotate_(y) else None
 
 
 class Hold(Protocol):
@@ -77,17 +105,29 @@ class Hold(Protocol):
         """Called when the bank is closed."""
         ...
 
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Path in the base model -> every layer that an adapter can rotate."""
+    def layers(self, model: nn.Module) -> Mapping[str, Any]:
+        """Path in the base model -> every site that an adapter can rotate; its width as `out_features` (or a Conv1D's)."""
         ...
 
-    def device_of(self, layer: nn.Module) -> torch.device:
-        """Where the layer computes."""
+    def device_of(self, layer: Any) -> torch.device:
+        """Where the site's layer computes."""
         ...
 
-    def attach(self, layer: nn.Module, rotation: LayerRotation) -> Callable[[], None]:
-        """From now on the layer's output is rotated; gives what ends that."""
+    def attach(self, layer: Any, rotation: LayerRotation) -> Callable[[], None]:
+        """From now on the site is rotated; gives what ends that."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInput:
+    """The input of a linear layer as a site of its own."""
+
+    layer: nn.Module
+
+    @property
+    def out_features(self) -> int:
+        """D, the inputs of the layer."""
+        return _in_features(self.layer)
 
 
 class Hooks:
@@ -99,20 +139,35 @@ class Hooks:
     def close(self, model: nn.Module) -> None:
         stop_serving(model)
 
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+    def layers(self, model: nn.Module) -> Mapping[str, Any]:
         """Inside PEFT's layers the base layer."""
-        return linear_layers(model)
+        layers = linear_layers(model)
+        return {**layers, **{f"{path}{INPUT_SUFFIX}": LayerInput(layer) for path, layer in layers.items()}}
 
-    def device_of(self, layer: nn.Module) -> torch.device:
-        return next(layer.parameters()).device
+    def device_of(self, layer: nn.Module | LayerInput) -> torch.device:
+        module = layer.layer if isinstance(layer, LayerInput) else layer
+        return next(module.parameters()).device
 
-    def attach(self, layer: nn.Module, rotation: LayerRotation) -> Callable[[], None]:
+    def attach(self, layer: nn.Module | LayerInput, rotation: LayerRotation) -> Callable[[], None]:
+        if isinstance(layer, LayerInput):
+            return layer.layer.register_forward_pre_hook(_input_hook(rotation)).remove
         gives_fresh_memory = type(layer) is nn.Linear
 
         def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
             return rotation.of(y, lambda: gives_fresh_memory and _is_only_ours(module))
 
         return layer.register_forward_hook(hook).remove
+
+
+def _input_hook(rotation: LayerRotation) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return rotation.of(inputs[0], _is_shared), *inputs[1:]
+
+    return hook
+
+
+def _is_shared() -> bool:
+    return False
 
 
 def _is_only_ours(module: nn.Module) -> bool:
@@ -141,8 +196,16 @@ def _out_features(module: nn.Module) -> int | None:
     return width if isinstance(width, int) and type(module).__name__ == "Conv1D" else None
 
 
-def out_features_of(module: nn.Module) -> int:
-    """D of a layer that a bank holds."""
+def _in_features(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    weight = module.weight  # of a Conv1D: [in features, out features]
+    assert isinstance(weight, Tensor)
+    return len(weight)
+
+
+def out_features_of(module: Any) -> int:
+    """D of a site that a bank holds."""
     width = getattr(module, "out_features", None) or _out_features(module)
     assert isinstance(width, int)
     return width

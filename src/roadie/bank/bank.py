@@ -5,8 +5,9 @@
     with bank.rows(["legal", None, {"legal": 0.5}]):   # a name, the base model, a blend
         model.generate(**batch)
 
-Every adapted layer has one pair of tables ``[slots, D]``. Writing goes into a slot that nobody reads, and then the name moves to
-it in one step: a forward sees the old adapter or the new one, never half of each.
+Every adapted layer has one pair of tables ``[slots, D]``, and its input another once an adapter rotates that too. Writing goes
+into a slot that nobody reads, and then the name moves to it in one step: a forward sees the old adapter or the new one, never
+half of each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, LayerParameters, check_adapter_name
+from roadie.adapter import Adapter, LayerParameters, check_adapter_name, is_input
 from roadie.bank.admission import Prepared, Rows, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
@@ -287,7 +288,8 @@ class AdapterBank:
         wanted = out_features_of(self._modules[path])
         if layer.out_features != wanted:
             raise AdapterError(
-                f"got adapter {name!r} with {layer.out_features} outputs for {path!r}; wanted {wanted}; use its own base model"
+                f"got adapter {name!r} with {layer.out_features} {'inputs' if is_input(path) else 'outputs'} for {path!r}; "
+                f"wanted {wanted}; use its own base model"
             )
 
     def _publish(self, names: Sequence[str | Blend], made: Mapping[str, Sequence[Rows]]) -> list[int]:
@@ -354,7 +356,8 @@ class AdapterBank:
 
     def _attach(self, path: str) -> None:
         module = self._modules[path]
-        table = LayerTable(out_features_of(module), self._book.num_slots, self._dtype, self._device_of(path))
+        width, device = out_features_of(module), self._device_of(path)
+        table = LayerTable(width, self._book.num_slots, self._dtype, device, is_sparse=is_input(path))
         self._attached[path] = rotation = LayerRotation(table, self._routing)
         self._detach.callback(self._hold.attach(module, rotation))
 

@@ -14,6 +14,7 @@ from roadie.kernels import Chain, RotationTable
 from roadie.rotation import Rotation
 
 ANY_SIZE = 2  # the group size of a slot that holds the identity: it pairs nothing
+NO_SLOT = -1  # of rows of the base model
 NO_ROTATION = 0  # the group size of a slot without a rotation in the tables of a chain beyond the first
 
 
@@ -22,19 +23,35 @@ class LayerTable:
 
     Rows that were never written are the identity. `current` is replaced as a whole where the tables grow or group sizes begin
     to differ; rows are written in place, and only rows that nobody reads.
+
+    is_sparse: few slots may have a rotation here; rows of the others pass bit for bit, as those of the base model do.
     """
 
-    def __init__(self, out_features: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, out_features: int, num_slots: int, dtype: torch.dtype, device: torch.device, *, is_sparse: bool = False
+    ) -> None:
         self.current: Chain = (_identity_table(out_features, num_slots, dtype, device, ANY_SIZE),)
         self._is_empty = True
+        self._holders = Holders(num_slots, device) if is_sparse else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        return sum(table.direct.nbytes + table.cross.nbytes + _bytes_of(table.sizes) for table in self.current)
+        tables = sum(table.direct.nbytes + table.cross.nbytes + _bytes_of(table.sizes) for table in self.current)
+        return tables + (0 if self._holders is None else self._holders.nbytes)
+
+    def routed(self, slots: Tensor) -> Tensor:
+        """The slots, on this device, with -1 for those that have no rotation here where the table is sparse."""
+        return slots if self._holders is None else self._holders.routed(slots)
+
+    def has_none(self, slots: Tensor) -> bool:
+        """Whether none of the slots is known to have a rotation here; False where looking would mean waiting for a device."""
+        return self._holders is not None and self._holders.has_none(slots)
 
     def write(self, slots: Sequence[int], rotations: Sequence[Rotation]) -> None:
         """Put rotations in a row, ``[K, D]`` each for K slots that nobody reads, into these, rounded to the tables' dtype."""
+        if self._holders is not None:
+            self._holders.set(slots, slots)
         if len(self.current) == len(rotations) == 1:  # of hundreds of layers, most of the time
             self._set_group_sizes(0, slots, rotations[0].group_size)
             _write_rows(self.current[0], slots, rotations[0])
@@ -49,6 +66,8 @@ class LayerTable:
 
     def clear(self, slots: Sequence[int]) -> None:
         """Put the identity into slots that nobody reads."""
+        if self._holders is not None:
+            self._holders.set(slots, [NO_SLOT] * len(slots))
         first, *others = self.current
         rows = torch.tensor(slots, device=first.direct.device)
         first.direct.index_fill_(0, rows, 1.0)
@@ -69,6 +88,8 @@ class LayerTable:
         first, *others = self.current
         grown = [_grown(first, num_slots, ANY_SIZE), *(_grown(table, num_slots, NO_ROTATION) for table in others)]
         self.current = tuple(grown)
+        if self._holders is not None:
+            self._holders.grow(num_slots)
 
     def _lengthen(self, num_rotations: int) -> None:
         """Room for more rotations in a row, which no slot has yet."""
@@ -96,6 +117,38 @@ class LayerTable:
 
     def _replace_first(self, table: RotationTable) -> None:
         self.current = (table, *self.current[1:])
+
+
+class Holders:
+    """Which slots of a layer have a rotation: slot -> itself, or -1, with a further -1 at the end, for -1: int64 ``[S + 1]``."""
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self._here = torch.full((num_slots + 1,), NO_SLOT)
+        self._there = self._here.to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self._there.nbytes
+
+    def routed(self, slots: Tensor) -> Tensor:
+        """The slots, -1 where they have none; on the device."""
+        return self._there[slots]
+
+    def has_none(self, slots: Tensor) -> bool:
+        """Whether no slot has one; False where the slots are on another device than the CPU, which a look would wait for."""
+        return slots.device.type == "cpu" and not bool((self._here[slots] >= 0).any())
+
+    def set(self, slots: Sequence[int], values: Sequence[int]) -> None:
+        """Note what slots have that nobody reads."""
+        self._here[list(slots)] = torch.tensor(list(values))
+        self._there = self._here.to(self._there.device)
+
+    def grow(self, num_slots: int) -> None:
+        """Room for more slots; whoever reads the old ones goes on reading them."""
+        more = num_slots + 1 - len(self._here)
+        self._here = torch.cat((self._here, self._here.new_full((more,), NO_SLOT)))
+        self._there = self._here.to(self._there.device)
 
 
 def rotations_at(chain: Chain, slot: int) -> tuple[Rotation, ...]:

@@ -1,4 +1,4 @@
-"""A rotation that is ready to be applied in place again and again: for decoding, where everything around it counts.
+"""A rotation that is ready to be applied again and again: for decoding, where everything around it counts.
 
 After a base layer has streamed its weight through the caches, Python runs several times slower than in a loop of its own: the
 general way to the kernel takes 150 us there, this one 40 (4096 outputs, 8 rows, bfloat16), and the base layer 2 ms.
@@ -35,8 +35,8 @@ _tracing = torch._C._get_tracing_state
 class PreparedRotation:
     """A table or several in a row, the slots of the rows, and tensors that they were made from, with what they held.
 
-    `rotate_` computes only where that is all it takes: it answers False, and leaves its argument alone, where a watched
-    tensor has changed, y is not of the expected kind, or some mode of torch wants to see what is done.
+    `rotate_` and `rotated` compute only where that is all it takes: they answer False, or None, and leave their argument alone,
+    where a watched tensor has changed, y is not of the expected kind, or some mode of torch wants to see what is done.
     """
 
     __slots__ = (
@@ -71,8 +71,11 @@ class PreparedRotation:
         self._head = (*pointers, 0, 0)
         self._tail = (direct.shape[0], group_size, TYPES[dtype], TYPES[direct.dtype])
 
-    def rotate_(self, y: Tensor) -> bool:
-        """R y in place, y ``[..., D]`` contiguous, in the dtype that was prepared for; whether it was done."""
+    def rotate_(self, y: Tensor, into: Tensor | None = None) -> bool:
+        """R y in place, y ``[..., D]`` contiguous, in the dtype that was prepared for; whether it was done.
+
+        into: memory like y's, which gets R y instead; y stays as it is.
+        """
         width, routed = self._width, self._routed
         if (
             type(y) is not Tensor
@@ -88,6 +91,7 @@ class PreparedRotation:
         ):
             return False
         rows, address = y.numel() // width, y.data_ptr()
+        into_address = address if into is None else into.data_ptr()
         if not rows or not routed:
             return False
         nbytes = 2 * y.nbytes + self._table_work
@@ -97,7 +101,14 @@ class PreparedRotation:
         if self._watched is not None:  # the memory of the watched tensors may have been replaced
             now, then = (self._watched[0].data_ptr(), self._watched[1].data_ptr()), self._then
         sizes = (self._watched_bytes, rows, width, width, 0, width, rows // routed)
-        return not self._function(JOB.pack(address, 0, address, *self._head, *now, *then, *sizes, *self._tail, threads))
+        return not self._function(
+            JOB.pack(address, 0, into_address, *self._head, *now, *then, *sizes, *self._tail, threads)
+        )
+
+    def rotated(self, y: Tensor) -> Tensor | None:
+        """R y in new memory, y as in `rotate_`; None where it was not done."""
+        z = torch.empty_like(y)
+        return z if self.rotate_(y, z) else None
 
 
 def prepare(
