@@ -1,8 +1,10 @@
 """Which run comes next: the search for a learning rate with the first seed, then the other seeds at the best rate.
 
     next_run(records, method, kind, seeds) -> (exponent, seed), or None when the method is done for this task
+    next_listed(records, method, rates, seeds) -> (rate, seed): the same where the rates to try are given
 
-A pure function of the records, so a run that was stopped goes on where it was.
+Pure functions of the records, so a run that was stopped goes on where it was. What is lowest is the validation loss, or
+the "cost" of the scores where a task is judged by something else.
 """
 
 from __future__ import annotations
@@ -31,15 +33,38 @@ def next_run(
     return next(((best, seed) for seed in seeds if seed not in done), None)
 
 
+def next_listed(
+    records: Sequence[Record], method: str, rates: Sequence[float], seeds: Sequence[int] = SEEDS
+) -> tuple[float, int] | None:
+    """The next of the given rates to try with the first seed, then the best of them with the others, or None."""
+    scores = costs(records, method, seeds[0])
+    untried = next((one for one in rates if one not in scores), None)
+    if untried is not None:
+        return untried, seeds[0]
+    best = min(rates, key=lambda one: (scores[one], one))
+    if math.isinf(scores[best]):
+        return None  # everything diverged: other seeds would too
+    done = {record["seed"] for record in records if _is(record, method) and record["learning_rate"] == best}
+    return next(((best, seed) for seed in seeds if seed not in done), None)
+
+
+def costs(records: Sequence[Record], method: str, seed: int) -> dict[float, float]:
+    """What the runs of one seed cost on validation, by learning rate; infinite where the run was stopped."""
+    return {
+        record["learning_rate"]: _cost(record) for record in records if _is(record, method) and record["seed"] == seed
+    }
+
+
+def _cost(record: Record) -> float:
+    """Infinite too where the loss was no number any more."""
+    cost = record["validation"] and record["validation"].get("cost", record["validation"]["loss"])
+    return math.inf if cost is None else float(cost)
+
+
 def searched(records: Sequence[Record], method: str, seed: int = SEEDS[0]) -> dict[int, float]:
     """Validation loss by exponent, of the runs of one seed; infinite where the run was stopped."""
     exponents = {rate(exponent): exponent for exponent in range(LOWEST, HIGHEST + 1)}
-    found = [record for record in records if _is(record, method) and record["seed"] == seed]
-    return {
-        exponents[r["learning_rate"]]: r["validation"]["loss"] if r["validation"] else math.inf
-        for r in found
-        if r["learning_rate"] in exponents
-    }
+    return {exponents[one]: cost for one, cost in costs(records, method, seed).items() if one in exponents}
 
 
 def best_exponent(records: Sequence[Record], method: str, seed: int = SEEDS[0]) -> int | None:

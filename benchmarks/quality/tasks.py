@@ -34,8 +34,8 @@ class Task:
     """One thing to learn.
 
     kind: LANGUAGE or CLASSIFICATION; width: hidden size of the model; targets: the modules that adapters adapt;
-    head: names of modules that every method trains whole, at head_rate; steps, batch_rows: of a run; first_row: whether
-    the text was in the pretraining of the model, in words; facts: counts for the report.
+    head: names of modules that every method trains whole, at head_rate; steps, batch_rows: of a run; predicts_numbers:
+    CLASSIFICATION by one logit, whose squared error is the loss; facts: counts for the report.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Task:
     batch_rows: int
     head: tuple[str, ...] = ()
     head_rate: float | None = None
+    predicts_numbers: bool = False
     facts: Mapping[str, Any] | None = None
 
 
@@ -66,7 +67,7 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     fills = {"attention_mask": 0, "labels": IGNORED, "token_type_ids": 0}
     batch: Batch = {}
     for key, first in rows[0].items():
-        if isinstance(first, int):
+        if isinstance(first, (int, float)):
             batch[key] = torch.tensor([row[key] for row in rows])
             continue
         longest = max(len(row[key]) for row in rows)
@@ -85,6 +86,8 @@ def tally(task: Task, model: nn.Module, batch: Batch) -> Tally:
     else:
         logits = model(**inputs).logits
         labels = batch["labels"] if "labels" in batch else torch.arange(len(logits))
+    if task.predicts_numbers:
+        return Tally(functional.mse_loss(logits[:, 0].float(), labels.float()), len(labels), 0)
     logits = logits.flatten(0, -2).float()
     labels = labels.flatten()
     counted = labels != IGNORED

@@ -54,7 +54,7 @@ def run(
     """Train and measure; gives the part of the record that the run itself knows. `base` is copied, not changed."""
     torch.manual_seed(seed)
     model = copy.deepcopy(base).requires_grad_(False)
-    _start_head(model, task, seed)
+    start_head(model, task, seed)
     adapted = method.adapt(model, task)
     trained: list[Trained] = []
     peak = peak_bytes(lambda: trained.append(_train(task, adapted, learning_rate, seed, schedule)))
@@ -66,7 +66,7 @@ def run(
         "processor_s": done.processor_s,
         "peak_bytes": peak,
         "stopped_at": done.stopped_at,
-        "curve": _thinned(done.losses),
+        "curve": thinned(done.losses),
         "validation": None if diverged else measured(task, adapted, task.splits.validation),
         "test": None if diverged else measured(task, adapted, task.splits.test),
     }
@@ -83,7 +83,7 @@ def batches(task: Task, seed: int) -> Iterator[Batch]:
         yield collate([task.splits.train[index] for index in chosen], task.pad_id)
 
 
-def _start_head(model: nn.Module, task: Task, seed: int) -> None:
+def start_head(model: nn.Module, task: Task, seed: int) -> None:
     """The same fresh head for every method of a seed."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -94,7 +94,7 @@ def _start_head(model: nn.Module, task: Task, seed: int) -> None:
 
 
 def _train(task: Task, model: nn.Module, learning_rate: float, seed: int, share: Schedule) -> Trained:
-    head, rest = _trainable(model, task)
+    head, rest = trainable(model, task)
     groups = [{"params": list(rest.values()), "lr": learning_rate}]
     if head:
         groups.append({"params": list(head.values()), "lr": task.head_rate if rest else learning_rate})
@@ -114,19 +114,20 @@ def _train(task: Task, model: nn.Module, learning_rate: float, seed: int, share:
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         losses.append(float(loss.detach()))
-        if _hopeless(losses):
+        if is_hopeless(losses):
             return Trained(losses, step + 1, time.process_time() - started)
     return Trained(losses, None, time.process_time() - started)
 
 
-def _hopeless(losses: list[float]) -> bool:
+def is_hopeless(losses: list[float]) -> bool:
+    """Whether a run can be stopped: its loss is no number, or far above where it began."""
     if not math.isfinite(losses[-1]):
         return True
     recent = losses[-5:]
     return len(losses) >= 10 and sum(recent) / len(recent) > sum(losses[:2]) / 2 + HOPELESS_NATS
 
 
-def _trainable(model: nn.Module, task: Task) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def trainable(model: nn.Module, task: Task) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """The trained parameters of the head, and all others."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     head = {name: p for name, p in named.items() if any(f".{part}." in f".{name}" for part in task.head)}
@@ -135,7 +136,7 @@ def _trainable(model: nn.Module, task: Task) -> tuple[dict[str, nn.Parameter], d
 
 def count_parameters(model: nn.Module, task: Task) -> dict[str, int]:
     """How many numbers are trained: by the method, and in the head that all methods share."""
-    head, rest = _trainable(model, task)
+    head, rest = trainable(model, task)
     return {
         "parameters": sum(parameter.numel() for parameter in rest.values()),
         "head_parameters": sum(parameter.numel() for parameter in head.values()),
@@ -153,7 +154,7 @@ def stored_bytes(model: nn.Module) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
 
-def _thinned(losses: list[float]) -> list[list[float]]:
+def thinned(losses: list[float]) -> list[list[float]]:
     """The curve of the training loss as [last step, mean loss] of about CURVE_POINTS equal stretches."""
     stretch = max(1, math.ceil(len(losses) / CURVE_POINTS))
     cuts = [(start, losses[start : start + stretch]) for start in range(0, len(losses), stretch)]
