@@ -4,6 +4,8 @@ layers          of any of the adapters; to an adapter without a layer, that laye
 variant         the smallest that holds the result exactly: road_1 where both rows of every pair agree, else road_2
 group size      of each layer, that in which the adapters turn there
 in a row        rotations of several group sizes are combined as `roadie.algebra.chains` says, where one of the adapters has them
+inputs          a rotation of a layer's input is combined with those of the same input; products there are in reverse order,
+                because ``R2 (R1 W Q1) Q2`` has ``Q1 Q2``
 precision       float64 inside; parameters are stored in float32, or float64 where an adapter has float64
 config          what all adapters say alike, with the layers, variant and group sizes of the result
 """
@@ -18,7 +20,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from roadie.adapter import Adapter, LayerParameters, refuse_chains, resolve_stages
+from roadie.adapter import (
+    INPUT_SUFFIX,
+    Adapter,
+    LayerParameters,
+    is_input,
+    layer_of,
+    refuse_chains,
+    resolve_stages,
+    rotates_input,
+)
 from roadie.algebra import in_one_pairing
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, Variant, chain_from_parameters, swap_unsigned, to_parameters
@@ -26,27 +37,37 @@ from roadie.rotation import Rotation, Variant, chain_from_parameters, swap_unsig
 Named = Mapping[str, Adapter]
 Rotations = Mapping[str, Rotation]
 Chains = Mapping[str, tuple[Rotation, ...]]
+OfRotations = Callable[[Rotations], Rotation]
+OfChains = Callable[[Chains], Sequence[Rotation]]
 T = TypeVar("T")
 
 _SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-_GROUPING = ("group_size", "group_size_pattern", "adapt_group_size", "stages", "stages_pattern")
+_GROUPING = (
+    *("group_size", "group_size_pattern", "adapt_group_size", "stages", "stages_pattern"),
+    *("input_stages", "input_stages_pattern"),
+)
 _NOT_KEPT = ("variant", "variant_pattern", "modules_to_save", "bias", "trainable_token_indices")
 
 
 def combined(
     adapters: Named,
-    combine: Callable[[Rotations], Rotation],
-    combine_chains: Callable[[Chains], Sequence[Rotation]] | None = None,
+    combine: OfRotations,
+    combine_chains: OfChains | None = None,
+    *,
+    at_inputs: tuple[OfRotations, OfChains] | None = None,
 ) -> Adapter:
     """Each layer of any adapter: `combine` of the rotations of those that have it, by name, in float64.
 
     combine_chains: the same for adapters of which one has several rotations in a row; None: such adapters are refused.
+    at_inputs: what stands for both at the inputs of layers; None: the same.
     Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or a result is too large.
     """
-    if combine_chains is not None and any(map(has_chains, adapters.values())):
-        chains = over_chains(adapters, combine_chains)
+    of_input, of_input_chains = at_inputs or (combine, combine_chains)
+    if combine_chains is not None and of_input_chains is not None and any(map(has_chains, adapters.values())):
+        chains = _over_chains(adapters, combine_chains, of_input_chains)
     else:
-        chains = {path: (rotation,) for path, rotation in over_layers(adapters, combine).items()}
+        found = _over_rotations(adapters, lambda path, parts: (of_input if is_input(path) else combine)(parts))
+        chains = {path: (rotation,) for path, rotation in found.items()}
     all_agree = all(rows_agree(rotation) for chain in chains.values() for rotation in chain)
     variant = Variant.ROAD_1 if all_agree else Variant.ROAD_2
     layers = {}
@@ -62,9 +83,14 @@ def has_chains(adapter: Adapter) -> bool:
     return any(len(layer.stages) > 1 for layer in adapter.layers.values())
 
 
-def over_chains(adapters: Named, combine: Callable[[Chains], Sequence[Rotation]]) -> dict[str, Sequence[Rotation]]:
-    """As `over_layers`, of rotations in a row, which need no common pairing."""
-    return _over_parts(adapters, lambda parts: combine({n: chain_in_float64(n, layer) for n, layer in parts.items()}))
+def _over_chains(adapters: Named, of_output: OfChains, of_input: OfChains) -> dict[str, Sequence[Rotation]]:
+    """As `_over_rotations`, of rotations in a row, which need no common pairing."""
+
+    def combine(path: str, parts: Mapping[str, LayerParameters]) -> Sequence[Rotation]:
+        chains = {name: chain_in_float64(name, layer) for name, layer in parts.items()}
+        return of_input(chains) if is_input(path) else of_output(chains)
+
+    return _over_parts(adapters, combine)
 
 
 def over_layers(adapters: Named, measure: Callable[[Rotations], T]) -> dict[str, T]:
@@ -73,14 +99,20 @@ def over_layers(adapters: Named, measure: Callable[[Rotations], T]) -> dict[str,
     Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or are not finite, and
     where one has several rotations in a row.
     """
+    return _over_rotations(adapters, lambda _, parts: measure(parts))
+
+
+def _over_rotations(adapters: Named, measure: Callable[[str, Rotations], T]) -> dict[str, T]:
     for name, adapter in adapters.items():
         refuse_chains(adapter, name)
-    return _over_parts(
-        adapters, lambda parts: measure(in_one_pairing({n: in_float64(n, layer) for n, layer in parts.items()}))
-    )
+
+    def measured(path: str, parts: Mapping[str, LayerParameters]) -> T:
+        return measure(path, in_one_pairing({name: in_float64(name, layer) for name, layer in parts.items()}))
+
+    return _over_parts(adapters, measured)
 
 
-def _over_parts(adapters: Named, measure: Callable[[Mapping[str, LayerParameters]], T]) -> dict[str, T]:
+def _over_parts(adapters: Named, measure: Callable[[str, Mapping[str, LayerParameters]], T]) -> dict[str, T]:
     for name, adapter in adapters.items():
         _check_only_rotations(name, adapter)
     found = {}
@@ -89,7 +121,7 @@ def _over_parts(adapters: Named, measure: Callable[[Mapping[str, LayerParameters
         with about_layer(path):
             _check_one_device(parts)
             _check_one_width(parts)
-            found[path] = measure(parts)
+            found[path] = measure(path, parts)
     return found
 
 
@@ -164,12 +196,18 @@ def result_config(
     common = _common(adapters)
     config = {key: value for key, value in common.items() if key not in _NOT_KEPT}
     config |= {"peft_type": "ROAD", "variant": variant.value}
-    same_layers = all(set(adapter.layers) == set(layers) for adapter in adapters)
+    targets = _targets(layers)
+    same_layers = all(_targets(adapter.layers) == targets for adapter in adapters)
     alike = all(key in common or not any(key in adapter.config for adapter in adapters) for key in _SELECTING)
     if not (same_layers and alike and config.get("target_modules")):
         config = {key: value for key, value in config.items() if key not in _SELECTING}
-        config["target_modules"] = sorted(layers)
+        config["target_modules"] = targets
     return grouped_config(config, layers)
+
+
+def _targets(layers: Iterable[str]) -> list[str]:
+    """The layers whose output or input is rotated."""
+    return sorted(set(map(layer_of, layers)))
 
 
 def grouped_config(config: Mapping[str, Any], layers: Mapping[str, LayerParameters]) -> dict[str, Any]:
@@ -190,7 +228,7 @@ def _common(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 
 def _comparable(key: str, value: Any) -> Any:
-    if key != "stages" and isinstance(value, (list, tuple, set, frozenset)):
+    if key not in ("stages", "input_stages") and isinstance(value, (list, tuple, set, frozenset)):
         return sorted(map(repr, value))
     # Of patterns the first that matches counts, so that their order matters.
     return list(value.items()) if isinstance(value, Mapping) else value
@@ -198,21 +236,40 @@ def _comparable(key: str, value: Any) -> Any:
 
 def _describes(config: Mapping[str, Any], layers: Mapping[str, LayerParameters]) -> bool:
     try:
-        return all(resolve_stages(config, path, layer.out_features) == layer.stages for path, layer in layers.items())
+        return all(
+            resolve_stages(config, path, layer.out_features) == layer.stages for path, layer in layers.items()
+        ) and all(rotates_input(config, path) == (f"{path}{INPUT_SUFFIX}" in layers) for path in _targets(layers))
     except ConfigError:
         return False
 
 
 def _group_sizes(layers: Mapping[str, LayerParameters]) -> dict[str, Any]:
     """One group size for all, or the most frequent one and a pattern a layer: longer paths first, which end in shorter ones."""
-    (stages, count), *_ = Counter(layer.stages for layer in layers.values()).most_common()
+    outputs = {path: layer.stages for path, layer in layers.items() if not is_input(path)}
+    return (_output_sizes(outputs) if outputs else {}) | _input_sizes(layers)
+
+
+def _output_sizes(stages_of: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    (stages, count), *_ = Counter(stages_of.values()).most_common()
     usual = {"group_size": stages[0]} if len(stages) == 1 else {"stages": list(stages)}
-    if count == len(layers):
+    if count == len(stages_of):
         return usual
-    if all(len(layer.stages) == 1 for layer in layers.values()):
-        sizes = {re.escape(path): layers[path].stages[0] for path in _longest_first(layers)}
-        return usual | {"group_size_pattern": sizes}
-    return usual | {"stages_pattern": {re.escape(path): list(layers[path].stages) for path in _longest_first(layers)}}
+    if all(len(stages) == 1 for stages in stages_of.values()):
+        return usual | {
+            "group_size_pattern": {re.escape(path): stages_of[path][0] for path in _longest_first(stages_of)}
+        }
+    return usual | {"stages_pattern": {re.escape(path): list(stages_of[path]) for path in _longest_first(stages_of)}}
+
+
+def _input_sizes(layers: Mapping[str, LayerParameters]) -> dict[str, Any]:
+    """As `_group_sizes`, of inputs; nothing where there are none, and an empty list in the pattern for a layer without."""
+    inputs = {layer_of(path): layer.stages for path, layer in layers.items() if is_input(path)}
+    stages_of = {path: list(inputs.get(path, ())) for path in _targets(layers)}
+    if not inputs:
+        return {}
+    if len(set(inputs.values())) == 1 and len(inputs) == len(stages_of):
+        return {"input_stages": next(iter(stages_of.values()))}
+    return {"input_stages_pattern": {re.escape(path): stages_of[path] for path in _longest_first(stages_of)}}
 
 
 def _longest_first(paths: Iterable[str]) -> list[str]:

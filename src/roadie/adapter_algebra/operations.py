@@ -28,11 +28,11 @@ from roadie.algebra import (
     subtract,
 )
 from roadie.errors import AdapterError
-from roadie.rotation import Rotation, compose, identity
+from roadie.rotation import Rotation, compose, identity, inverse
 
 
 def compose_adapters(outer: Adapter, inner: Adapter) -> Adapter:
-    """The adapter that does what `inner` does, then `outer`, in every layer."""
+    """The adapter that does what `inner` does, then `outer`, in every layer; their rotations of inputs the other way round."""
 
     def product(parts: Rotations) -> Rotation:
         return compose(**parts) if len(parts) == 2 else next(iter(parts.values()))
@@ -40,7 +40,14 @@ def compose_adapters(outer: Adapter, inner: Adapter) -> Adapter:
     def in_turn(parts: Chains) -> Sequence[Rotation]:
         return compose_chains(parts.get("outer", ()), parts.get("inner", ()))
 
-    return combined({"outer": outer, "inner": inner}, product, in_turn)
+    def product_of_inputs(parts: Rotations) -> Rotation:
+        return compose(parts["inner"], parts["outer"]) if len(parts) == 2 else next(iter(parts.values()))
+
+    def in_turn_of_inputs(parts: Chains) -> Sequence[Rotation]:
+        return compose_chains(parts.get("inner", ()), parts.get("outer", ()))
+
+    at_inputs = product_of_inputs, in_turn_of_inputs
+    return combined({"outer": outer, "inner": inner}, product, in_turn, at_inputs=at_inputs)
 
 
 def inverse_adapter(adapter: Adapter) -> Adapter:
@@ -125,11 +132,19 @@ def subtract_adapters(adapter: Adapter, removed: Adapter) -> Adapter:
     def after_the_inverse(parts: Chains) -> Sequence[Rotation]:
         return compose_chains(parts.get("the adapter", ()), inverse_chain(parts.get("the removed one", ())))
 
-    return combined({"the adapter": adapter, "the removed one": removed}, difference, after_the_inverse)
+    def difference_of_inputs(parts: Rotations) -> Rotation:
+        return compose(inverse(_or_identity(parts, "the removed one")), _or_identity(parts, "the adapter"))
+
+    def before_the_inverse(parts: Chains) -> Sequence[Rotation]:
+        return compose_chains(inverse_chain(parts.get("the removed one", ())), parts.get("the adapter", ()))
+
+    at_inputs = difference_of_inputs, before_the_inverse
+    named = {"the adapter": adapter, "the removed one": removed}
+    return combined(named, difference, after_the_inverse, at_inputs=at_inputs)
 
 
 def distance_adapters(first: Adapter, second: Adapter, metric: Metric = Metric.CHORDAL) -> float:
-    """The distance of two adapters over all outputs that either adapts; see `roadie.algebra.geometry`."""
+    """The distance of two adapters over all outputs and inputs of layers that either rotates; see `roadie.algebra.geometry`."""
     squares = _squares(first, second, metric)
     return math.sqrt(math.fsum(square for square, _ in squares.values()) / sum(width for _, width in squares.values()))
 

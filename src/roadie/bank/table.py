@@ -141,7 +141,10 @@ class Holders:
 
     def set(self, slots: Sequence[int], values: Sequence[int]) -> None:
         """Note what slots have that nobody reads."""
-        self._here[list(slots)] = torch.tensor(list(values))
+        if len(slots) == 1:  # as in `_write_rows`
+            self._here[slots[0]] = values[0]
+        else:
+            self._here[list(slots)] = torch.tensor(list(values))
         self._there = self._here.to(self._there.device)
 
     def grow(self, num_slots: int) -> None:

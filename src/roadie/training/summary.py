@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters, is_input, layer_of
 from roadie.rotation import Rotation
 
 
@@ -25,7 +25,8 @@ class Range:
 
 @dataclass(frozen=True)
 class KindSummary:
-    """The layers that share the last part of their name ("q_proj"): how many, their sizes, and what R does to them.
+    """The layers that share the last part of their name ("q_proj", or "q_proj.road_input" for rotations of their inputs): how
+    many, their sizes, and what R does to them.
 
     angle_degrees and scale are those of R itself, for every output: atan2(cross, direct) and hypot(cross, direct); no
     change is 0 and 1.
@@ -116,7 +117,8 @@ def _targets(targets: object) -> tuple[str, ...]:
 def _kinds(adapter: Adapter) -> tuple[KindSummary, ...]:
     kinds: dict[str, list[LayerParameters]] = {}
     for path, layer in adapter.layers.items():
-        kinds.setdefault(path.rpartition(".")[2], []).append(layer)
+        name = layer_of(path).rpartition(".")[2]
+        kinds.setdefault(f"{name}{INPUT_SUFFIX}" if is_input(path) else name, []).append(layer)
     return tuple(_kind(name, layers) for name, layers in sorted(kinds.items()))
 
 

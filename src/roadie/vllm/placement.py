@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import Adapter, LayerParameters, refuse_inputs
 from roadie.errors import AdapterError, ConfigError
 from roadie.vllm.layers import PlacedRotations, RotatedLayer
 
@@ -27,7 +27,7 @@ def place(adapter: Adapter, manager: Any) -> dict[str, PlacedLayer]:
     """vLLM's name of a layer -> its rotations, for every layer of `adapter` that is on this device.
 
     manager: the `RoadModelManager` of this worker. Raises `AdapterError` or `ConfigError` for parameters other than
-    rotations, for layers that the model does not have or that cannot be rotated, and for sizes that do not fit. Layers
+    rotations of outputs, for layers that the model does not have or that cannot be rotated, and for sizes that do not fit. Layers
     of other pipeline stages are looked at there.
     """
     _check_rotations_alone(adapter)
@@ -42,6 +42,7 @@ def place(adapter: Adapter, manager: Any) -> dict[str, PlacedLayer]:
 
 
 def _check_rotations_alone(adapter: Adapter) -> None:
+    refuse_inputs(adapter, "the vLLM plug-in")
     if adapter.other:
         raise AdapterError(
             f"got an adapter that also has {next(iter(adapter.other))}; vLLM serves rotations alone, no trained biases, "

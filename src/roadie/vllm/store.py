@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, refuse_chains
+from roadie.adapter import Adapter, refuse_chains, refuse_inputs
 
 _PREFIX = "roadie-vllm-"
 _LOCK = "in-use"
@@ -47,10 +47,12 @@ class AdapterStore:
     def add(self, path: str | os.PathLike[str]) -> Path:
         """The copy of the adapter in the folder `path`.
 
-        Raises `CheckpointError` where it is not a sound RoAd adapter, `AdapterError` where it has several rotations in a row.
+        Raises `CheckpointError` where it is not a sound RoAd adapter, `AdapterError` where it has several rotations in a row, or
+        rotates an input.
         """
         adapter = checkpoint.load(path)
-        refuse_chains(adapter, f"{path}: the vLLM plug-in")
+        for refuse in (refuse_chains, refuse_inputs):
+            refuse(adapter, f"{path}: the vLLM plug-in")
         copy = self.folder / content_hash(adapter)
         if not (copy / checkpoint.CONFIG_NAME).is_file():
             checkpoint.save(adapter, copy)
