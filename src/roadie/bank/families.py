@@ -21,8 +21,9 @@ from roadie.subspaces import trained_places
 
 
 class AdaptedLayer(NamedTuple):
-    """One layer that an adapter adapts, and how.
+    """One layer that an adapter adapts, or the input of one, and how.
 
+    path: of the layer, or of its input (`roadie.adapter.INPUT_SUFFIX`), whose in_features are then the out_features here;
     stages: the group sizes of its rotations in a row; share: the pairs that are trained, None for all.
     """
 

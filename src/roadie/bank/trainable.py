@@ -6,8 +6,8 @@ lie stacked, so that a step costs a handful of operations a layer however many a
     parameters [L, 2, S, n]  --from_parameters-->  a table (direct, cross) [S, D] a layer, a leaf of autograd
         gradients [L, 2, S, n]  <--parameter_gradients--  the table's gradient, summed over all backward passes of a step
 
-In the forward the output of each adapted layer is rotated by `roadie.kernels`, row by row; a row whose adapter leaves a
-layer alone has slot -1 there. Hooks do this on a plain model, and are taken away at the end of the context.
+In the forward the output of each adapted layer, or its input, is rotated by `roadie.kernels`, row by row; a row whose adapter
+leaves a site alone has slot -1 there. Hooks do this on a plain model, and are taken away at the end of the context.
 
 The parameters of pairs outside of an adapter's share get a gradient of zero, whatever it would be.
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from roadie.adapter import is_input, layer_of
 from roadie.bank.families import AdaptedLayer, Family, Stack
 from roadie.bank.table import NO_ROTATION
 from roadie.errors import RoutingError
@@ -36,6 +37,7 @@ class TrainableBank:
     """Adapters that are trained together on one frozen model; see the module.
 
     keep: what the layers keep for backward; None: the output where all adapters of the layer are road_1, else the input.
+    Rotations of inputs keep what they are given, which several layers may be given.
     """
 
     def __init__(self, device: torch.device, keep: Keep | None = None) -> None:
@@ -97,7 +99,10 @@ class TrainableBank:
                 for index, path in enumerate(stack.paths):
                     places.setdefault(path, []).append((number, stack, index))
         with torch.no_grad():
-            self._tables = {path: _layer_table(parts, self._keep) for path, parts in places.items()}
+            self._tables = {path: _layer_table(parts, self._keep_at(path)) for path, parts in places.items()}
+
+    def _keep_at(self, path: str) -> Keep | None:
+        return Keep.INPUT if is_input(path) else self._keep
 
     def collect_gradients(self, sum_: Callable[[Tensor], object] | None = None) -> list[Tensor]:
         """Turn the gradients of the tables into `Stack.gradients`; the squares of their norms ``[S]`` for each family.
@@ -116,10 +121,14 @@ class TrainableBank:
 
     @contextmanager
     def attached(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-        """Within the block the outputs of the modules `paths` are rotated wherever rows are routed (`routed`)."""
+        """Within the block the sites `paths` are rotated wherever rows are routed (`routed`)."""
         with ExitStack() as stack:
             for path in paths:
-                handle = model.get_submodule(path).register_forward_hook(self._hook(path))
+                module = model.get_submodule(layer_of(path))
+                if is_input(path):
+                    handle = module.register_forward_pre_hook(self._input_hook(path))
+                else:
+                    handle = module.register_forward_hook(self._hook(path))
                 stack.callback(handle.remove)
             yield
 
@@ -139,6 +148,15 @@ class TrainableBank:
             if layer is None or self._slots is None:
                 return None
             return layer.rotated(y, self._local_slots(layer.families), _gives_fresh_memory(module))
+
+        return rotated
+
+    def _input_hook(self, path: str) -> Any:
+        def rotated(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            layer = self._tables.get(path)
+            if layer is None or self._slots is None:
+                return None
+            return layer.rotated(inputs[0], self._local_slots(layer.families), False), *inputs[1:]
 
         return rotated
 
