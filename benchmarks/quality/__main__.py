@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import records
+from benchmarks.quality.hub import command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,8 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--records", type=Path, default=None, help="folder of the records")
     run.add_argument("--until", default=None, help="HH:MM in UTC: start no run after that")
     run.add_argument("--threads", type=int, default=1)
+    command.add_arguments(run)
     verbs.add_parser("quick", help="repeat two rows of the records, and compare")
-    verbs.add_parser("report", help="make docs/quality.md of the records")
+    report = verbs.add_parser("report", help="make docs/quality.md of the records")
+    report.add_argument("--records", type=Path, default=None, help="print a report of what run --config wrote there")
     options = parser.parse_args(arguments)
     return VERBS[options.verb](options)
 
@@ -32,6 +35,8 @@ def _run(options: argparse.Namespace) -> int:
     from benchmarks.quality.sweep import sweep
 
     torch.set_num_threads(options.threads)
+    if command.is_meant(options):
+        return command.run(options, _stop_at(options.until))
     count = sweep(options.records or records.folder(), _stop_at(options.until), options.task)
     print(f"{count} runs")
     return 0
@@ -44,10 +49,10 @@ def _quick(_: argparse.Namespace) -> int:
     return repeat()
 
 
-def _report(_: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> int:
     from benchmarks.quality.report import main as report
 
-    return report()
+    return report() if options.records is None else command.report(options.records)
 
 
 def _stop_at(clock: str | None) -> Callable[[], bool]:

@@ -28,10 +28,19 @@ def add_arguments(run: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="check the configuration, say what it would run, and stop")
 
 
+def is_meant(options: argparse.Namespace) -> bool:
+    """Whether `run` was given anything that only a configuration has."""
+    given = (options.config, options.method, options.seeds, options.model, options.dtype, options.check)
+    return any(given) or options.device != "cpu" or options.data != Path()
+
+
 def run(options: argparse.Namespace, stop: Callable[[], bool]) -> int:
     """Train what the records lack of a configuration, or say what that would be."""
     from benchmarks.quality.hub.sweep import Choice, records_folder, sweep
 
+    if options.config is None:
+        print("error: got options of configurations without one; wanted --config FILE too; add it", file=sys.stderr)
+        return 2
     choice = Choice(
         tasks=options.task,
         methods=options.method,
