@@ -227,6 +227,8 @@ EXTRAS = {
     "bias": "road_only",
     "exclude_modules": {"b", "a"},
     "group_size_pattern": {"q": 2},
+    "input_stages": [64],
+    "input_stages_pattern": {"q": [2, 64], "k": []},
     "layers_pattern": "h",
     "layers_to_transform": 0,
     "stages": [16, 2, 64],
@@ -241,7 +243,8 @@ def test_an_extra_setting_marks_the_variant_and_a_default_one_is_not_written(key
     plain = {"peft_type": "ROAD", "variant": "road_2"}
     assert checkpoint.config_text({**plain, key: EXTRA_DEFAULTS[key]}) == checkpoint.config_text(plain)
     text = checkpoint.config_text({**plain, key: EXTRAS[key]})
-    assert json.loads(text)["variant"] == ("roadie-stages:" if "stages" in key else "roadie:") + "road_2"
+    prefix = "roadie-inputs:" if "input" in key else "roadie-stages:" if "stages" in key else "roadie:"
+    assert json.loads(text)["variant"] == prefix + "road_2"
     (tmp_path / CONFIG_NAME).write_text(text)
     config = checkpoint.read_config(tmp_path)
     assert config["variant"] == "road_2"
@@ -739,3 +742,94 @@ def test_the_temporary_folder_is_beside_the_files_it_will_replace(folder, monkey
     monkeypatch.setattr(replacement, "_install", lambda staging, target: staged.append((staging.parent, target)))
     checkpoint.save(small(), folder)
     assert staged == [(folder, folder)]
+
+
+# Rotations of inputs: tensors and config say the same, or the file is refused.
+
+INPUT = "a.q.road_input"
+
+
+def with_input(**config):
+    """q has 8 outputs and 16 inputs, and rotates both; v has 8 outputs."""
+    plain, of_input = small(), [layer("road_1", 16, 4, seed=seed) for seed in (5, 6)]
+    theta, alpha = (torch.cat(vectors) for vectors in zip(*[(one.theta, one.alpha) for one in of_input], strict=True))
+    layers = {**plain.layers, INPUT: LayerParameters(theta, alpha, "road_1", (4, 16))}
+    return Adapter(layers, {**plain.config, "input_stages_pattern": {"q": [4, 16]}, **config})
+
+
+def saved(adapter, folder):
+    with pytest.warns(UserWarning, match=r"rotations of inputs \(input_stages\), which .* roadie alone loads it"):
+        checkpoint.save(adapter, folder)
+    return folder
+
+
+def test_rotations_of_inputs_are_saved_under_the_path_of_the_input_and_loaded_bit_for_bit(tmp_path):
+    adapter = with_input()
+    names = safetensors.torch.load_file(saved(adapter, tmp_path) / WEIGHTS_NAME)
+    assert {f"base_model.model.{INPUT}.road_theta", f"base_model.model.{INPUT}.road_alpha"} < set(names)
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["variant"] == "roadie-inputs:road_1"
+    again = checkpoint.load(tmp_path)
+    assert (again.stages, again.input_stages) == (((4,),), ((4, 16),))
+    for path, one in adapter.layers.items():
+        assert bits(again.layers[path].theta) == bits(one.theta)
+        assert bits(again.layers[path].alpha) == bits(one.alpha)
+    before = files(tmp_path)
+    assert files(saved(again, tmp_path)) == before
+
+
+def test_both_kinds_of_extension_are_named_where_both_are_there(tmp_path):
+    says = r"several rotations in a row \(stages\) and rotations of inputs .* train without stages and input_stages"
+    with pytest.warns(UserWarning, match=says):
+        checkpoint.save(with_input(stages_pattern={"k": [2, 4]}), tmp_path)
+
+
+def config_changed(folder, **changes):
+    file = folder / CONFIG_NAME
+    file.write_text(checkpoint.config_text({**checkpoint.read_config(folder), **changes}))
+
+
+def test_inputs_that_the_config_does_not_rotate_are_refused(tmp_path):
+    config_changed(saved(with_input(), tmp_path), input_stages_pattern={})
+    says = (
+        "a.q.road_input.road_theta: got a rotation of a layer's input where the config gives none; wanted input_stages"
+    )
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.load(tmp_path)
+
+
+def test_inputs_that_the_config_rotates_and_the_file_does_not_have_are_refused(tmp_path):
+    config_changed(saved(with_input(), tmp_path), input_stages_pattern={"q": [4, 16], "v": [2]})
+    says = "a.v.road_input.road_theta: got nothing, and a config with input_stages for this layer; wanted both tensors"
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.load(tmp_path)
+    config_changed(tmp_path, input_stages_pattern={"q": [4, 16], "v": []}, input_stages=[2])
+    assert set(checkpoint.load(tmp_path).layers) == set(with_input().layers)
+
+
+def test_an_input_of_a_layer_that_is_not_there_is_refused(tmp_path):
+    adapter = with_input()
+    lonely = Adapter({path: one for path, one in adapter.layers.items() if path != "a.q"}, adapter.config)
+    with pytest.raises(CheckpointError, match=r"got a rotation of its input, and nothing for layer a\.q; wanted"):
+        checkpoint.save(lonely, tmp_path)
+    tensors = safetensors.torch.load_file(saved(adapter, tmp_path) / WEIGHTS_NAME)
+    left = {name: tensor for name, tensor in tensors.items() if ".q.road_t" not in name and ".q.road_a" not in name}
+    safetensors.torch.save_file(left, tmp_path / WEIGHTS_NAME, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"got a rotation of its input, and nothing for layer a\.q; wanted"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"input_stages_pattern": {"q": [16, 4]}},
+            r"got a config that gives road_1, stages=\[16, 4\]; wanted what the layer",
+        ),
+        ({"input_stages_pattern": {}}, "config gives none"),
+        ({"input_stages": [2]}, r"a\.v\.road_input\.road_theta: got nothing"),
+    ],
+)
+def test_a_config_that_says_something_else_of_inputs_is_not_saved(changes, says, tmp_path):
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.save(with_input(**changes), tmp_path)
+    assert not list(tmp_path.iterdir())

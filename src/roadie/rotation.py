@@ -349,6 +349,11 @@ def swap_unsigned(x: Tensor, group_size: int) -> Tensor:
     return torch.stack((second, first), dim=-2).flatten(-3)
 
 
+def transposed(rotation: Rotation) -> Rotation:
+    """R^T: ``rotate(w, transposed(r))`` is the row ``w^T R``, so that a weight whose rows are turned by it is ``W R``."""
+    return Rotation(rotation.direct, -swap_unsigned(rotation.cross, rotation.group_size), rotation.group_size)
+
+
 def partner_columns(group_size: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """For each output its partner, int64, and the sign J gives it (-1 first members, 1 second), in like's dtype.
 

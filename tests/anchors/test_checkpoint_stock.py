@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters
 from roadie.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from roadie.rotation import Variant, parameter_size, rotate
 from roadie.testing import stock_peft, tiny_llama
@@ -180,6 +180,8 @@ EXTRAS = {
     "bias": "road_only",
     "exclude_modules": ["v"],
     "group_size_pattern": {"nothing": 2},
+    "input_stages": [4],
+    "input_stages_pattern": {"nothing": [2, 4]},
     "layers_pattern": "layers",
     "layers_to_transform": 0,
     "stages": [4],
@@ -190,17 +192,19 @@ EXTRAS = {
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
-@pytest.mark.filterwarnings("ignore:this adapter has several rotations")
+@pytest.mark.filterwarnings("ignore:this adapter has")
 @pytest.mark.parametrize("key", sorted(checkpoint.EXTRA_DEFAULTS))
 def test_stock_refuses_a_config_it_would_misread(key, stock, tmp_path):
     model = stock_adapter(stock, group_size=4)
     model.save_pretrained(tmp_path)
     plain = checkpoint.load(tmp_path)
-    checkpoint.save(Adapter(plain.layers, {**plain.config, key: EXTRAS[key]}), tmp_path)
+    inputs = {path + INPUT_SUFFIX: layer for path, layer in plain.layers.items()} if key == "input_stages" else {}
+    checkpoint.save(Adapter({**plain.layers, **inputs}, {**plain.config, key: EXTRAS[key]}), tmp_path)
     assert checkpoint.load(tmp_path).config[key] == EXTRAS[key]
     base = tiny()
     before = copy.deepcopy(base.state_dict())
-    with pytest.raises(ValueError, match=f"Invalid variant roadie{'-stages' if 'stages' in key else ''}:road_1"):
+    kind = "-inputs" if "input" in key else "-stages" if "stages" in key else ""
+    with pytest.raises(ValueError, match=f"Invalid variant roadie{kind}:road_1"):
         peft.PeftModel.from_pretrained(base, str(tmp_path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 

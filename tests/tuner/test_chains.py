@@ -141,7 +141,7 @@ def test_backward_keeps_one_tensor_of_the_batch() -> None:
     x = torch.randn(50, 16)
     y = layer.base_layer(x).detach()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        layer._rotated(y)
+        layer._rotated(y, False)
     assert sizes.count(50 * 16) == 1
 
 

@@ -13,7 +13,8 @@ them: other metadata, another JSON layout, two spellings of one number, extra ke
 **The prefix.** Where the config says more than stock PEFT understands (`EXTRA_DEFAULTS`), the file's variant reads
 "roadie:road_1", so that stock PEFT raises "Invalid variant" where it would have loaded another meaning. Readers here
 strip it, `config_text` puts it back. An extension that this reader must not ignore needs another prefix: rotations in a
-row (``stages``) have "roadie-stages:", and `save` warns that only roadie reads them. Their parameters lie end to end.
+row (``stages``) have "roadie-stages:", rotations of inputs (``input_stages``) "roadie-inputs:", and `save` warns that only roadie
+reads them. The parameters of rotations in a row lie end to end; those of the input of the layer at P are at P.road_input.
 
 **One pair, never a mixture.** Both files are written and fsynced in a temporary folder beside the final ones. Where
 the config does not change, the weights are replaced by one rename. Otherwise: old config out, old weights out, new
@@ -31,12 +32,16 @@ from pathlib import Path
 from torch import Tensor
 
 from roadie.adapter import (
+    INPUT_SUFFIX,
     Adapter,
     LayerParameters,
+    is_input,
+    layer_of,
     out_features_of,
     resolve_layer,
     resolve_stages,
     resolve_variant,
+    rotates_input,
     stages_at,
 )
 from roadie.checkpoint.config_file import config_bytes, config_text, parse_config, read_config
@@ -45,6 +50,8 @@ from roadie.checkpoint.layout import (
     CHAIN_PREFIX,
     CONFIG_NAME,
     EXTRA_DEFAULTS,
+    INPUT_KEYS,
+    INPUT_PREFIX,
     MAX_CONFIG_BYTES,
     VARIANT_PREFIX,
     WEIGHTS_NAME,
@@ -69,6 +76,8 @@ __all__ = [
     "CHAIN_PREFIX",
     "CONFIG_NAME",
     "EXTRA_DEFAULTS",
+    "INPUT_KEYS",
+    "INPUT_PREFIX",
     "MAX_CONFIG_BYTES",
     "VARIANT_PREFIX",
     "WEIGHTS_NAME",
@@ -91,9 +100,9 @@ def load(path: str | os.PathLike[str], *, max_weights_bytes: int | None = None) 
 
     max_weights_bytes: refuse a larger weights file before opening it (for files from strangers); None: no limit.
     The tensors are copies: nothing that later happens to the files changes them.
-    Raises `CheckpointError` where a file is missing, corrupt, truncated, not RoAd, of wrong shapes, or holds theta or
-    alpha that are not finite, and `UnsafeCheckpointError` where the weights are a pickle. The values of `other`
-    tensors are not looked at.
+    Raises `CheckpointError` where a file is missing, corrupt, truncated, not RoAd, of wrong shapes, holds theta or alpha that are
+    not finite, or rotates inputs where its config says otherwise, and `UnsafeCheckpointError` where the weights are a pickle. The
+    values of `other` tensors are not looked at.
     """
     folder = Path(path)
     text = config_bytes(folder)
@@ -105,6 +114,7 @@ def load(path: str | os.PathLike[str], *, max_weights_bytes: int | None = None) 
         refuse(folder / CONFIG_NAME, None, "a text that changed meanwhile", "files at rest", "load it again")
     pairs, other = split_tensors(weights, tensors)
     layers = {module: _layer(weights, config, module, pair) for module, pair in pairs.items()}
+    _check_inputs(weights, config, layers)
     check_finite(weights, layers)
     return Adapter(layers, config, other)
 
@@ -124,7 +134,7 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Other files in the folder are left alone. What `save` writes, `load` reads: raises `CheckpointError` where the
     config does not give a layer the variant and group size it has, values are not finite, names clash, or the disk
     refuses (full, read-only); the checkpoint that was there then stays whole. Raises `ConfigError` for a config that
-    JSON cannot hold. Warns where the adapter has rotations in a row, which stock PEFT refuses to load.
+    JSON cannot hold. Warns where the adapter has rotations in a row, or of inputs, which stock PEFT refuses to load.
     """
     folder = Path(path)
     text = config_text({"peft_type": "ROAD", **adapter.config})
@@ -132,16 +142,23 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     check_finite(folder / WEIGHTS_NAME, adapter.layers)
     for module, layer in adapter.layers.items():
         _check_described(folder / CONFIG_NAME, config, module, layer)
+    _check_inputs(folder / CONFIG_NAME, config, adapter.layers)
     warn_of_chains(config)
     replace_pair(folder, text, join_tensors(folder / WEIGHTS_NAME, adapter))
 
 
 def warn_of_chains(config: Mapping[str, object]) -> None:
-    """Say that roadie alone reads an adapter of this config, where it has rotations in a row."""
-    if any(config.get(key) for key in CHAIN_KEYS):
+    """Say that roadie alone reads an adapter of this config, where it has rotations in a row, or of inputs."""
+    has_chains, has_inputs = (any(config.get(key) for key in keys) for keys in (CHAIN_KEYS, INPUT_KEYS))
+    if has_chains or has_inputs:
+        names = ["several rotations in a row (stages)"] * has_chains + [
+            "rotations of inputs (input_stages)"
+        ] * has_inputs
+        settings = ["stages"] * has_chains + ["input_stages"] * has_inputs
         warnings.warn(
-            "this adapter has several rotations in a row (stages), which the format of PEFT's RoAd cannot express; it is saved "
-            "so that roadie alone loads it, and stock PEFT refuses it. For stock PEFT, merge it, or train without stages.",
+            f"this adapter has {' and '.join(names)}, which the format of PEFT's RoAd cannot express; it is saved so that roadie "
+            "alone loads it, and stock PEFT refuses it. For stock PEFT, merge it, or train without "
+            f"{' and '.join(settings)}.",
             UserWarning,
             stacklevel=3,
         )
@@ -156,8 +173,25 @@ def _check_described(file: Path, config: Mapping[str, object], module: str, laye
             module,
             f"a config that gives {variant.value}, {_shown(stages)}",
             f"what the layer has: {layer.variant.value}, {_shown(layer.stages)}",
-            "set variant, group_size, stages, variant_pattern, group_size_pattern or stages_pattern in the config of the adapter",
+            "set variant, group_size, stages or input_stages, or a pattern of one of them, in the config of the adapter",
         )
+
+
+def _check_inputs(file: Path, config: Mapping[str, object], layers: Mapping[str, LayerParameters]) -> None:
+    """Refuse inputs of layers that are not there, and layers without the rotation of their input that the config gives them."""
+    for module in layers:
+        if is_input(module) and layer_of(module) not in layers:
+            got, wanted = (
+                f"a rotation of its input, and nothing for layer {layer_of(module)}",
+                "those of the layer's output too",
+            )
+            refuse(file, parameter_name(module, "theta"), got, wanted, "get the file again, or put the identity there")
+        if not is_input(module) and module + INPUT_SUFFIX not in layers and rotates_input(config, module):
+            missing = parameter_name(module + INPUT_SUFFIX, "theta")
+            do = "get the file again, or give the layer [] in the input_stages_pattern of the config"
+            refuse(
+                file, missing, "nothing, and a config with input_stages for this layer", "both tensors of the input", do
+            )
 
 
 def _shown(stages: tuple[int, ...]) -> str:

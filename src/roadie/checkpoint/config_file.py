@@ -17,7 +17,7 @@ from roadie.errors import ConfigError
 from roadie.rotation import Variant
 
 # The first key that matches wins, so that sorting these mappings would change what they mean.
-_ORDERED_KEYS = ("group_size_pattern", "stages_pattern", "variant_pattern")
+_ORDERED_KEYS = ("group_size_pattern", "input_stages_pattern", "stages_pattern", "variant_pattern")
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _finite_float(text: str) -> float:
 def config_text(config: Mapping[str, Any]) -> str:
     """The text of adapter_config.json for `config`: one text for one meaning, laid out as PEFT's.
 
-    Keys are sorted and sets become sorted lists; lists and the order of the two pattern mappings stay. Extra keys
+    Keys are sorted and sets become sorted lists; lists and the order of the pattern mappings stay. Extra keys
     (`EXTRA_DEFAULTS`) are written only where they differ from their default, and then the variant gets roadie's
     prefix. Raises `ConfigError` for an unknown variant and where a value cannot be written as JSON.
     """

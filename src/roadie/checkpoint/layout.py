@@ -12,12 +12,15 @@ MAX_CONFIG_BYTES = 1 << 20
 
 VARIANT_PREFIX = "roadie:"
 CHAIN_PREFIX = "roadie-stages:"  # readers that know VARIANT_PREFIX alone must refuse rotations in a row
-PREFIXES = (VARIANT_PREFIX, CHAIN_PREFIX)
+INPUT_PREFIX = "roadie-inputs:"  # and those that know these two, rotations of inputs
+PREFIXES = (VARIANT_PREFIX, CHAIN_PREFIX, INPUT_PREFIX)
 EXTRA_DEFAULTS: Mapping[str, Any] = {
     "adapt_group_size": False,
     "bias": "none",
     "exclude_modules": None,
     "group_size_pattern": {},
+    "input_stages": None,
+    "input_stages_pattern": {},
     "layers_pattern": None,
     "layers_to_transform": None,
     "stages": None,
@@ -27,6 +30,7 @@ EXTRA_DEFAULTS: Mapping[str, Any] = {
 }
 
 CHAIN_KEYS = ("stages", "stages_pattern")
+INPUT_KEYS = ("input_stages", "input_stages_pattern")
 
 PARAMETER = re.compile(r"base_model\.model\.(?P<module>.+)\.road_(?P<part>theta|alpha)", re.DOTALL)
 # As they stand in a model's own state dict: without the prefix, or with the adapter's name at the end.
@@ -42,6 +46,8 @@ def without_prefix(variant: Any) -> Any:
 
 def prefix_for(keys: Collection[str]) -> str:
     """What stands before the variant of a config with these keys; nothing where stock PEFT understands all of them."""
+    if any(key in keys for key in INPUT_KEYS):
+        return INPUT_PREFIX
     if any(key in keys for key in CHAIN_KEYS):
         return CHAIN_PREFIX
     return VARIANT_PREFIX if any(key in keys for key in EXTRA_DEFAULTS) else ""

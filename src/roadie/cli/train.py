@@ -46,6 +46,12 @@ def train(
         str | None,
         typer.Option(help="Several rotations in a row, by their group sizes: 2,16,64.", show_default="one rotation"),
     ] = None,
+    input_stages: Annotated[
+        str | None,
+        typer.Option(
+            help="Rotate the inputs of layers too, by these group sizes: 64, or 2,16,64.", show_default="outputs alone"
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
@@ -124,7 +130,8 @@ def train(
         variant=variant,
         group_size=group_size,
         adapt_group_size=adapt_group_size,
-        stages=_stages(stages),
+        stages=_stages("--stages", stages),
+        input_stages=_stages("--input-stages", input_stages),
         target_modules=tuple(target) if target else DEFAULT.target_modules,
         share=share,
         learning_rate=learning_rate,
@@ -195,10 +202,10 @@ def show(result: TrainingResult) -> str:
     )
 
 
-def _stages(text: str | None) -> tuple[int, ...] | None:
+def _stages(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
         return tuple(int(size) for size in text.split(","))
     except ValueError:
-        raise ConfigError(f"got --stages {text!r}; wanted group sizes with commas between them; try 2,16,64") from None
+        raise ConfigError(f"got {option} {text!r}; wanted group sizes with commas between them; try 2,16,64") from None

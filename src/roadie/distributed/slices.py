@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from roadie.adapter import is_input, layer_of
 from roadie.distributed.layers import STORES, road_layers
 from roadie.errors import ConfigError
 from roadie.rotation import parameter_size
@@ -35,9 +36,11 @@ def tensor_parallel(
     mesh: one-dimensional; None for a base that is tensor parallel already (transformers' tp_plan="auto"), whose mesh is used;
     plan: "colwise", "rowwise" or a style of torch by path in the base model, `*` for a number; None: the model's own, of which
     "colwise" and "rowwise" are used and everything else stays whole in each process. Make the optimizer afterwards.
-    Raises `ConfigError`, with nothing changed, where a slice would cut a group, and for layers in other slices than these.
+    Raises `ConfigError`, with nothing changed, where a slice would cut a group, for layers in other slices than these, and for
+    adapters that rotate inputs.
     """
     layers = road_layers(model)
+    _refuse_inputs(layers)
     done = _mesh_of(layers)
     if done is None and mesh is None:
         raise ConfigError("got no mesh for a model that is whole; wanted one; make it with torch's init_device_mesh")
@@ -62,6 +65,15 @@ def tensor_parallel(
     for path, layer in layers.items():
         _distribute(layer, _placement(path, layer), mesh)
     return model
+
+
+def _refuse_inputs(layers: Mapping[str, Any]) -> None:
+    path = next((path for path in layers if is_input(path)), None)
+    if path is not None:
+        raise ConfigError(
+            f"{layer_of(path)}: got an adapter that rotates the layer's input (input_stages); wanted outputs alone: a layer "
+            "that is cut by rows is given a part of its input, whose pairs are elsewhere; train it data parallel"
+        )
 
 
 def _mesh_of(layers: Mapping[str, Any]) -> DeviceMesh | None:

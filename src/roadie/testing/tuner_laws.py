@@ -2,16 +2,16 @@
 
 Each takes a PeftModel of roadie. Those about merging look at every RoAd layer by itself, with an input of its own, so that
 bounds can be derived as in `roadie.testing.laws`: with u the unit roundoff of the weight's dtype, w that of the arithmetic
-(float32 or wider) and ``reach = |R| (|W| |x| + |b|)``, the base layer is off by at most ``(in + 1) w`` and each rotation by
-7 w (cos, sin and their product 3, product and sum 2, composing 2), relative to the reach; each rounding to the dtype adds u.
+(float32 or wider) and ``reach = |R| (|W| |R_in| |x| + |b|)``, the base layer is off by at most ``(in + 1) w`` and each rotation
+by 7 w (cos, sin and their product 3, product and sum 2, composing 2), relative to the reach; each rounding to the dtype adds u.
 
-Legend: B rows of a batch, D out features of a layer, K adapters applied in order.
+Legend: B rows of a batch, D out features of a layer, K rotations applied in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from roadie.testing.accuracy import (
 )
 from roadie.testing.laws import ROOM, apply_dense
 from roadie.testing.reference import dense_rotation
-from roadie.tuner import RoadLayer
+from roadie.tuner import Linear, RoadLayer
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.weight import is_conv1d
 
@@ -43,11 +43,16 @@ FLOAT32_UNMERGE = (
 )
 
 
-def layers_of(model: nn.Module) -> dict[str, RoadLayer]:
+def layers_of(model: nn.Module) -> dict[str, Linear]:
     """The RoAd layers of a model by their paths; at least one."""
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, RoadLayer)}
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
     assert layers, "got a model without RoAd layers"
     return layers
+
+
+def sites_of(model: nn.Module) -> dict[str, RoadLayer]:
+    """What is rotated in a model, by path: the outputs of the RoAd layers, and the inputs of those that rotate theirs."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, RoadLayer)}
 
 
 def road_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -57,50 +62,65 @@ def road_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class LayerTruth:
-    """What a layer is at one moment, in float64: weight ``[D, in]``, bias ``[D]`` (zeros where none), K matrices ``[D, D]``."""
+    """What a layer is at one moment, in float64: weight ``[D, in]``, bias ``[D]`` (zeros where none), K matrices ``[D, D]``.
+
+    inputs: as many matrices ``[in, in]`` as there are rotations of the input, that of the last adapter first.
+    """
 
     weight: Tensor
     bias: Tensor
     matrices: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, layer: RoadLayer, names: Sequence[str]) -> LayerTruth:
+    def of(cls, layer: Linear, names: Sequence[str]) -> LayerTruth:
         """Of the base layer as it is now, and of the given adapters; those the layer lacks are left out."""
         weight, bias = _weight_and_bias(layer)
         names = [name for name in names if name in layer.road_theta]
-        matrices = (matrix for name in names for matrix in _matrices(layer, name))
+        matrices = [matrix for name in names for matrix in _matrices(layer, name)]
+        road_input = layer.road_input
+        there = [] if road_input is None else [name for name in reversed(names) if name in road_input.road_theta]
+        inputs = [matrix for name in there for matrix in _matrices(road_input, name)]
         bias64 = weight.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
-        return cls(weight.double().clone(), bias64.clone(), tuple(matrices), weight.dtype)
+        return cls(weight.double().clone(), bias64.clone(), tuple(matrices), tuple(inputs), weight.dtype)
+
+    @property
+    def of_bias(self) -> LayerTruth:
+        """What a bias sees of it: the rotations of the output."""
+        return replace(self, inputs=())
 
     @property
     def arithmetic(self) -> float:
         """w K 7, K rotations: what computing the rotations and applying them can cost, relative to the reach."""
-        return 7 * len(self.matrices) * unit_roundoff(wide(self.dtype))
+        return 7 * (len(self.matrices) + len(self.inputs)) * unit_roundoff(wide(self.dtype))
 
     def check_output(self, got: Tensor, x: Tensor, what: str) -> None:
-        """`got` is ``R_K ... R_1 (W x + b)`` up to two roundings to the dtype and the arithmetic in between."""
+        """`got` is ``R_K ... R_1 (W (R_in x) + b)`` up to a rounding after each of the three, and the arithmetic in between."""
         assert got.dtype == self.dtype, f"{what}: got dtype {got.dtype}; wanted {self.dtype}"
-        truth = apply_dense(nn.functional.linear(x.double(), self.weight, self.bias), self.matrices)
-        size = nn.functional.linear(x.double().abs(), self.weight.abs(), self.bias.abs())
+        turned, reach = apply_dense(x, self.inputs), apply_dense(x.abs(), [matrix.abs() for matrix in self.inputs])
+        truth = apply_dense(nn.functional.linear(turned, self.weight, self.bias), self.matrices)
+        size = nn.functional.linear(reach, self.weight.abs(), self.bias.abs())
         sums = (self.weight.shape[1] + 1) * unit_roundoff(wide(self.dtype))
-        rounded = 2 * unit_roundoff(self.dtype) if self.dtype != wide(self.dtype) else 0.0
+        roundings = 3 if self.inputs else 2
+        rounded = roundings * unit_roundoff(self.dtype) if self.dtype != wide(self.dtype) else 0.0
         bound = (sums + self.arithmetic + rounded) * self._through_sizes(size)
-        # Below the smallest normal number rounding is absolute; what the first one leaves is amplified by |R|.
-        step = self._through_sizes(torch.full_like(size, smallest_step(self.dtype))) + smallest_step(self.dtype)
-        assert_within(got, truth, (bound + step) * ROOM, what)
+        # Below the smallest normal number rounding is absolute; what the first ones leave is amplified by |R| and |W|.
+        smallest = torch.full_like(size, smallest_step(self.dtype))
+        before = smallest * (1 + self.weight.abs().sum(1)) if self.inputs else smallest
+        assert_within(got, truth, (bound + self._through_sizes(before) + smallest) * ROOM, what)
 
-    def check_merged(self, layer: RoadLayer, what: str) -> None:
-        """The layer's weight and bias are ``R W`` and ``R b``, rounded once."""
+    def check_merged(self, layer: Linear, what: str) -> None:
+        """The layer's weight and bias are ``R W R_in`` and ``R b``, rounded once."""
         weight, bias = _weight_and_bias(layer)
         self._check_rounded_once(weight.mT, self.weight.mT, f"{what}: weight")
         if bias is not None:
-            self._check_rounded_once(bias, self.bias, f"{what}: bias")
+            self.of_bias._check_rounded_once(bias, self.bias, f"{what}: bias")
 
     def _check_rounded_once(self, got: Tensor, before: Tensor, what: str) -> None:
         assert got.dtype == self.dtype, f"{what}: got dtype {got.dtype}; wanted {self.dtype}"
-        truth = apply_dense(before, self.matrices)
-        inside = self.arithmetic * self._through_sizes(before.abs())
+        truth = apply_dense(_beside(before, self.inputs), self.matrices)
+        inside = self.arithmetic * self._through_sizes(_beside(before.abs(), [matrix.abs() for matrix in self.inputs]))
         last = unit_roundoff(self.dtype) * truth.abs() if self.dtype != wide(self.dtype) else 0.0
         assert_within(got, truth, (inside + last) * ROOM + smallest_step(self.dtype), what)
 
@@ -109,11 +129,18 @@ class LayerTruth:
 
     @property
     def condition(self) -> float:
-        """The condition number of ``R_K ... R_1``, at most."""
-        return float(torch.stack([torch.linalg.cond(matrix) for matrix in self.matrices]).prod())
+        """The product of the condition numbers of all rotations."""
+        return float(torch.stack([torch.linalg.cond(matrix) for matrix in (*self.matrices, *self.inputs)]).prod())
 
 
-def _matrices(layer: RoadLayer, name: str) -> list[Tensor]:
+def _beside(weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """``W R_in``, transposed as W is here: ``[in, D]``, in float64; as it is where there are no rotations of the input."""
+    for matrix in reversed(inputs):
+        weight = matrix.mT @ weight.double()
+    return weight
+
+
+def _matrices(layer: Any, name: str) -> list[Tensor]:
     """Of one adapter: a matrix for each of its rotations in a row, the first applied first."""
     size = layer.group_size[name]
     stages = (size,) if isinstance(size, int) else size
@@ -135,7 +162,7 @@ def _input_of(layer: RoadLayer) -> Tensor:
     return x.to(layer.get_base_layer().weight.dtype)
 
 
-def _check_outputs(layers: dict[str, RoadLayer], truths: dict[str, LayerTruth], what: str) -> None:
+def _check_outputs(layers: dict[str, Linear], truths: dict[str, LayerTruth], what: str) -> None:
     for path, layer in layers.items():
         x = _input_of(layer)
         with torch.no_grad():
@@ -180,12 +207,13 @@ def check_unmerging_restores(model: Any, names: Sequence[str], exact: ExactUnmer
         assert not torch.equal(_tensors(layer)[0], before[path][0]), f"{path}: merging changed nothing"
     model.unmerge_adapter()
     for path, layer in layers.items():
-        assert (layer.merged, layer.unmerge_bytes) == (False, 0), f"{path}: something was left behind"
+        assert (layer.merged_adapters, layer.unmerge_bytes) == ([], 0), f"{path}: something was left behind"
         for name, got, wanted in zip(("weight", "bias"), _tensors(layer), before[path], strict=False):
             if _is_exact(ExactUnmerge(exact), got.dtype):
                 assert_same_bits(got, wanted, f"{path}: {name}")
             else:
-                _check_nearly_restored(truths[path], got, wanted, f"{path}: {name}")
+                truth = truths[path] if name == "weight" else truths[path].of_bias
+                _check_nearly_restored(truth, got, wanted, f"{path}: {name}")
 
 
 def _tensors(layer: RoadLayer) -> list[Tensor]:
@@ -198,7 +226,7 @@ def _is_exact(exact: ExactUnmerge, dtype: torch.dtype) -> bool:
     return exact is ExactUnmerge.ALWAYS or (exact is ExactUnmerge.HALF and dtype.itemsize == 2)
 
 
-def _check_kept_bytes(layer: RoadLayer, exact: ExactUnmerge, path: str) -> None:
+def _check_kept_bytes(layer: Linear, exact: ExactUnmerge, path: str) -> None:
     tensors = _tensors(layer)
     elements = sum(t.numel() for t in tensors)
     if not _is_exact(exact, tensors[0].dtype):
@@ -212,19 +240,29 @@ def _check_kept_bytes(layer: RoadLayer, exact: ExactUnmerge, path: str) -> None:
 
 def _check_nearly_restored(truth: LayerTruth, got: Tensor, wanted: Tensor, what: str) -> None:
     assert got.dtype == wanted.dtype, f"{what}: got dtype {got.dtype}; wanted {wanted.dtype}"
-    inverses = [torch.linalg.inv(matrix) for matrix in reversed(truth.matrices)]
-    merged = apply_dense(wanted, truth.matrices).abs()
-    through = apply_dense(merged, [matrix.abs() for matrix in inverses])
+    inverses, of_inputs = (
+        [torch.linalg.inv(matrix) for matrix in reversed(matrices)] for matrices in (truth.matrices, truth.inputs)
+    )
+    merged = apply_dense(_beside(wanted, truth.inputs), truth.matrices).abs()
+    through = _back(merged, inverses, of_inputs)
     if wanted.dtype == wide(wanted.dtype):
         largest = wanted.double().abs().amax(dim=-1, keepdim=True)
+        if truth.inputs:  # a pair of inputs is two rows here
+            largest = largest.amax()
         factor = FLOAT32_UNMERGE if wanted.dtype == torch.float32 else unit_roundoff(torch.float64) * 32
         bound = factor * truth.condition * largest.expand_as(through)
     else:
-        all_through = apply_dense(truth._through_sizes(wanted.abs()), [matrix.abs() for matrix in inverses])
-        step = apply_dense(torch.full_like(merged, smallest_step(wanted.dtype)), [m.abs() for m in inverses])
+        sizes = truth._through_sizes(_beside(wanted.abs(), [matrix.abs() for matrix in truth.inputs]))
+        all_through = _back(sizes, inverses, of_inputs)
+        step = _back(torch.full_like(merged, smallest_step(wanted.dtype)), inverses, of_inputs)
         bound = unit_roundoff(wanted.dtype) * (through + wanted.double().abs()) + 4 * truth.arithmetic * all_through
         bound = bound + step + smallest_step(wanted.dtype)
     assert_within(got, wanted, bound * ROOM, what)
+
+
+def _back(sizes: Tensor, inverses: Sequence[Tensor], of_inputs: Sequence[Tensor]) -> Tensor:
+    """How large errors of these sizes in a merged weight may become on the way back."""
+    return apply_dense(_beside(sizes, [matrix.abs() for matrix in of_inputs]), [matrix.abs() for matrix in inverses])
 
 
 def check_mixed_rows_are_rows_alone(model: Any, x: Tensor, names: Sequence[str]) -> None:
@@ -303,8 +341,8 @@ def check_saving_and_loading_keeps_every_bit(
     assert set(saved) == set(loaded), f"got parameters {sorted(loaded)}; wanted {sorted(saved)}"
     for name, parameter in saved.items():
         assert_same_bits(loaded[name], parameter, name)
-    for path, layer in layers_of(model).items():
-        twin = layers_of(again)[path]
+    for path, layer in sites_of(model).items():
+        twin = sites_of(again)[path]
         assert (twin.variant, twin.group_size) == (layer.variant, layer.group_size), f"{path}: another variant or size"
     again.save_pretrained(folder / "twice")
     checkpoint.save(checkpoint.load(folder / "once"), folder / "third")
@@ -316,7 +354,7 @@ def check_saving_and_loading_keeps_every_bit(
 
 
 def _check_adapter_value(model: Any, value: Any, adapter: str) -> None:
-    layers = {path.removeprefix("base_model.model."): layer for path, layer in layers_of(model).items()}
+    layers = {path.removeprefix("base_model.model."): layer for path, layer in sites_of(model).items()}
     assert set(value.layers) == set(layers)
     for path, stored in value.layers.items():
         layer = layers[path]

@@ -48,6 +48,7 @@ class Recipe:
     adapt_group_size: where a layer's outputs are no multiple of `group_size`, use their greatest common divisor;
         otherwise such a layer is an error.
     stages: group sizes of several rotations in a row, such as (2, 16, 64), instead of one of `group_size`; None: one.
+    input_stages: group sizes of the rotation of each layer's input, one, (64,), or several in a row; None: outputs alone.
     share: the pairs of every layer that are trained, as text for `roadie.share.Share`: "1/2", "1/2 interleaved"; None: all.
     learning_rate: peak; None: `default_learning_rate` of the model; warmup_ratio: share of the steps; weight_decay,
         max_grad_norm: as in AdamW and Trainer.
@@ -64,6 +65,7 @@ class Recipe:
     group_size: int = 64
     adapt_group_size: bool = False
     stages: tuple[int, ...] | None = None
+    input_stages: tuple[int, ...] | None = None
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     share: str | None = None
     learning_rate: float | None = None
@@ -90,6 +92,8 @@ class Recipe:
             object.__setattr__(self, "share", str(Share.parse(self.share)))
         if self.stages is not None:
             object.__setattr__(self, "stages", _checked_stages(self))
+        if self.input_stages is not None:
+            object.__setattr__(self, "input_stages", _checked_sizes(self, "input_stages", "try input_stages=(64,)"))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Recipe:
@@ -105,7 +109,7 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """All settings as JSON can hold them; `from_mapping` gives the same recipe back."""
         settings = asdict(self)
-        for name in ("target_modules", "stages"):
+        for name in ("target_modules", "stages", "input_stages"):
             if isinstance(settings[name], tuple):
                 settings[name] = list(settings[name])
         return settings
@@ -168,20 +172,28 @@ def _check_numbers(recipe: Recipe) -> None:
 
 
 def _checked_stages(recipe: Recipe) -> tuple[int, ...]:
-    stages: object = recipe.stages
-    if not isinstance(stages, (list, tuple)) or not stages:
-        raise _refused("stages", stages, "the group sizes of rotations in a row", "try stages=(2, 16, 64)")
-    for size in stages:
-        _whole("stages", size, 2, "try stages=(2, 16, 64)")
-        if size % 2:
-            raise _refused("stages", stages, "even numbers", "try stages=(2, 16, 64)")
-    if recipe.share is not None:
-        raise _refused(
-            "share", recipe.share, "none with stages", "pairs are shared out within one rotation; leave one out"
-        )
+    stages = _checked_sizes(recipe, "stages", "try stages=(2, 16, 64)")
     if recipe.group_size not in (64, stages[0]):
         raise _refused("group_size", recipe.group_size, "none with stages, which say the group sizes", "leave one out")
-    return tuple(stages)
+    return stages
+
+
+def _checked_sizes(recipe: Recipe, name: str, advice: str) -> tuple[int, ...]:
+    sizes: object = getattr(recipe, name)
+    if not isinstance(sizes, (list, tuple)) or not sizes:
+        raise _refused(name, sizes, "the group sizes of rotations in a row", advice)
+    for size in sizes:
+        _whole(name, size, 2, advice)
+        if size % 2:
+            raise _refused(name, sizes, "even numbers", advice)
+    if recipe.share is not None:
+        raise _refused(
+            "share",
+            recipe.share,
+            f"none with {name}",
+            "pairs are shared out within one rotation of the output; leave one out",
+        )
+    return tuple(sizes)
 
 
 def _checked_targets(targets: object) -> str | tuple[str, ...]:

@@ -43,6 +43,7 @@ from roadie.training.models import (
     training_dtype,
 )
 from roadie.training.progress import ProgressBar
+from roadie.training.rate_watch import RateWatch
 from roadie.training.recipe import Recipe
 from roadie.training.record import RECORD_NAME, Sources, TrainingResult, history_of, write_record
 from roadie.training.text import read
@@ -183,6 +184,7 @@ def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
         group_size=recipe.group_size,
         adapt_group_size=recipe.adapt_group_size,
         stages=list(recipe.stages) if recipe.stages else None,
+        input_stages=list(recipe.input_stages) if recipe.input_stages else None,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     return get_peft_model(base, config)
@@ -224,7 +226,7 @@ def _build_trainer(
         model=adapted,
         args=_arguments(recipe, corpus, work.path, together),
         eval_dataset=corpus.measured,
-        callbacks=[*callbacks, *([ProgressBar()] if progress and together.is_first else [])],
+        callbacks=[*callbacks, RateWatch(), *([ProgressBar()] if progress and together.is_first else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -252,6 +254,7 @@ def _arguments(recipe: Recipe, corpus: _Corpus, folder: Path, together: Processe
         seed=recipe.seed,
         data_seed=recipe.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=interval,
         save_total_limit=2,

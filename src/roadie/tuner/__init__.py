@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 import peft
 
 from roadie.tuner.config import RoadConfig
-from roadie.tuner.layer import Linear, RoadLayer
+from roadie.tuner.inputs import RoadInput
+from roadie.tuner.layer import Linear
 from roadie.tuner.loading import allow_pickle
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.model import RoadModel
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.pair_training import train_only
 from roadie.tuner.registry import is_registered, register, unregister
+from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import rows
 from roadie.tuner.with_lora import add_lora, load_together, lora_rows, save_together
 
@@ -26,6 +28,7 @@ __all__ = [
     "Linear",
     "PeftModel",
     "RoadConfig",
+    "RoadInput",
     "RoadLayer",
     "RoadModel",
     "add_lora",

@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from roadie import checkpoint
-from roadie.adapter import DEFAULT_GROUP_SIZE, stages_of
+from roadie.adapter import DEFAULT_GROUP_SIZE, stages_of, stages_or_none
 from roadie.errors import ConfigError
 from roadie.rotation import Variant, check_group_size
 
@@ -47,6 +47,10 @@ class RoadConfig(PeftConfig):
             of its own, of the variant, and starts as the identity. None: one rotation, of group_size, which is not looked at
             where there are stages. Such adapters are saved so that stock PEFT refuses them.
         stages_pattern: regular expression -> stages, where they differ ([64]: one rotation); matched as in variant_pattern.
+        input_stages: rotate the input of each layer too, ``z = R_out (W (R_in x) + b)``: the group sizes of R_in, one ([64]) or
+            several in a row, which divide in_features; its variant and start are those of the output. None: the output alone.
+            Such adapters too are saved so that stock PEFT refuses them.
+        input_stages_pattern: regular expression -> input_stages, where they differ ([]: the output alone there).
 
     Raises `ConfigError` (a ValueError) for values that are not valid. Making one routes PEFT's ROAD to roadie.
     """
@@ -70,6 +74,12 @@ class RoadConfig(PeftConfig):
     adapt_group_size: bool = field(default=False, metadata={"help": "Use gcd(out_features, group_size) where needed."})
     stages: list[int] | None = field(default=None, metadata={"help": "Group sizes of several rotations in a row."})
     stages_pattern: dict[str, list[int]] = field(default_factory=dict, metadata={"help": "Regex of modules -> stages."})
+    input_stages: list[int] | None = field(
+        default=None, metadata={"help": "Group sizes of the rotations of layers' inputs; None: outputs alone."}
+    )
+    input_stages_pattern: dict[str, list[int]] = field(
+        default_factory=dict, metadata={"help": "Regex of modules -> input_stages."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +93,7 @@ class RoadConfig(PeftConfig):
         self._check_layers()
         self._check_patterns()
         self._check_stages()
+        self._check_input_stages()
         if self.bias not in BIAS_CHOICES:
             raise ConfigError(f"got bias={self.bias!r}; wanted one of {', '.join(BIAS_CHOICES)}")
 
@@ -124,12 +135,19 @@ class RoadConfig(PeftConfig):
         if len(self.stages) == 1:  # a chain of one is a plain adapter
             self.group_size, self.stages = self.stages[0], None
 
+    def _check_input_stages(self) -> None:
+        if self.input_stages is not None:
+            self.input_stages = list(stages_of(self.input_stages))
+        for pattern, stages in self.input_stages_pattern.items():
+            _check_regex(pattern, "input_stages_pattern")
+            self.input_stages_pattern[pattern] = list(stages_or_none(stages))
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json into `save_directory`, whole and reproducible byte for byte.
 
         Keys that PEFT's RoadConfig does not know are written only where they differ from their defaults; the variant is
         then written as "roadie:<variant>", which makes stock PEFT refuse the file instead of loading half its meaning. Warns
-        where that is because of stages.
+        where that is because of stages, or of rotations of inputs.
         """
         directory = Path(save_directory)
         if directory.is_file():

@@ -26,13 +26,14 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
-from roadie.adapter import matches_end, resolve_layer
+from roadie.adapter import INPUT_SUFFIX, matches_end, resolve_layer, rotates_input
 from roadie.errors import ConfigError, UnsupportedLayer
-from roadie.rotation import check_group_size
-from roadie.tuner.layer import RoadLayer, group_sizes_of, linear_features
+from roadie.tuner.layer import check_sizes, linear_features
+from roadie.tuner.rotating import RoadLayer
 
 logger = logging.getLogger("roadie")
 
+_PATTERNS = ("variant_pattern", "group_size_pattern", "stages_pattern", "input_stages_pattern")
 _BOOKS = ("variant", "group_size", "_keys", "_adapters")  # of RoAd layers, ParameterDicts and PEFT's wrappers
 
 
@@ -43,6 +44,7 @@ class Target:
     path: str
     module: nn.Module
     config: Any
+    in_features: int
     out_features: int
 
 
@@ -78,7 +80,7 @@ class Plan:
     def warn_of_unused_patterns(self, config: Any) -> None:
         """Warn of variant and group size patterns that match no adapted module, as PEFT does of LoRA's patterns."""
         paths = [target.path for target in self.targets]
-        for key in ("variant_pattern", "group_size_pattern", "stages_pattern"):
+        for key in _PATTERNS:
             unused = [
                 p for p in getattr(config, key, None) or {} if not any(matches_end(p, path, key) for path in paths)
             ]
@@ -154,28 +156,30 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Targ
                 "it belongs to torch.nn.MultiheadAttention, which reads its weight without calling it, so that a "
                 "rotation of its output would never happen; put it into exclude_modules"
             )
-        _, out_features = linear_features(base, quantization_backend(base, model))
-        resolved = layer_config(config, path, out_features)
-        for group_size in group_sizes_of(resolved):
-            check_group_size(group_size, out_features)
+        in_features, out_features = linear_features(base, quantization_backend(base, model))
+        resolved = layer_config(config, path, in_features, out_features)
+        check_sizes(resolved, in_features, out_features)
     except UnsupportedLayer as error:
         raise UnsupportedLayer(f"Target module {base} is not supported. At {path!r}: {error}") from None
     except ConfigError as error:
-        adapting = "" if out_features % 2 else ", or set adapt_group_size=True"
+        adapting = "" if out_features % 2 or in_features % 2 else ", or set adapt_group_size=True"
         raise ConfigError(f"{error} Module: {path!r}; or leave it out with exclude_modules{adapting}.") from None
-    return Target(path, module, resolved, out_features)
+    return Target(path, module, resolved, in_features, out_features)
 
 
-def layer_config(config: Any, path: str, out_features: int) -> Any:
+def layer_config(config: Any, path: str, in_features: int, out_features: int) -> Any:
     """`config` with the variant and the group sizes that hold for one module."""
-    patterns = ("variant_pattern", "group_size_pattern", "stages_pattern", "adapt_group_size")
-    if not any(getattr(config, name, None) for name in patterns):
+    rules = (*_PATTERNS, "adapt_group_size")
+    if not any(getattr(config, name, None) for name in rules):
         return config
-    settings = {name: getattr(config, name, None) for name in ("variant", "group_size", "stages", *patterns)}
+    names = ("variant", "group_size", "stages", "input_stages", *rules)
+    settings = {name: getattr(config, name, None) for name in names}
     variant, stages = resolve_layer(settings, path, out_features)
     resolved = copy.copy(config)
     resolved.variant, resolved.stages = variant.value, list(stages) if len(stages) > 1 else None
-    resolved.group_size = stages[0]
+    resolved.group_size, resolved.input_stages = stages[0], None
+    if rotates_input(settings, path):
+        resolved.input_stages = list(resolve_layer(settings, path + INPUT_SUFFIX, in_features)[1])
     return resolved
 
 

@@ -1,290 +1,40 @@
-"""The RoAd layer: any linear layer, and a rotation of its output.
+"""The RoAd layer: any linear layer, a rotation of its output, and where an adapter wants it one of its input.
 
 ONE class over every kind of base weight: nn.Linear, transformers' Conv1D, and quantised layers through PEFT's
 quantisation backends. The forward of a plain batch and of a mixed one is the same: tables of rotations, one row of
-which (or one for each row of the batch) is applied to the base layer's output.
+which (or one for each row of the batch) is applied to the base layer's output (`roadie.tuner.rotating`), and before to its
+input (`roadie.tuner.inputs`).
 
-Legend: B rows of the batch, D out features, n parameters of theta and of alpha.
+Legend: D out features.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from copy import copy
-from functools import reduce
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
-from roadie.adapter import stages_of
-from roadie.bank.attachment import LayerRotation
-from roadie.bank.blends import Blend
-from roadie.bank.live import on_this_process
-from roadie.errors import ConfigError, MergeError, RoutingError, UnsupportedLayer
-from roadie.kernels import (
-    Chain,
-    Keep,
-    can_rotate_chain_in_place,
-    prepare_chain,
-    rotate_chain,
-    rotate_chain_,
-    takes_kernels,
-)
-from roadie.rotation import Rotation, Variant, chain_from_parameters, check_group_size, parameter_size, to_dense
+from roadie.errors import MergeError, RoutingError, UnsupportedLayer
+from roadie.rotation import check_group_size, transposed
 from roadie.tuner.config import RoadConfig
-from roadie.tuner.merging import ExactUnmerge, combined
-from roadie.tuner.output import KeptForBackward, gives_fresh_memory, one_rotation
-from roadie.tuner.residents import Watch, names_in
-from roadie.tuner.routing import Routing, adapter_rows
-from roadie.tuner.table import PLAIN, LastRotation, SlotParameters, TableCache, build_chain, with_blends
-from roadie.tuner.trained import rotated_by_one, trained_chain
+from roadie.tuner.inputs import RoadInput
+from roadie.tuner.merging import ExactUnmerge, Turns, combined
+from roadie.tuner.output import gives_fresh_memory
+from roadie.tuner.rotating import RoadLayer, check_variant, group_sizes_of, input_group_sizes_of
+from roadie.tuner.routing import adapter_rows
 from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
 
 
-class RoadLayer(BaseTunerLayer):
-    """What a RoAd layer holds: for each adapter theta and alpha, a variant and a group size.
-
-    road_theta, road_alpha: parameters ``[n]`` by adapter name, n = out_features/2 (road_1), out_features (road_2) or
-    2 out_features (road_4), times the number of rotations in a row; variant: by adapter name; group_size: by adapter name,
-    a tuple of several where the adapter has that many rotations in a row.
-    """
-
-    adapter_layer_names: tuple[str, ...] = ("road_theta", "road_alpha")
-    other_param_names: tuple[str, ...] = ("variant", "group_size")
-    cast_input_dtype_enabled: bool = True  # PEFT's helpers expect it; RoAd never casts the layer's input
-
-    def __init__(self, base_layer: nn.Module, backend: QuantizationBackend | None = None) -> None:
-        self.base_layer = base_layer
-        self.quantization_backend = backend
-        self.variant: dict[str, str] = {}
-        self.group_size: dict[str, int | tuple[int, ...]] = {}
-        self.road_theta = nn.ParameterDict({})
-        self.road_alpha = nn.ParameterDict({})
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = linear_features(self.get_base_layer(), backend)
-        self.exact_unmerge = ExactUnmerge.HALF
-        self.kept_for_backward = KeptForBackward.AUTO
-        self._merges: list[Merge] = []
-        self._tables = TableCache()
-        self._routing = Routing()
-        self.resident: LayerRotation | None = None
-        self._watch: Watch | None = None
-        self.held_by: tuple[str, ...] = ()  # LoRA that is merged into the weight after RoAd: R must not change under it
-
-    @property
-    def _available_adapters(self) -> set[str]:
-        return set(self.road_theta)
-
-    def update_layer(self, adapter_name: str, config: RoadConfig, inference_mode: bool = False) -> None:
-        """Add the adapter `adapter_name`, or start it anew; raises `ConfigError` with nothing changed."""
-        _check_variant(config.variant)
-        stages = group_sizes_of(config)
-        for group_size in stages:
-            check_group_size(group_size, self.out_features)
-        size = len(stages) * parameter_size(config.variant, self.out_features)
-        self.variant[adapter_name] = config.variant
-        self.group_size[adapter_name] = stages if len(stages) > 1 else stages[0]
-        self.road_theta[adapter_name] = nn.Parameter(torch.empty(size))
-        self.road_alpha[adapter_name] = nn.Parameter(torch.empty(size))
-        self.reset_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT does; but where accelerate offloads the base layer, to the device it computes on, not to "meta"."""
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device or _offload_device(self.get_base_layer()))
-
-    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """Set an adapter to the identity (True), or to random values: theta ~ N(0, 0.5), alpha ~ N(1, 0.5) (False)."""
-        theta, alpha = self.road_theta[adapter_name], self.road_alpha[adapter_name]
-        with torch.no_grad():
-            if init_weights is False:
-                theta.normal_(mean=0.0, std=0.5)
-                alpha.normal_(mean=1.0, std=0.5)
-            else:
-                theta.zero_()
-                alpha.fill_(1.0)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense R of an adapter, ``[D, D]``, in float32 or wider: for looking at, not for computing with."""
-        return reduce(lambda inner, outer: outer @ inner, map(to_dense, self.rotations(adapter)))
-
-    def rotation(self, adapter: str) -> Rotation:
-        """What an adapter of one rotation does to this layer: direct and cross ``[D]`` in float32 or wider; differentiable.
-
-        Raises `ConfigError` for unknown adapters, and for those with several rotations in a row.
-        """
-        rotations = self.rotations(adapter)
-        if len(rotations) > 1:
-            raise ConfigError(
-                f"got adapter {adapter!r} with {len(rotations)} rotations in a row; wanted a single rotation; use rotations"
-            )
-        return rotations[0]
-
-    def rotations(self, adapter: str) -> tuple[Rotation, ...]:
-        """What an adapter does to this layer, the rotation that is applied first before the others; see `rotation`."""
-        slot = self._slot(adapter)
-        if slot is None:
-            raise ConfigError(
-                f"got adapter {adapter!r}, which this layer does not have; it has {sorted(self.road_theta)}"
-            )
-        return chain_from_parameters(slot.theta, slot.alpha, slot.variant, slot.stages)
-
-    def clear_cache(self) -> None:
-        """Forget rotations computed from the parameters; needed only after writing to ``.data`` of frozen GPU parameters."""
-        self._tables.clear()
-
-    def get_base_layer_device(self) -> torch.device:
-        """The device of the adapter's parameters, or of the base layer where there is none."""
-        tensor = next(iter(self.road_theta.values()), None)
-        return tensor.device if tensor is not None else next(self.get_base_layer().parameters()).device
-
-    def _slot(self, adapter: str) -> SlotParameters | None:
-        if adapter not in self.road_theta:
-            return None
-        parameters = on_this_process(self.road_theta[adapter]), on_this_process(self.road_alpha[adapter])
-        return SlotParameters(*parameters, self.variant[adapter], self.group_size[adapter])
-
-    def _rotated(self, y: Tensor) -> Tensor:
-        """The base layer's output, each row rotated by the adapter that is in force for it."""
-        is_fresh = gives_fresh_memory(self.base_layer)
-        slot = self._trained_slot()
-        if slot is not None:
-            return self._trained(y, slot, is_fresh)
-        if self._routing.slots is not None:
-            return self._routed(y, is_fresh)
-        for names in self._runs():
-            table = self._table(names, None)
-            if table is not None:
-                y = self._turned(y, one_rotation(table), None, names, is_fresh)
-        return y
-
-    def _routed(self, y: Tensor, is_fresh: bool) -> Tensor:
-        """y, each row rotated as its wish says: from the bank, or from a table made for this batch."""
-        routing = self._routing
-        if not torch.compiler.is_compiling() and self._is_in_bank():
-            if self.resident is None:
-                return y
-            if y.dim() <= 1 or y.shape[0] != len(routing.slots):  # type: ignore[arg-type]
-                routing.slots_of(y)  # says what is wrong, if it is
-            return self.resident.of(y, lambda: is_fresh)
-        table = self._table_of_wishes(routing.names, routing.batch)
-        return y if table is None else self._turned(y, table, routing.slots_of(y), routing.names, is_fresh)
-
-    def _is_in_bank(self) -> bool:
-        """Whether the bank has what the rows wish for, as the parameters are now."""
-        routing, watch = self._routing, self._watch
-        if not routing.in_bank or (routing.trains and torch.is_grad_enabled()):
-            return False
-        if watch is None or watch.batch is not routing.batch:
-            self._watch = Watch.of(self, routing.names, routing.batch)
-            return True
-        return watch.is_unwritten()
-
-    def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> Chain | None:
-        if not any(isinstance(wish, Blend) for wish in wishes):
-            return self._table(wishes, batch)  # type: ignore[arg-type]
-        names = tuple(dict.fromkeys(name for wish in wishes for name in names_in(wish)))
-        return with_blends(self._table(names, batch), names, wishes)
-
-    def _turned(
-        self, y: Tensor, table: Chain, slots: Tensor | None, names: tuple[str | Blend, ...], is_fresh: bool
-    ) -> Tensor:
-        if is_fresh and can_rotate_chain_in_place(y, table):
-            z = rotate_chain_(y, table, slots)
-            if slots is None:
-                self._remember(z, table, names[0])  # type: ignore[arg-type]
-            return z
-        parts = {name for wish in names for name in names_in(wish)}
-        keep = self.kept_for_backward.of({self.variant[name] for name in parts if name in self.variant})
-        return rotate_chain(y, table, slots, keep=keep)
-
-    def _remember(self, y: Tensor, table: Chain, name: str) -> None:
-        """Get ready to rotate in the same way the next time, where all that the table was made from can be watched."""
-        entry, active = self._tables.entries.get((name,)), self._active_adapter
-        if entry is None or active not in (name, [name]):
-            return
-        prepared = prepare_chain(y, table, None, (entry.parameters[0], entry.parameters[1]))
-        if prepared is not None:
-            self._tables.last = LastRotation(prepared, copy(active), entry)
-
-    def _runs(self) -> list[tuple[str, ...]]:
-        """The active adapters of this layer, in order; single rotations of one group size, which compose, stand together."""
-        runs: list[tuple[str, ...]] = []
-        for name in self.active_adapters:
-            if name not in self.road_theta:
-                continue
-            size = self.group_size[name]
-            if runs and isinstance(size, int) and self.group_size[runs[-1][0]] == size:
-                runs[-1] = (*runs[-1], name)
-            else:
-                runs.append((name,))
-        return runs
-
-    def _table(self, names: tuple[str, ...], batch: object) -> Chain | None:
-        if not torch.compiler.is_compiling():
-            entry = self._tables.checked(names, batch)
-            if entry is not None and not torch.is_grad_enabled():
-                return entry.table
-        slots = tuple(self._slot(name) for name in names)
-        if torch.compiler.is_compiling():
-            return build_chain(slots, self.out_features)
-        if torch.is_grad_enabled() and any(slot is not None and slot.requires_grad for slot in slots):
-            self._tables.clear()
-            return trained_chain(slots, self.out_features)
-        return self._tables.get(names, slots, self.out_features, batch)
-
-    def _trained_slot(self) -> SlotParameters | None:
-        """The one active adapter of a plain batch, where it is being trained."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or self._routing.slots is not None:
-            return None
-        entry, active = self._tables.trained, self._active_adapter
-        if entry is not None and active in (entry.name, [entry.name]) and entry.is_of(self):
-            slot = entry.slots[0]
-        else:
-            runs = self._runs()
-            slot = self._slot(runs[0][0]) if len(runs) == 1 and len(runs[0]) == 1 else None
-        return slot if slot is not None and slot.requires_grad else None
-
-    def _trained(self, y: Tensor, slot: SlotParameters, is_fresh: bool) -> Tensor:
-        """y rotated by the adapter that is being trained, in one step of autograd where that is possible."""
-        if len(slot.stages) > 1:
-            chain = trained_chain([slot], self.out_features)
-            assert chain is not None
-            return rotate_chain(y, chain, None)
-        kept = self._kept_table(slot)
-        keep = self.kept_for_backward.of({slot.variant})
-        if kept is None or not takes_kernels(y, kept[0]):
-            chain = build_chain([slot], self.out_features)
-            assert chain is not None
-            return rotate_chain(y, chain, None, keep=keep)
-        into_y = is_fresh and keep is Keep.OUTPUT and not y._is_view()
-        return rotated_by_one(y, slot, kept[0], keep, into_y=into_y)
-
-    def _kept_table(self, slot: SlotParameters) -> Chain | None:
-        """The table of one adapter, kept until a training step changes it; None where a parameter is not plain memory."""
-        entry, self._tables.last = self._tables.trained, None
-        if entry is not None and entry.slots[0] is slot and entry.is_unwritten() and entry.has_same_content():
-            return entry.table
-        if not all(type(tensor) in PLAIN for tensor in slot[:2]):
-            return None
-        name = next((name for name, theta in self.road_theta.items() if theta is slot.theta), None)
-        if name is None:  # a part of a parameter that several processes share
-            return None
-        table = self._tables.get((name,), (slot,), self.out_features, None)
-        self._tables.trained = self._tables.entries.get((name,))
-        return table
-
-
 class Linear(nn.Module, RoadLayer):
-    """A linear layer of any kind whose output RoAd rotates: ``z = R (W x + b)``.
+    """A linear layer of any kind whose output RoAd rotates, ``z = R (W x + b)``, and its input: ``z = R (W (R_in x) + b)``.
 
-    Input ``[..., in]``, output ``[..., D]`` in the dtype the base layer gives.
+    Input ``[..., in]``, output ``[..., D]`` in the dtype the base layer gives. road_input: what rotates the input; None where
+    none of the adapters does.
     """
 
     def __init__(
@@ -295,12 +45,37 @@ class Linear(nn.Module, RoadLayer):
         backend: QuantizationBackend | None = None,
     ) -> None:
         super().__init__()
-        RoadLayer.__init__(self, base_layer, backend)
+        self.base_layer = base_layer
+        self.quantization_backend = backend
+        self.in_features, out_features = linear_features(RoadLayer.get_base_layer(self), backend)
+        RoadLayer.__init__(self, out_features)
+        self.road_input: RoadInput | None = None
+        self.merged_adapters: list[str] = []
+        self.exact_unmerge = ExactUnmerge.HALF
+        self._merges: list[Merge] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config)
 
+    def update_layer(self, adapter_name: str, config: RoadConfig, inference_mode: bool = False) -> None:
+        """Add the adapter `adapter_name`, or start it anew; raises `ConfigError` with nothing changed."""
+        stages, input_stages = group_sizes_of(config), input_group_sizes_of(config)
+        check_sizes(config, self.in_features, self.out_features)
+        self.add(adapter_name, config, stages, inference_mode)
+        self._forget_input(adapter_name)
+        if input_stages:
+            self.road_input = self.road_input or RoadInput(self)
+            self.road_input.add(adapter_name, config, input_stages, inference_mode)
+
+    def _forget_input(self, adapter_name: str) -> None:
+        if self.road_input is None:
+            return
+        self.road_input.delete_adapter(adapter_name)
+        if not self.road_input.road_theta:
+            del self.road_input
+            self.road_input = None
+
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """Run the base layer and rotate its output.
+        """Rotate the input, run the base layer and rotate its output.
 
         x: ``[..., in]``; adapter_names: one adapter name for each row of x (usually given to the model, not here).
         Raises `RoutingError` where rows are routed and adapters are merged, or the numbers of rows differ.
@@ -316,11 +91,13 @@ class Linear(nn.Module, RoadLayer):
                 return self.forward(x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             self._check_not_routed()
-            return y
-        return self._rotated(y)
+            return self.base_layer(x, *args, **kwargs)
+        if self.road_input is not None:
+            x = self.road_input(x)
+        y = self.base_layer(x, *args, **kwargs)
+        return self._rotated(y, gives_fresh_memory(self.base_layer))
 
     def _check_not_routed(self) -> None:
         if self.merged and self._routing.slots is not None:
@@ -329,7 +106,7 @@ class Linear(nn.Module, RoadLayer):
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Rotate the base weight and bias in place by the given adapters (None: the active ones), both or neither.
+        """Rotate the base weight, and the bias, in place by the given adapters (None: the active ones), both or neither.
 
         safe_merge: look first whether every result is finite, and raise `MergeError` (a ValueError) with nothing changed
         if not. What it takes to come back exactly is kept as `exact_unmerge` says.
@@ -343,9 +120,7 @@ class Linear(nn.Module, RoadLayer):
         self._check_not_held()
         if safe_merge:
             self.check_merge(names)
-        merge = self._base_weight().merge(
-            self._merge_rotations(names), self.exact_unmerge if keep else ExactUnmerge.NEVER
-        )
+        merge = self._base_weight().merge(self._turns(names), self.exact_unmerge if keep else ExactUnmerge.NEVER)
         self._merges.append(Merge(tuple(names), *merge))
         self.merged_adapters.extend(names)
 
@@ -354,11 +129,19 @@ class Linear(nn.Module, RoadLayer):
 
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raise `MergeError` if merging these adapters would give a non-finite weight or bias; changes nothing."""
-        self._base_weight().check(self._merge_rotations(adapter_names), ", ".join(adapter_names))
+        self._base_weight().check(self._turns(adapter_names), ", ".join(adapter_names))
 
-    def _merge_rotations(self, names: Sequence[str]) -> tuple[Rotation, ...]:
+    def _turns(self, names: Sequence[str]) -> Turns:
+        """What merging does to the weight: with adapters A, B it becomes ``R_B R_A W R_inA R_inB``."""
         with torch.no_grad():
-            return combined([rotation for name in names for rotation in self.rotations(name)])
+            rows = combined([rotation for name in names for rotation in self.rotations(name)])
+            inputs = self.road_input
+            if inputs is None:
+                return Turns(rows)
+            # A row w of W becomes R^T w; of rotations in a row the last is the first that stands beside W.
+            here = [name for name in names if name in inputs.road_theta]
+            columns = [transposed(rotation) for name in here for rotation in reversed(inputs.rotations(name))]
+            return Turns(rows, combined(columns))
 
     def unmerge(self) -> None:
         """Take all merges back, the last one first; raises `MergeError` with nothing changed where one cannot be."""
@@ -411,12 +194,32 @@ class Linear(nn.Module, RoadLayer):
         if not self.merged and any(name in self.road_theta for name in names):
             self._check_not_held()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._tables.clear()
+        if self.road_input is not None:
+            self.road_input.set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off; see PEFT's BaseTunerLayer."""
+        RoadLayer.enable_adapters(self, enabled)
+        if self.road_input is not None:
+            RoadLayer.enable_adapters(self.road_input, enabled)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train adapters, or freeze them; see PEFT's BaseTunerLayer."""
+        RoadLayer.set_requires_grad(self, adapter_names, requires_grad)
+        if self.road_input is not None:
+            RoadLayer.set_requires_grad(self.road_input, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer; see PEFT's BaseTunerLayer."""
         super().delete_adapter(adapter_name)
+        self._forget_input(adapter_name)
         self._tables.clear()
+
+    def clear_cache(self) -> None:
+        """Forget rotations computed from the parameters; needed only after writing to ``.data`` of frozen GPU parameters."""
+        super().clear_cache()
+        if self.road_input is not None:
+            self.road_input.clear_cache()
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
@@ -425,26 +228,13 @@ class Linear(nn.Module, RoadLayer):
         return "road." + super().__repr__()
 
 
-def _offload_device(base_layer: nn.Module) -> torch.device | None:
-    """Where accelerate's hook has an offloaded layer compute; None for any other."""
-    hook = getattr(base_layer, "_hf_hook", None)
-    if not getattr(hook, "offload", False):
-        return None
-    device = getattr(hook, "execution_device", None)
-    return None if device is None else torch.device(device)
-
-
-def group_sizes_of(config: Any) -> tuple[int, ...]:
-    """The group sizes of the rotations in a row that a config, roadie's or stock PEFT's, gives a layer."""
-    return stages_of(getattr(config, "stages", None) or config.group_size)
-
-
-def _check_variant(variant: str) -> None:
-    if variant not in set(Variant):
-        raise ConfigError(
-            f"Unsupported variant {variant} for RoadLayer. Supported variants are road_1, road_2, and road_4. "
-            f"Got {variant!r}, set after the config was made; set one of these."
-        )
+def check_sizes(config: Any, in_features: int, out_features: int) -> None:
+    """Raise `ConfigError` unless the variant and the group sizes of a config fit a layer of these sizes."""
+    check_variant(config.variant)
+    for group_size in group_sizes_of(config):
+        check_group_size(group_size, out_features)
+    for group_size in input_group_sizes_of(config):
+        check_group_size(group_size, in_features, "in_features")
 
 
 def linear_features(base_layer: nn.Module, backend: QuantizationBackend | None) -> tuple[int, int]:

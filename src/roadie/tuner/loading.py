@@ -14,13 +14,14 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from roadie import checkpoint
+from roadie.adapter import INPUT_SUFFIX
 from roadie.errors import CheckpointError, UnsafeCheckpointError
 from roadie.rotation import parameter_size
-from roadie.tuner.layer import group_sizes_of
+from roadie.tuner.rotating import group_sizes_of, input_group_sizes_of
 
 if TYPE_CHECKING:
     from roadie.tuner.config import WeightsSource
-    from roadie.tuner.injection import Plan
+    from roadie.tuner.injection import Plan, Target
 
 
 _pickle_allowed: ContextVar[bool] = ContextVar("roadie_pickle_allowed", default=False)
@@ -47,15 +48,25 @@ def check_weights_source(config: Any, plan: Plan) -> None:
         return
     adapter = checkpoint.load(folder)
     for target in plan.targets:
-        stored = adapter.layers.get(target.path)
-        stages = group_sizes_of(target.config)
-        wanted = len(stages) * parameter_size(target.config.variant, target.out_features)
-        if stored is not None and stored.theta.numel() != wanted:
-            raise CheckpointError(
-                f"got {stored.theta.numel()} parameters for {target.path!r} in {folder}; wanted {wanted} for "
-                f"{target.config.variant} on out_features={target.out_features}; the adapter belongs to another base "
-                "model or variant. The model was not changed."
-            )
+        for path, stages, width in _sites(target):
+            stored = adapter.layers.get(path)
+            wanted = len(stages) * parameter_size(target.config.variant, width)
+            if stored is not None and stored.theta.numel() != wanted:
+                name = "out_features" if path == target.path else "in_features"
+                raise CheckpointError(
+                    f"got {stored.theta.numel()} parameters for {path!r} in {folder}; wanted {wanted} for "
+                    f"{target.config.variant} on {name}={width}; the adapter belongs to another base "
+                    "model or variant. The model was not changed."
+                )
+
+
+def _sites(target: Target) -> list[tuple[str, tuple[int, ...], int]]:
+    """The output of a layer, and its input: path, group sizes (none where it is not rotated), and width."""
+    stages, input_stages = group_sizes_of(target.config), input_group_sizes_of(target.config)
+    return [
+        (target.path, stages, target.out_features),
+        (target.path + INPUT_SUFFIX, input_stages, target.in_features),
+    ]
 
 
 def _folder(source: WeightsSource) -> Path | None:

@@ -22,10 +22,11 @@ from roadie.tuner.injection import (
     mark_shared_weights,
     quantization_backend,
 )
-from roadie.tuner.layer import Linear, RoadLayer, linear_features
+from roadie.tuner.layer import Linear, linear_features
 from roadie.tuner.loading import check_new_values, check_weights_source
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.output import KeptForBackward
+from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import adapter_rows, shared_routing
 from roadie.tuner.weighted import CombinationType, add_adapter, weighted_adapter
 
@@ -91,8 +92,7 @@ class RoadModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         backend = quantization_backend(target, self.model)
-        _, out_features = linear_features(base_of(target), backend)
-        config = layer_config(peft_config, current_key, out_features)
+        config = layer_config(peft_config, current_key, *linear_features(base_of(target), backend))
         if getattr(target, "lies_around_road", False):  # LoRA: R W x + B A x
             around: Any = target
             parent, target_name, target = around, "base_layer", around.base_layer
@@ -144,8 +144,8 @@ class RoadModel(BaseTuner):
 
         return max(setting("num_beams"), setting("num_return_sequences"))
 
-    def _layers(self) -> list[RoadLayer]:
-        return [module for module in self.model.modules() if isinstance(module, RoadLayer)]
+    def _layers(self) -> list[Linear]:
+        return [module for module in self.model.modules() if isinstance(module, Linear)]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (None: the active ones) into every layer, or into none if one of them refuses."""
@@ -153,7 +153,7 @@ class RoadModel(BaseTuner):
         mark_shared_weights(self.model)
         if safe_merge:
             self._check_merges(adapter_names)
-        done: list[RoadLayer] = []
+        done: list[Linear] = []
         try:
             for layer in self._layers():
                 with _onloaded(layer):
@@ -204,7 +204,7 @@ class RoadModel(BaseTuner):
             for layer, exact in kept:
                 layer.exact_unmerge = exact
 
-    def _check_can_merge(self, layers: list[RoadLayer]) -> None:
+    def _check_can_merge(self, layers: list[Linear]) -> None:
         for layer in layers:
             with _onloaded(layer):
                 layer._base_weight().check_can_merge()
@@ -223,10 +223,14 @@ class RoadModel(BaseTuner):
 
         "input" is for models that change a layer's output in place, or whose road_1 adapters may reach alpha = 0; it is what
         "auto" becomes where the model has modules such as ReLU(inplace=True) when it is adapted. "output" saves the memory
-        for road_2 and road_4 too, at a loss of accuracy that grows with the condition number of the rotations.
+        for road_2 and road_4 too, at a loss of accuracy that grows with the condition number of the rotations. A rotation of a
+        layer's input keeps what it is given, which "output" alone changes.
         """
         for layer in self._layers():
-            layer.kept_for_backward = KeptForBackward(kept)
+            layer.kept_for_backward = wanted = KeptForBackward(kept)
+            if layer.road_input is not None:
+                is_auto = wanted is KeptForBackward.AUTO
+                layer.road_input.kept_for_backward = KeptForBackward.INPUT if is_auto else wanted
 
     def add_weighted_adapter(
         self,

@@ -23,10 +23,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from roadie.adapter import is_input, layer_of
 from roadie.errors import ConfigError
 from roadie.share import Share
 from roadie.subspaces import trained_places
-from roadie.tuner.layer import RoadLayer
+from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.table import PLAIN
 
 logger = logging.getLogger("roadie")
@@ -46,8 +47,9 @@ def train_only(
 
     Works with any optimiser and Trainer, in one process or with one copy of the model in each (DistributedDataParallel).
     Raises `ConfigError`, with nothing changed, for an unknown adapter or layer, a mask that does not fit, pairs that no
-    layer has, or parameters that are spread over processes. Says so in the log where an optimiser made steps and no
-    gradient came to the adapter: something else is trained in its place, such as the flat parameters of FSDP.
+    layer has, an adapter that rotates inputs, or parameters that are spread over processes. Says so in the log where an
+    optimiser made steps and no gradient came to the adapter: something else is trained in its place, such as the flat
+    parameters of FSDP.
     """
     parts = _parts(model, pairs, _name(model, adapter_name))
 
@@ -120,11 +122,21 @@ def _layers(model: nn.Module) -> dict[str, RoadLayer]:
 
 def _parts(model: nn.Module, pairs: Share | str | Mapping[str, Tensor], name: str) -> list[_Part]:
     layers = {path: layer for path, layer in _layers(model).items() if name in layer.road_theta}
+    _refuse_inputs(layers, name)
     chosen = _chosen(pairs, layers)
     parts = [part for path, layer in layers.items() for part in _parts_of(path, layer, name, chosen[path])]
     if not any(part.size for part in parts):
         raise ConfigError(f"got pairs={_shown(pairs)}, which no layer of adapter {name!r} has; wanted some to train")
     return parts
+
+
+def _refuse_inputs(layers: Mapping[str, RoadLayer], name: str) -> None:
+    path = next((path for path in layers if is_input(path)), None)
+    if path is not None:
+        raise ConfigError(
+            f"layer {layer_of(path)}: got adapter {name!r}, which rotates the layer's input; wanted outputs alone, whose "
+            "pairs can be chosen; train without input_stages"
+        )
 
 
 def _chosen(pairs: Share | str | Mapping[str, Tensor], layers: Mapping[str, RoadLayer]) -> dict[str, Pairs]:

@@ -136,6 +136,8 @@ def _in_order(direct: Tensor, cross: Tensor, order: list[int], num_slots: int) -
 def with_blends(chain: Chain | None, names: Sequence[str], wishes: Sequence[Any]) -> Chain | None:
     """From tables whose rows are the adapters `names`, those whose rows are `wishes`, blends of these adapters included.
 
+    Adapters that are not among the names have no rotation.
+
     Differentiable. Raises `AdapterError` or `ConfigError` where a blend does not exist.
     """
     if chain is None:
@@ -143,7 +145,10 @@ def with_blends(chain: Chain | None, names: Sequence[str], wishes: Sequence[Any]
     rows: list[Sequence[Rotation]] = []
     for wish in wishes:
         weights = wish.weights if isinstance(wish, Blend) else ((wish, 1.0),)
-        parts = [(name, weight, rotations_at(chain, names.index(name)) or None) for name, weight in weights]
+        parts = [
+            (name, weight, (rotations_at(chain, names.index(name)) if name in names else ()) or None)
+            for name, weight in weights
+        ]
         rotations = parts[0][2] if isinstance(wish, str) else blended(f"of {chain[0].direct.shape[1]} outputs", parts)
         rows.append(rotations or ())
     return chain_of_rows(rows, chain[0].direct.dtype)
@@ -235,10 +240,11 @@ class LastRotation:
             or layer.group_size.get(name) != slot.group_size
         ):
             return None
-        y = nn.functional.linear(x, weight, base._parameters["bias"])
+        inputs = modules.get("road_input")
+        y = nn.functional.linear(x if inputs is None else inputs(x), weight, base._parameters["bias"])
         if self.prepared.rotate_(y):
             return y
-        result: Tensor = layer._rotated(y)
+        result: Tensor = layer._rotated(y, True)
         return result
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +17,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from roadie.errors import MergeError
-from roadie.rotation import Rotation
 from roadie.tuner.merging import (
     ExactUnmerge,
+    Turns,
     UndoRecord,
     check_finite,
     restore_in_place,
     rotate_in_place,
     rotated_rows,
-    undo_rotations,
+    undo_turns,
 )
 
 logger = logging.getLogger("roadie")
@@ -68,29 +67,28 @@ class BaseWeight(ABC):
     def check_can_merge(self) -> None:
         """Raise `MergeError` if nothing can be merged into this kind of weight."""
 
-    def check(self, rotations: Sequence[Rotation], adapters: str) -> None:
+    def check(self, turns: Turns, adapters: str) -> None:
         """Raise `MergeError` if merging gives a non-finite value; changes nothing."""
-        self._check_weight(rotations, adapters)
+        self._check_weight(turns, adapters)
         if self.bias is not None:
-            check_finite(self.bias, _on(rotations, self.bias.device), 0, adapters, "bias")
+            check_finite(self.bias, turns.of_bias.on(self.bias.device), 0, adapters, "bias")
 
     @abstractmethod
-    def _check_weight(self, rotations: Sequence[Rotation], adapters: str) -> None: ...
+    def _check_weight(self, turns: Turns, adapters: str) -> None: ...
 
     @abstractmethod
-    def merge(self, rotations: Sequence[Rotation], exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
+    def merge(self, turns: Turns, exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
         """Merge into weight and bias, both or neither; returns the last three fields of `Merge`."""
 
     @abstractmethod
     def unmerge(self, merge: Merge) -> None:
         """Take `merge` back from weight and bias."""
 
-    def _merge_bias(self, rotations: Sequence[Rotation], exact: ExactUnmerge) -> UndoRecord | None:
+    def _merge_bias(self, turns: Turns, exact: ExactUnmerge) -> UndoRecord | None:
         if self.bias is None:
             return None
-        undo = undo_rotations(rotations)
-        turns = _on(rotations, self.bias.device)
-        return rotate_in_place(self.bias, turns, 0, undo and _on(undo, self.bias.device), _wants(exact, self.bias))
+        turns = turns.of_bias.on(self.bias.device)
+        return rotate_in_place(self.bias, turns, 0, undo_turns(turns), _wants(exact, self.bias))
 
     def _unmerge_bias(self, record: UndoRecord | None) -> None:
         if self.bias is not None and record is not None:
@@ -121,15 +119,15 @@ class DenseWeight(BaseWeight):
             )
         return weight
 
-    def _check_weight(self, rotations: Sequence[Rotation], adapters: str) -> None:
-        check_finite(self._weight(), _on(rotations, self._weight().device), self._dim, adapters, "weights")
+    def _check_weight(self, turns: Turns, adapters: str) -> None:
+        check_finite(self._weight(), turns.on(self._weight().device), self._dim, adapters, "weights")
 
-    def merge(self, rotations: Sequence[Rotation], exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
+    def merge(self, turns: Turns, exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
         weight = self._weight()
-        turns = _on(rotations, weight.device)
-        undo = undo_rotations(turns)
+        turns = turns.on(weight.device)
+        undo = undo_turns(turns)
         tied = self._untie()
-        bias_record = self._merge_bias(rotations, exact)
+        bias_record = self._merge_bias(turns, exact)
         try:
             record = rotate_in_place(self._weight(), turns, self._dim, undo, _wants(exact, weight))
         except BaseException:
@@ -200,17 +198,17 @@ class QuantisedWeight(BaseWeight):
         packed = _unpacked_4bit(self.base_layer)
         return packed if packed is not None else self.backend.get_base_weight(self.base_layer).detach()
 
-    def _check_weight(self, rotations: Sequence[Rotation], adapters: str) -> None:
+    def _check_weight(self, turns: Turns, adapters: str) -> None:
         dense = self._dense()
-        check_finite(dense, _on(rotations, dense.device), 0, adapters, "weights")
+        check_finite(dense, turns.on(dense.device), 0, adapters, "weights")
 
-    def merge(self, rotations: Sequence[Rotation], exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
+    def merge(self, turns: Turns, exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
         dense = self._dense()
-        undo = undo_rotations(rotations)
+        undo = undo_turns(turns)
         original = self._original()
         with torch.no_grad():
-            rotated = rotated_rows(dense, _on(rotations, dense.device))
-        bias_record = self._merge_bias(rotations, exact)
+            rotated = rotated_rows(dense, turns.on(dense.device))
+        bias_record = self._merge_bias(turns, exact)
         try:
             self.backend.set_base_weight(self.layer, rotated)
         except BaseException:
@@ -225,7 +223,7 @@ class QuantisedWeight(BaseWeight):
         if isinstance(merge.weight, UndoRecord):
             dense = self._dense()
             with torch.no_grad():
-                back = rotated_rows(dense, _on(merge.weight.undo, dense.device))
+                back = rotated_rows(dense, merge.weight.undo.on(dense.device))
             self.backend.set_base_weight(self.layer, back)
         else:
             self._put_back(merge.weight)
@@ -298,7 +296,3 @@ def _wants(exact: ExactUnmerge, tensor: Tensor) -> bool:
     if exact is ExactUnmerge.ALWAYS:
         return tensor.element_size() > 1
     return exact is ExactUnmerge.HALF and tensor.element_size() == 2
-
-
-def _on(rotations: Sequence[Rotation], device: torch.device) -> tuple[Rotation, ...]:
-    return tuple(Rotation(r.direct.to(device), r.cross.to(device), r.group_size) for r in rotations)

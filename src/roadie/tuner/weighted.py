@@ -30,7 +30,7 @@ from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.injection import all_or_nothing
-from roadie.tuner.layer import RoadLayer
+from roadie.tuner.rotating import RoadLayer
 
 
 class CombinationType(str, Enum):

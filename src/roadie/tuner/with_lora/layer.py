@@ -18,9 +18,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from roadie.errors import MergeError
-from roadie.tuner.layer import RoadLayer
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.patch import Patch, make_patch
+from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.weight import is_conv1d
 from roadie.tuner.with_lora.rows import LoraChoice, LoraRouting
 

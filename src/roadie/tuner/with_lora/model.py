@@ -21,8 +21,8 @@ from torch import nn
 from roadie.adapter import check_adapter_name
 from roadie.errors import ConfigError, MergeError
 from roadie.tuner.injection import all_or_nothing
-from roadie.tuner.layer import RoadLayer
 from roadie.tuner.model import RoadModel
+from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.with_lora import lora_files
 from roadie.tuner.with_lora.layer import LoraLinear
 from roadie.tuner.with_lora.tuner import LoraTuner, plain_config

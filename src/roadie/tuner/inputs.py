@@ -1,0 +1,90 @@
+"""The input of a RoAd layer: ``z = R_out (W (R_in x) + b)``, for the adapters that rotate it.
+
+R_in is held by a child of the layer, "road_input", which is a `RoadLayer` whose D is the layer's in_features. So the parameters
+of R_in are called ``<layer>.road_input.road_theta.<adapter>``, and whatever finds RoAd layers finds them. A layer whose adapters
+leave the input alone has no such child.
+
+With active adapters A, B the output is rotated by A, then by B; the input by B, then by A, as if each adapter lay around the
+one before: the weight is ``R_B R_A W R_inA R_inB``. x is never written to: other layers may be given the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from roadie.bank.blends import Blend
+from roadie.kernels import Chain
+from roadie.tuner.output import KeptForBackward
+from roadie.tuner.residents import names_in
+from roadie.tuner.rotating import RoadLayer
+
+if TYPE_CHECKING:
+    from roadie.tuner.layer import Linear
+
+
+class RoadInput(nn.Module, RoadLayer):
+    """What rotates the input of one layer, ``[..., D]`` with D its in_features; in new memory, in the dtype of what is given.
+
+    Rows whose adapter leaves the input alone pass as they are, bit for bit. Backward keeps the input, which layers that are
+    given the same share.
+    """
+
+    def __init__(self, layer: Linear) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # which this is a part of; as a child it would be found twice
+        RoadLayer.__init__(self, layer.in_features)
+        self.kept_for_backward = KeptForBackward.INPUT
+        self._routing = layer._routing
+        self._disable_adapters = layer._disable_adapters
+        self._active_adapter = layer._active_adapter
+        self.train(layer.training)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The layer that is given what is rotated here."""
+        base: nn.Module = self.__dict__["layer"].base_layer
+        return base
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are merged into the layer's weight, of those that are here."""
+        return [name for name in self.__dict__["layer"].merged_adapters if name in self.road_theta]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """R_in x, for x ``[..., D]``, each row by the adapter that is in force for it."""
+        return x if self._disable_adapters else self._rotated(x, is_fresh=False)
+
+    def unmerge(self) -> None:
+        """Take the merges of the layer back."""
+        self.__dict__["layer"].unmerge()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, if it is here; which are active is for the layer to say."""
+        for book in (self.variant, self.group_size, self.road_theta, self.road_alpha):
+            if adapter_name in book:
+                del book[adapter_name]
+        self._tables.clear()
+
+    def _in_order(self) -> Iterable[str]:
+        return reversed(list(super()._in_order()))
+
+    def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> Chain | None:
+        return super()._table_of_wishes(wishes, batch) if any(map(self._rotates, wishes)) else None
+
+    def _slots_of(self, y: Tensor) -> Tensor:
+        slots, wishes = super()._slots_of(y), self._routing.names
+        if all(map(self._rotates, wishes)):
+            return slots
+        here = [slot if self._rotates(wish) else -1 for slot, wish in enumerate(wishes)]
+        return torch.tensor([*here, -1], device=slots.device)[slots]  # the last is for rows of the base model, -1
+
+    def _rotates(self, wish: str | Blend) -> bool:
+        return any(name in self.road_theta for name in names_in(wish))
+
+    def __repr__(self) -> str:
+        sizes: dict[str, Any] = dict(self.group_size)
+        return f"RoadInput({self.out_features}, group_size={sizes})"
