@@ -40,10 +40,8 @@ def read_parts(settings: TaskSettings, root: Path) -> dict[str, Table]:
 
     Raises `ConfigError` where a data set cannot be read, lacks a column, or has not enough rows.
     """
-    loaded = {
-        (part.source, part.split): load(settings.sources[part.source], part.split, root)
-        for part in settings.parts.values()
-    }
+    asked = dict.fromkeys((part.source, part.split) for part in settings.parts.values())
+    loaded = {(source, split): load(settings.sources[source], split, root) for source, split in asked}
     chosen: dict[str, list[int]] = {}
     tables: dict[str, Table] = {}
     for name in sorted(settings.parts, key=lambda name: (name != "validation", name != "train")):

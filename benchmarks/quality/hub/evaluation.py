@@ -53,7 +53,7 @@ class Judge:
                 scores = {"loss": self._loss(task, model, table)}
                 if metric.kind == "exact_match":
                     scores |= self._of_answers(task, model, table, metric)
-        return {**scores, "cost": scores["loss"] if metric.kind == "loss" else -scores[metric.kind]}
+        return {**scores, "cost": scores["loss"] if metric.kind == "loss" else 0.0 - scores[metric.kind]}
 
     def _loss(self, task: Task, model: nn.Module, table: Table) -> float:
         """The mean over all learnt tokens."""

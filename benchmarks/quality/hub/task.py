@@ -66,7 +66,11 @@ def base_model(settings: TaskSettings, tokenizer: Any, device: str) -> nn.Module
     more: dict[str, Any] = {}
     kind = AutoModelForCausalLM
     if labels is not None:
-        kind, more = AutoModelForSequenceClassification, {"num_labels": 1 if labels == "number" else len(labels)}
+        kind = AutoModelForSequenceClassification
+        more = {
+            "num_labels": 1 if labels == "number" else len(labels),
+            "ignore_mismatched_sizes": True,
+        }  # the head is fresh
     logging.set_verbosity_error()  # it would tell of the fresh head each time, and of the weights as they come
     logging.disable_progress_bar()
     model = _loaded(

@@ -76,7 +76,7 @@ def share_of_peak_rate(training: Training, step: int, steps: int) -> float:
         return (step + 1) / warm_up
     if training.schedule == "constant":
         return 1.0
-    done = (step - warm_up) / (steps - warm_up)
+    done = (step - warm_up) / max(1, steps - warm_up)
     return (1 - done) if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
