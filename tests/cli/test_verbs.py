@@ -83,7 +83,24 @@ def test_every_option_of_train_reaches_the_recipe(roadie_cli, tiny_path, texts, 
     # All of them but the one that has no option, and what the run adds.
     assert expected.items() <= settings.items()
     added = {"model", "revision", "data_sha256", "evaluation_sha256"}
-    assert settings.keys() - expected.keys() - added == {"max_grad_norm", "stages"}
+    assert settings.keys() - expected.keys() - added == {"max_grad_norm", "stages", "input_stages"}
+
+
+@pytest.mark.filterwarnings("ignore:this adapter has")
+def test_train_takes_input_stages_and_info_shows_them(roadie_cli, tiny_path, texts, tmp_path):
+    result = roadie_cli("train", texts, "-o", tmp_path / "a", "-m", tiny_path, "--input-stages", "16", *QUICK[2:])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "a" / "training.json").read_text())["settings"]["input_stages"] == [16]
+    adapter = checkpoint.load(tmp_path / "a")
+    assert adapter.input_stages == ((16,),)
+    assert any(bool(layer.theta.any()) for path, layer in adapter.layers.items() if path.endswith(".road_input"))
+    shown = roadie_cli("info", tmp_path / "a").stdout
+    assert "input_stages=[16]" in shown
+    assert "q_proj.road_input" in shown
+    for more in (("--input-stages", "2;16"), ("--input-stages", "7"), ("--input-stages", "16", "--share", "1/2")):
+        result = roadie_cli("train", texts, "-o", tmp_path / "b", "-m", tiny_path, *more, *QUICK[2:])
+        assert result.exit_code == 2
+        assert "input" in result.stderr
 
 
 @pytest.mark.filterwarnings("ignore:this adapter has several rotations")

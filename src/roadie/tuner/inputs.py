@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from roadie.bank.blends import Blend
-from roadie.kernels import Chain
+from roadie.kernels import Chain, can_rotate_chain_in_place
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.residents import names_in
 from roadie.tuner.rotating import RoadLayer
@@ -56,7 +56,20 @@ class RoadInput(nn.Module, RoadLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """R_in x, for x ``[..., D]``, each row by the adapter that is in force for it."""
+        if not torch.compiler.is_compiling():
+            last = self._tables.last
+            z = None if last is None else last.of_input(self, x)
+            if z is not None:
+                return z
         return x if self._disable_adapters else self._rotated(x, is_fresh=False)
+
+    def _turned(
+        self, y: Tensor, table: Chain, slots: Tensor | None, names: tuple[str | Blend, ...], is_fresh: bool
+    ) -> Tensor:
+        z = super()._turned(y, table, slots, names, is_fresh)
+        if slots is None and can_rotate_chain_in_place(y, table):
+            self._remember(y, table, names[0])
+        return z
 
     def unmerge(self) -> None:
         """Take the merges of the layer back."""

@@ -140,16 +140,16 @@ def rotate_in_place(weight: Tensor, turns: Turns, dim: int, undo: Turns | None, 
     with torch.no_grad():
         try:
             for index, (rows, part) in enumerate(pieces(weight, turns, dim)):
-                before = rows.clone() if exact and undo is not None else None
-                rows.copy_(rotated_rows(rows, part))
+                merged = rotated_rows(rows, part)
+                if exact and undo is not None:
+                    patches.append(make_patch(rows, rotated_rows(merged, backwards[index][1])))
+                rows.copy_(merged)
                 done = index + 1
-                if before is not None:
-                    patches.append(make_patch(before, rotated_rows(rows, backwards[index][1])))
         except BaseException:
             if undo is not None:
                 for index in range(done):
                     rows, back = backwards[index]
-                    rows.copy_(_restored(rows, back, patches[index] if index < len(patches) else None))
+                    rows.copy_(_restored(rows, back, patches[index] if patches else None))
             raise
     return None if undo is None else UndoRecord(undo, tuple(patches) if exact else None, weight.dtype)
 

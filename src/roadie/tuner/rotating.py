@@ -193,14 +193,15 @@ class RoadLayer(BaseTunerLayer):
         if is_fresh and can_rotate_chain_in_place(y, table):
             z = rotate_chain_(y, table, slots)
             if slots is None:
-                self._remember(z, table, names[0])  # type: ignore[arg-type]
+                self._remember(z, table, names[0])
             return z
         parts = {name for wish in names for name in names_in(wish)}
         keep = self.kept_for_backward.of({self.variant[name] for name in parts if name in self.variant})
         return rotate_chain(y, table, slots, keep=keep)
 
-    def _remember(self, y: Tensor, table: Chain, name: str) -> None:
+    def _remember(self, y: Tensor, table: Chain, name: str | Blend) -> None:
         """Get ready to rotate in the same way the next time, where all that the table was made from can be watched."""
+        assert isinstance(name, str)
         entry, active = self._tables.entries.get((name,)), self._active_adapter
         if entry is None or active not in (name, [name]):
             return

@@ -161,9 +161,7 @@ def _has_compiled_part(model: nn.Module) -> bool:
 def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expansion: int = 1) -> Iterator[None]:
     _check_slots(slots, len(names))
     routing = shared_routing(model)
-    layers = {
-        path: module for path, module in model.named_modules() if isinstance(getattr(module, "_routing", None), Routing)
-    }
+    layers = _layers_by_path(model)
     if any(layer.merged or layer.held_by for layer in layers.values()):
         raise RoutingError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -179,6 +177,13 @@ def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expa
         if torch.is_grad_enabled():
             stack.enter_context(checkpoints_keep_rows(model, lambda: _in_force(routing, chosen)))
         yield
+
+
+def _layers_by_path(model: nn.Module) -> dict[str, Any]:
+    """The RoAd layers of a model; where it is one itself, it is called "layer"."""
+    root = "layer" if isinstance(getattr(model, "_routing", None), Routing) else ""
+    modules = model.named_modules(prefix=root)
+    return {path: module for path, module in modules if isinstance(getattr(module, "_routing", None), Routing)}
 
 
 def _is_compiled(model: nn.Module) -> bool:

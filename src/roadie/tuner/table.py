@@ -247,6 +247,18 @@ class LastRotation:
         result: Tensor = layer._rotated(y, True)
         return result
 
+    def of_input(self, layer: Any, x: Tensor) -> Tensor | None:
+        """x rotated into new memory by `layer`, if it is what it was the last time; None if not, with nothing computed."""
+        if (
+            torch.is_grad_enabled()
+            or layer._disable_adapters
+            or layer._routing.slots is not None
+            or layer._active_adapter != self.active
+            or not self.entry.is_of(layer)
+        ):
+            return None
+        return self.prepared.rotated(x)
+
 
 @dataclass
 class TableCache:
