@@ -24,6 +24,7 @@ from roadie.training.many.logs import Logs, NoLogs
 from roadie.training.many.observer import Observer
 from roadie.training.many.outputs import adapter_config, adapter_of, finished_result, write_output
 from roadie.training.many.preparation import Prepared, prepare, run_settings
+from roadie.training.many.rate_warnings import RateWarnings
 from roadie.training.many.result import JobResult, JobStatus, ManyResult
 from roadie.training.many.session import Session
 from roadie.training.many.sharing import Sharing, Spread
@@ -126,6 +127,8 @@ class _Run:
         ended = self._ended_before(snapshot)
         self.sharing.of_rows.wait()  # until all have read what only one of them will write
         logs = Logs(self.work.path) if self.sharing.writes else NoLogs()
+        if self.sharing.writes:
+            observers = [*observers, RateWarnings(logs.history)]
         try:
             session = self._session(snapshot, ended, logs, [logs, *observers])
             before = session.step

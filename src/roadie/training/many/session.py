@@ -192,5 +192,5 @@ class Session:
 def _divergence(rate: optimiser.Rates, loss: float, norm: float) -> str:
     return (
         f"step {rate.step}: got loss {loss:g} and gradient norm {norm:g}; wanted finite numbers; lower the learning rate "
-        f"({rate.learning_rate:g} here), or clip harder (max_grad_norm={rate.max_grad_norm:g})"
+        f"({rate.learning_rate:g} here; `roadie find-lr` searches one), or clip harder (max_grad_norm={rate.max_grad_norm:g})"
     )
