@@ -49,8 +49,8 @@ def rate(exponent: int) -> float:
 
 def _through_peft(config: type, **settings: Any) -> Adapt:
     def adapt(model: nn.Module, task: Task) -> nn.Module:
-        targets = {} if settings.get("target_modules", "") is None else {"target_modules": task.targets}
-        return peft.get_peft_model(model, config(**{**settings, **targets, "modules_to_save": list(task.head) or None}))
+        given = {"target_modules": task.targets, "modules_to_save": list(task.head) or None, **settings}
+        return peft.get_peft_model(model, config(**given))
 
     return adapt
 
@@ -60,9 +60,8 @@ def _road(variant: str, group_size: int = GROUP_SIZE, **settings: Any) -> Adapt:
         config = roadie.RoadConfig(
             variant=variant,
             group_size=group_size,
-            target_modules=task.targets,
             modules_to_save=list(task.head) or None,
-            **settings,
+            **{"target_modules": task.targets, **settings},
         )
         return roadie.get_peft_model(model, config)
 
@@ -91,6 +90,17 @@ def _lora(rank: int, **settings: Any) -> Adapt:
     return _through_peft(peft.LoraConfig, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **settings)
 
 
+# Of a language model: what "all-linear" leaves out is the layer that gives the logits.
+WITH_LAST = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+INPUTS = {"input_stages": [GROUP_SIZE]}
+# road_2, but a layer with as many outputs as the vocabulary has tokens gets road_1, and its input is rotated.
+LAST = {
+    "target_modules": WITH_LAST,
+    "variant_pattern": {"lm_head": "road_1"},
+    "input_stages_pattern": {"lm_head": [GROUP_SIZE]},
+}
+LAST_KEPT = 26_112 / 23_808  # of the embedded model: 21,504 parameters of road_2, 2,304 of road_1
+
 ROAD, LORA, OTHER, TRIED = "RoAd", "LoRA", "other", "tried, not built in"
 
 METHODS = {
@@ -102,6 +112,26 @@ METHODS = {
         Method("lora_r1", LORA, _lora(1), _rates(-4, -5)),
         Method("lora_r4", LORA, _lora(4), _rates(-4, -5)),
         Method("ia3", OTHER, _through_peft(peft.IA3Config, target_modules=None), _rates(-2, -3)),
+        Method(
+            "road_1_last",
+            ROAD,
+            _road("road_1", target_modules=WITH_LAST),
+            _rates(-4, -4),
+            kept_per_parameter=2.0,
+            kinds=(LANGUAGE,),
+        ),
+        Method("road_2_last", ROAD, _road("road_2", **LAST), _rates(-4, -4), LAST_KEPT, kinds=(LANGUAGE,)),
+        Method("lora_r1_last", LORA, _lora(1, target_modules=WITH_LAST), _rates(-4, -5), kinds=(LANGUAGE,)),
+        Method("road_1_input", ROAD, _road("road_1", **INPUTS), _rates(-4, -5), kept_per_parameter=2.0),
+        Method("road_4_input", ROAD, _road("road_4", **INPUTS), _rates(-4, -5), kept_per_parameter=0.5),
+        Method(
+            "road_1_input_last",
+            ROAD,
+            _road("road_1", target_modules=WITH_LAST, **INPUTS),
+            _rates(-4, -5),
+            kept_per_parameter=2.0,
+            kinds=(LANGUAGE,),
+        ),
         Method("road_1_stages_2", ROAD, _road("road_1", stages=[2, 64]), _rates(-3, -4), kept_per_parameter=2.0),
         Method("road_2_stages_3", ROAD, _road("road_2", stages=[2, 16, 64]), _rates(-3, -4)),
         Method("road_2_stages_4", ROAD, _road("road_2", stages=[2, 8, 32, 64]), _rates(-3, -4)),
@@ -132,4 +162,13 @@ METHODS = {
 }
 
 MINIMUM = ("road_1", "road_2", "road_4", "lora_r1", "lora_r4", "ia3")
-CAPACITY = ("road_2_stages_4", "road_1_stages_2")
+CAPACITY = (
+    "road_2_last",
+    "lora_r1_last",
+    "road_1_last",
+    "road_1_input",
+    "road_4_input",
+    "road_1_input_last",
+    "road_2_stages_4",
+    "road_1_stages_2",
+)

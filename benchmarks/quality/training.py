@@ -147,7 +147,7 @@ def stored_bytes(model: nn.Module) -> int:
     """Bytes of the weights file the method writes, head included."""
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(model, "peft_config"):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, save_embedding_layers=False)
         else:
             trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
             save_file(trained, Path(folder) / "model.safetensors")
