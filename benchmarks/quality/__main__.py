@@ -1,10 +1,11 @@
-"""`python -m benchmarks.quality run | quick | report`."""
+"""`python -m benchmarks.quality run | quick | recipe | report`."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,11 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = verbs.add_parser("run", help="train what the records lack")
     run.add_argument("--task", action="append", default=[], help="only this task (may be given several times)")
     run.add_argument("--records", type=Path, default=None, help="folder of the records")
-    run.add_argument("--until", default=None, help="HH:MM in UTC: start no run after that")
+    run.add_argument(
+        "--until", default=None, help="HH:MM in UTC: start no run after that; taken as the nearest such time"
+    )
     run.add_argument("--threads", type=int, default=1)
     command.add_arguments(run)
     verbs.add_parser("quick", help="repeat two rows of the records, and compare")
-    report = verbs.add_parser("report", help="make docs/quality.md of the records")
+    recipe = verbs.add_parser("recipe", help="train what the records of docs/recipe.md lack, and make it")
+    recipe.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no run after so many; 0: only the document"
+    )
+    report = verbs.add_parser("report", help="make docs/quality.md and docs/recipe.md of the records")
     report.add_argument("--records", type=Path, default=None, help="print a report of what run --config wrote there")
     options = parser.parse_args(arguments)
     return VERBS[options.verb](options)
@@ -49,24 +56,47 @@ def _quick(_: argparse.Namespace) -> int:
     return repeat()
 
 
-def _report(options: argparse.Namespace) -> int:
-    from benchmarks.quality.report import main as report
+def _recipe(options: argparse.Namespace) -> int:
+    from benchmarks.quality import recipe, recipe_report
 
-    return report() if options.records is None else command.report(options.records)
+    torch.set_num_threads(1)
+    end = time.monotonic() + 60 * options.minutes
+    print(f"{recipe.train_missing(recipe.records_path(), lambda: time.monotonic() >= end)} runs")
+    return recipe_report.main()
+
+
+def _report(options: argparse.Namespace) -> int:
+    from benchmarks.quality import recipe_report, report
+
+    if options.records is not None:
+        return command.report(options.records)
+    return report.main() or recipe_report.main()
 
 
 def _stop_at(clock: str | None) -> Callable[[], bool]:
     """A question with the answer yes from that time of day (UTC) on; None: never."""
     if clock is None:
         return lambda: False
-    hour, minute = (int(part) for part in clock.split(":"))
-    now = datetime.datetime.now(datetime.timezone.utc)
-    end = now.replace(hour=hour, minute=minute, second=0)
-    end += datetime.timedelta(days=end <= now)
+    end = nearest(clock, datetime.datetime.now(datetime.timezone.utc))
     return lambda: datetime.datetime.now(datetime.timezone.utc) >= end
 
 
-VERBS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "quick": _quick, "report": _report}
+def nearest(clock: str, now: datetime.datetime) -> datetime.datetime:
+    """When it is HH:MM, less than 12 hours before `now` or at most 12 hours after it."""
+    hour, minute = (int(part) for part in clock.split(":"))
+    half_a_day = datetime.timedelta(hours=12)
+    end = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    if end <= now - half_a_day:
+        return end + 2 * half_a_day
+    return end - 2 * half_a_day if end > now + half_a_day else end
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "quick": _quick,
+    "recipe": _recipe,
+    "report": _report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

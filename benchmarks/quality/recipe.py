@@ -105,13 +105,16 @@ def train_missing(path: Path, stop: Callable[[], bool]) -> int:
     return count
 
 
+def adapted_task(choice: Choice, task: Task) -> Task:
+    """The task with the targets of a choice."""
+    return task if choice.targets == ALL else replace(task, targets=TARGETS[choice.targets][kind(task.name)])
+
+
 def one_run(choice: Choice, task: Task, variant: str, seed: int) -> records.Record:
     """What one run gives, without its provenance."""
-    rate = learning_rate(task.name)
-    targets = task.targets if choice.targets == ALL else TARGETS[choice.targets][kind(task.name)]
+    rate, share = learning_rate(task.name), schedule_of(choice)
     head = {"choice": choice.name, "task": task.name, "method": variant, "learning_rate": rate, "seed": seed}
-    adapted = replace(task, targets=targets)
-    given = run(adapted, METHODS[variant], rate, seed, base(task.name), schedule_of(choice))
+    given = run(adapted_task(choice, task), METHODS[variant], rate, seed, base(task.name), share)
     print(*head.values(), given["validation"] and round(given["validation"]["loss"], 4), flush=True)
     return {**head, "steps": task.steps, **given}
 

@@ -142,13 +142,13 @@ processor time of one core, on a machine that others used too.
 
 def _verdicts(results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
     yield "## Against LoRA of as many parameters\n"
-    yield _paragraph(
+    yield paragraph(
         f"Parameters within {EQUAL:.0%}, three seeds each. The difference is ours less LoRA's test loss, so below 0 ours is "
         "better; its spread is the standard deviation over seeds. Within one spread it counts as a tie."
     )
     yield _compared(results, "parameters")
     yield "## Against LoRA of as many bytes that a server keeps\n"
-    yield _paragraph(
+    yield paragraph(
         "A server keeps direct and cross, two numbers an output and rotation, whatever the variant: twice the parameters of "
         "road_1, as many as those of road_2, half of those of road_4. A file has as many numbers as there are parameters."
     )
@@ -184,11 +184,11 @@ def _losing(results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
             verdict: [key for key, one in chosen.items() if one.verdict == verdict]
             for verdict in ("win", "tie", "LOSS")
         }
-        yield _paragraph(
+        yield paragraph(
             f"At equal {words}, the best of ours for each task and rank: {len(of['win'])} of {len(chosen)} won "
             f"({_named(of['win'])}), {len(of['tie'])} tied ({_named(of['tie'])}), {len(of['LOSS'])} lost ({_named(of['LOSS'])})."
         )
-    yield _paragraph(
+    yield paragraph(
         "On the small language model LoRA gets more out of a parameter, and rotations in a row (`stages`) do not change "
         "that; on the pretrained encoder RoAd does. Where there are several of ours, the first seed's validation chose. "
         "What RoAd offers beside quality is that a row's own adapter costs nearly nothing to serve "
@@ -250,7 +250,7 @@ def _rest(by_task: Mapping[str, Sequence[Record]], results: Mapping[str, Sequenc
     untouched = [task for task in TASKS if task not in results]
     commits = sorted({record["commit"] for record in runs})
     yield "## What it took, and what is lacking\n"
-    yield _paragraph(
+    yield paragraph(
         f"{len(runs)} runs, {hours:.2f} hours of processor time, at the commits {', '.join(commits)}. Without three seeds: "
         + "; ".join(f"{task}: {', '.join(names)}" for task, names in lacking.items())
         + (f". Tasks that were not begun: {', '.join(untouched)}." if untouched else ".")
@@ -263,7 +263,8 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def _paragraph(text: str) -> str:
+def paragraph(text: str) -> str:
+    """The text in lines of 130 characters."""
     return textwrap.fill(text, 130, break_on_hyphens=False, break_long_words=False) + "\n"
 
 

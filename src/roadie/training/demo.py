@@ -5,7 +5,7 @@
     merge      logits before a merge, while merged, and after the unmerge
     mix        one batch in which each row goes through its own adapter, or through none, from the same prompts
 
-The tiny model likes a learning rate of 2e-2; the paper's recipe for large models, 3e-3, is what `roadie train` uses.
+So few steps like a learning rate of 2e-2, higher than that of `roadie train` for a model of this width (docs/recipe.md).
 """
 
 from __future__ import annotations
