@@ -124,8 +124,33 @@ def main(folder: Path) -> None:
             assert {p.dtype for p in named(half).values()} == {torch.float32}
             trace = train(half, optimizer_of(half), Trace(), rows=own)
             save(all_losses(trace), folder / f"fsdp_half-{variant}-{together.rank}.pt")
+        inputs_too(folder, together, own, mesh)
         mixed_rows(folder, together)
         refusals(folder, mesh)
+
+
+def inputs_too(folder: Path, together: Any, own: slice, mesh: Any) -> None:
+    """Adapters that rotate inputs too are spread as any others are."""
+    make = partial(adapted, "road_2", input_stages=[8], input_stages_pattern={"down_proj": [2, 4]})
+
+    def ddp() -> Any:
+        return DistributedDataParallel(make())
+
+    def fsdp() -> Any:
+        model = make(seed=1 + together.rank)
+        shard_model(model, mesh)
+        return model
+
+    alone = make()
+    save(train(alone, optimizer_of(alone), Trace()), folder / f"one-inputs-{together.rank}.pt")
+    for way, spread in (("ddp", ddp), ("fsdp", fsdp)):
+        trace, model = stopped_and_resumed(spread, own, folder / f"dcp-{way}-inputs")
+        save(all_losses(trace), folder / f"{way}-inputs-{together.rank}.pt")
+        adapter = full_adapter(model)
+        if together.is_first:
+            checkpoint.save(adapter, folder / f"whole-{way}-inputs")
+    load_full_adapter(alone, adapter)
+    assert all(torch.equal(p, named(alone)[name]) for name, p in named(model).items())
 
 
 def refusals(folder: Path, mesh: Any) -> None:
@@ -135,6 +160,7 @@ def refusals(folder: Path, mesh: Any) -> None:
     for name, refused in {
         "cut": lambda: tensor_parallel(adapted("road_4", group_size=16), mesh),
         "stages": lambda: tensor_parallel(adapted("road_1", group_size=64, stages=[8, 4]), mesh),
+        "inputs": lambda: tensor_parallel(adapted("road_1", input_stages=[8]), mesh),
         "mesh": lambda: tensor_parallel(adapted("road_1")),
         "plan": lambda: tensor_parallel(adapted("road_1"), mesh, {"nothing.*": "colwise"}),
         "again": lambda: tensor_parallel(parallel, mesh, {"layers.*.mlp.up_proj": "colwise"}),

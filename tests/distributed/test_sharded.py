@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ def trace(done: Path, way: str, variant: str, rank: int = 0) -> dict:
     return torch.load(done / f"{way}-{variant}-{rank}.pt")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "variant"), [*product(WAYS, VARIANTS), ("ddp", "inputs"), ("fsdp", "inputs")], ids="-".join
+)
 def test_losses_gradients_and_a_resumed_adapter_are_those_of_one_process(way: str, variant: str, done: Path) -> None:
     wanted = trace(done, "one", variant)
     assert len(wanted["losses"]) == 4
@@ -86,6 +88,17 @@ def test_saved_adapters_load_in_stock_peft(way: str, variant: str, done: Path) -
     assert relative_error(found, wanted) <= 2**7 * unit_roundoff(torch.float32)  # PEFT adds in float32 here and there
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_whole_adapter_has_the_inputs_too(way: str, done: Path) -> None:
+    adapter = checkpoint.load(done / f"whole-{way}-inputs")
+    assert adapter.input_stages == ((2, 4), (8,))
+    parameters = trace(done, way, "inputs")["parameters"]
+    assert len(parameters) == 2 * len(adapter.layers)
+    for path, layer in adapter.layers.items():
+        for store, value in (("road_theta", layer.theta), ("road_alpha", layer.alpha)):
+            assert torch.equal(value, parameters[f"base_model.model.{path}.{store}.default"]), path
+
+
 def test_rows_of_different_adapters_in_different_processes(done: Path) -> None:
     first, second = (torch.load(done / f"rows-{rank}.pt") for rank in range(2))
     wanted = first["one"]
@@ -121,6 +134,10 @@ def test_gradients_are_averaged_when_they_are_asked_for(done: Path) -> None:
     [
         ("cut", "ConfigError: .*k_proj: got out_features=16 over 2 processes with group_size=16.*wanted whole groups"),
         ("stages", r"ConfigError: .*got adapter 'default' with rotations in a row \(stages\)"),
+        (
+            "inputs",
+            r"ConfigError: .*q_proj: got an adapter that rotates the layer's input \(input_stages\); wanted outputs",
+        ),
         ("mesh", "ConfigError: got no mesh for a model that is whole"),
         ("plan", r"ConfigError: got a plan \(nothing.\*\) that fits no linear layer"),
         ("again", "ConfigError: got a mesh or a plan for a model that is tensor parallel already"),
@@ -140,5 +157,5 @@ def test_gradients_are_averaged_when_they_are_asked_for(done: Path) -> None:
 def test_what_cannot_be_done_is_refused(what: str, message: str, done: Path) -> None:
     for rank in range(2):
         said = json.loads((done / f"refused-{rank}.json").read_text())
-        assert len(said) == 10
+        assert len(said) == 11
         assert re.match(message, said[what]), said[what]

@@ -70,7 +70,8 @@ def whole(tensor: Any) -> Tensor:
 def named(model: Any) -> dict[str, Any]:
     """The parameters of the adapter, by names that wrappers do not change."""
     found = {name.replace("module.", ""): parameter for name, parameter in model.named_parameters() if "road_" in name}
-    assert len(found) == 2 * 2 * len(TARGETS), sorted(found)
+    sites = 2 if any("road_input" in name for name in found) else 1
+    assert len(found) == sites * 2 * 2 * len(TARGETS), sorted(found)
     return found
 
 

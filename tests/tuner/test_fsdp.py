@@ -28,7 +28,8 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}"
 ids = torch.arange(12).reshape(2, 6)
 gradients = []
 for wrapped in (False, True):
-    model = randomise(roadie.get_peft_model(tiny_llama(), roadie.RoadConfig(target_modules=["q_proj"], group_size=16)))
+    config = roadie.RoadConfig(target_modules=["q_proj"], group_size=16, input_stages=[2, 64])
+    model = randomise(roadie.get_peft_model(tiny_llama(), config))
     if wrapped:
         policy = fsdp_auto_wrap_policy(model)
         model = FSDP(
@@ -37,7 +38,7 @@ for wrapped in (False, True):
         assert sum(isinstance(module, FSDP) for module in model.modules()) == 3
     model(ids, labels=ids).loss.backward()
     gradients.append([p.grad.clone() for name, p in model.named_parameters() if "road_" in name])
-assert len(gradients[0]) == 4
+assert len(gradients[0]) == 8
 assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(*gradients, strict=True))
 torch.distributed.destroy_process_group()
 """

@@ -24,8 +24,8 @@ def _llama(**settings: Any) -> Any:
     return tiny_llama(initializer_range=0.2, **settings)
 
 
-def _adapted(base: Any, *targets: str) -> Any:
-    config = roadie.RoadConfig(target_modules=list(targets), group_size=16, task_type="CAUSAL_LM")
+def _adapted(base: Any, *targets: str, **settings: Any) -> Any:
+    config = roadie.RoadConfig(target_modules=list(targets), group_size=16, task_type="CAUSAL_LM", **settings)
     return randomise(roadie.get_peft_model(base, config)).eval()
 
 
@@ -111,6 +111,17 @@ def test_all_linear_leaves_a_tied_head_alone() -> None:
     assert not isinstance(model.base_model.model.lm_head, roadie.RoadLayer)
 
 
+def test_a_tied_head_with_its_input_is_untied_merged_and_tied_again() -> None:
+    model = _adapted(_tied(), "lm_head", input_stages=[64])
+    head, embeddings = model.base_model.model.lm_head.get_base_layer(), model.get_input_embeddings()
+    before, wanted = embeddings.weight.detach().clone(), _logits(model)
+    model.merge_adapter()
+    assert torch.equal(embeddings.weight, before), "the embeddings were rotated"
+    _assert_as_near_as_rounding(_logits(model), wanted)
+    model.unmerge_adapter()
+    assert head.weight is embeddings.weight
+
+
 # --- offloaded by accelerate --------------------------------------------------------------------------------------
 
 
@@ -135,6 +146,31 @@ def test_an_offloaded_model_is_adapted_where_it_computes(place: str, dtype: torc
     model.save_pretrained(tmp_path / "adapter")
     again = roadie.PeftModel.from_pretrained(_offloaded(place, tmp_path, dtype), tmp_path / "adapter")
     assert torch.equal(_logits(again), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:this adapter has")
+@every_place
+def test_an_offloaded_model_rotates_inputs_where_it_computes(place: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"input_stages": [2, 64]}
+    model, plain = (
+        _adapted(base, "q_proj", "down_proj", **settings)
+        for base in (_offloaded(place, tmp_path, torch.bfloat16), _llama(dtype=torch.bfloat16))
+    )
+    devices = {("road_input" in name, p.device.type) for name, p in model.named_parameters() if "road_" in name}
+    assert devices == {(True, "cpu"), (False, "cpu")}
+    wanted = _logits(plain)
+    for _ in range(2):
+        assert torch.equal(_logits(model), wanted)
+    model.save_pretrained(tmp_path / "adapter")
+    again = roadie.PeftModel.from_pretrained(_offloaded(place, tmp_path, torch.bfloat16), tmp_path / "adapter")
+    assert torch.equal(_logits(again), wanted)
+    for one in (model, plain):
+        one.merge_adapter()
+    assert torch.equal(_logits(model), _logits(plain))
+    assert not torch.equal(_logits(model), wanted)
+    for one in (model, plain):
+        one.unmerge_adapter()
+    assert torch.equal(_logits(model), wanted)
 
 
 @every_place
