@@ -1,7 +1,8 @@
 """RoAd adapters as LoRA adapters: for software that reads LoRA only.
 
 A RoAd layer adds ``(R - I) W x + (R - I) b`` to its base layer, a LoRA layer ``B A x`` and, with `lora_bias`, a constant. The
-best B A of a rank (Frobenius norm, Eckart and Young) are the largest singular values of ``(R - I) W``; the constant is exact.
+best B A of a rank (Frobenius norm, Eckart and Young) are the largest singular values of ``(R - I) W``, or ``R W Q - W`` where the
+input is rotated by Q; the constant is exact.
 Rotations are rarely of low rank, so that the error is large unless the rank is: it is measured, on the tensors as they are
 stored, and reported for each layer and for all.
 
@@ -27,18 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters, is_input, layer_of
 from roadie.adapter_algebra.layers import about_layer
 from roadie.checkpoint.replacement import replace_pair
 from roadie.errors import AdapterError, ConfigError
-from roadie.rotation import Rotation, chain_from_parameters, rotate_weight
+from roadie.rotation import Rotation, chain_from_parameters, rotate_weight, transposed
 
 
 @dataclass(frozen=True)
 class LayerFit:
     """How well LoRA does what RoAd does to one layer.
 
-    rank: r; error, change: the squares of ``|(R - I) W - B A|`` and ``|(R - I) W|``, Frobenius norms.
+    rank: r; error, change: the squares of ``|C - B A|`` and ``|C|``, Frobenius norms, where C = ``R W Q - W`` is the change.
     """
 
     rank: int
@@ -47,7 +48,7 @@ class LayerFit:
 
     @property
     def relative_error(self) -> float:
-        """``|(R - I) W - B A| / |(R - I) W|``; 0 where nothing was changed."""
+        """``|C - B A| / |C|``; 0 where nothing was changed."""
         return math.sqrt(self.error / self.change) if self.change else 0.0
 
 
@@ -86,18 +87,19 @@ def to_lora(adapter: Adapter, model: nn.Module, rank: int | float) -> LoraAdapte
     linears = {}
     for path, layer in adapter.layers.items():
         with about_layer(path):
-            linears[path] = _linear(model, path, layer)
+            linears[layer_of(path)] = _linear(model, path, layer)
     with_bias = any(linear.bias is not None for linear in linears.values())
     tensors, fits = {}, {}
     for path, linear in linears.items():
+        sites = adapter.layers.get(path), adapter.layers.get(f"{path}{INPUT_SUFFIX}")
         with about_layer(path):
-            down, up, bias, fits[path] = _factors(adapter.layers[path], linear, rank)
+            down, up, bias, fits[path] = _factors(*sites, linear, rank)
         tensors[f"base_model.model.{path}.lora_A.weight"] = down
         tensors[f"base_model.model.{path}.lora_B.weight"] = up
         if with_bias:
             tensors[f"base_model.model.{path}.lora_B.bias"] = bias
-    transposed = any(linear.transposed for linear in linears.values())
-    return LoraAdapter(tensors, _config(adapter, fits, with_bias, transposed), fits)
+    is_transposed = any(linear.is_transposed for linear in linears.values())
+    return LoraAdapter(tensors, _config(adapter, fits, with_bias, is_transposed), fits)
 
 
 def save_lora(lora: LoraAdapter, path: str | os.PathLike[str]) -> None:
@@ -108,43 +110,48 @@ def save_lora(lora: LoraAdapter, path: str | os.PathLike[str]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Linear:
-    """A base layer: weight ``[D, in]``, bias ``[D]`` or None; transposed: stored as ``[in, D]``."""
+    """A base layer: weight ``[D, in]``, bias ``[D]`` or None; is_transposed: stored as ``[in, D]``."""
 
     weight: Tensor
     bias: Tensor | None
-    transposed: bool
+    is_transposed: bool
 
 
 def _linear(model: nn.Module, path: str, layer: LayerParameters) -> _Linear:
     try:
-        module = model.get_submodule(path)
+        module = model.get_submodule(layer_of(path))
     except AttributeError:
         raise AdapterError("got a model without it; wanted the base model of the adapter") from None
-    transposed = type(module).__name__ == "Conv1D"
+    is_transposed = type(module).__name__ == "Conv1D"
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    is_linear = transposed or isinstance(module, nn.Linear)
+    is_linear = is_transposed or isinstance(module, nn.Linear)
     if not (is_linear and isinstance(weight, Tensor) and _is_dense(weight)):
         raise AdapterError(
             f"got a {type(module).__name__} whose weight is no dense matrix of floats; wanted a linear layer; load "
             "the model unquantised and on one device"
         )
-    weight = weight.detach().mT if transposed else weight.detach()
-    if len(weight) != layer.out_features:
+    weight = weight.detach().mT if is_transposed else weight.detach()
+    width, elements = (weight.shape[1], "inputs") if is_input(path) else (weight.shape[0], "outputs")
+    if width != layer.out_features:
         raise AdapterError(
-            f"got {len(weight)} outputs in the model and {layer.out_features} in the adapter; wanted equal "
-            "numbers; use the base model of the adapter"
+            f"got {width} {elements} in the model and {layer.out_features} in the adapter; wanted equal numbers; use the base "
+            "model of the adapter"
         )
-    return _Linear(weight, bias.detach() if isinstance(bias, Tensor) else None, transposed)
+    return _Linear(weight, bias.detach() if isinstance(bias, Tensor) else None, is_transposed)
 
 
 def _is_dense(weight: Tensor) -> bool:
     return weight.is_floating_point() and weight.dim() == 2 and weight.device.type != "meta"
 
 
-def _factors(layer: LayerParameters, linear: _Linear, rank: int | float) -> tuple[Tensor, Tensor, Tensor, LayerFit]:
+def _factors(
+    of_output: LayerParameters | None, of_input: LayerParameters | None, linear: _Linear, rank: int | float
+) -> tuple[Tensor, Tensor, Tensor, LayerFit]:
     """A, B, the constant, and how well B A fits; the singular values go to both, half and half."""
-    changes = _changes_of(layer, linear.weight.device)
-    delta = _changed(linear.weight.double(), changes)
+    weight = linear.weight.double()
+    before, after = (_changes_of(site, linear.weight.device) for site in (of_input, of_output))
+    delta = _changed(weight, [transposed(change) for change in reversed(before)], dim=1)
+    delta = delta + _changed(weight + delta, after)
     dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
     if not bool(torch.isfinite(delta).all()):
         raise AdapterError(
@@ -155,23 +162,28 @@ def _factors(layer: LayerParameters, linear: _Linear, rank: int | float) -> tupl
     root = values[:kept].sqrt()
     down, up = root[:, None] * right[:kept], left[:, :kept] * root
     error = torch.linalg.vector_norm(delta - up.double() @ down.double())
-    bias = delta.new_zeros(len(delta)) if linear.bias is None else _changed(linear.bias.double(), changes)
+    bias = delta.new_zeros(len(delta)) if linear.bias is None else _changed(linear.bias.double(), after)
     fit = LayerFit(kept, float(error) ** 2, float(torch.linalg.vector_norm(delta)) ** 2)
     return down.contiguous(), up.contiguous(), bias.to(dtype), fit
 
 
-def _changes_of(layer: LayerParameters, device: torch.device) -> list[Rotation]:
+def _changes_of(site: LayerParameters | None, device: torch.device) -> list[Rotation]:
     """R - I of each rotation in a row, whose blocks are those of a Rotation too: nothing cancels where R is near I."""
-    theta, alpha = (values.to(device).double() for values in (layer.theta, layer.alpha))
-    chain = chain_from_parameters(theta, alpha, layer.variant, layer.stages)
+    if site is None:
+        return []
+    theta, alpha = (values.to(device).double() for values in (site.theta, site.alpha))
+    chain = chain_from_parameters(theta, alpha, site.variant, site.stages)
     return [Rotation(rotation.direct - 1, rotation.cross, rotation.group_size) for rotation in chain]
 
 
-def _changed(weight: Tensor, changes: Sequence[Rotation]) -> Tensor:
-    """``R_K ... R_1 W - W``, from the R - I: each adds what it does to the weight that the ones before it made."""
+def _changed(weight: Tensor, changes: Sequence[Rotation], dim: int = 0) -> Tensor:
+    """``R_K ... R_1 W - W``, from the R - I: each adds what it does to the weight that the ones before it made.
+
+    dim: 1 where they turn the rows of W instead: ``W R_1^T ... R_K^T - W``.
+    """
     delta = torch.zeros_like(weight)
     for change in changes:
-        delta = delta + rotate_weight(weight + delta, change)
+        delta = delta + rotate_weight(weight + delta, change, dim=dim)
     return delta
 
 
@@ -191,7 +203,7 @@ def _check_rank(rank: int | float) -> None:
         )
 
 
-def _config(adapter: Adapter, fits: Mapping[str, LayerFit], with_bias: bool, transposed: bool) -> dict[str, Any]:
+def _config(adapter: Adapter, fits: Mapping[str, LayerFit], with_bias: bool, is_transposed: bool) -> dict[str, Any]:
     rank, _ = Counter(fit.rank for fit in fits.values()).most_common()[0]
     # PEFT takes the first pattern that matches the end of a path: longer paths first, which end in shorter ones.
     others = sorted((path for path, fit in fits.items() if fit.rank != rank), key=lambda path: (-len(path), path))
@@ -213,6 +225,6 @@ def _config(adapter: Adapter, fits: Mapping[str, LayerFit], with_bias: bool, tra
         "lora_bias": with_bias,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": is_transposed,
         "inference_mode": True,
     }

@@ -119,3 +119,14 @@ def test_several_rotations_in_a_row_are_refused_before_anything_is_copied(tmp_pa
     ):
         store.add(tmp_path / "place")
     assert not any((tmp_path / "store").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:this adapter")
+def test_a_rotated_input_is_refused_before_anything_is_copied(tmp_path: Path) -> None:
+    layer = LayerParameters(torch.zeros(4), torch.ones(4), "road_1", 8)
+    config = {"peft_type": "ROAD", "group_size": 8, "input_stages": [8]}
+    checkpoint.save(Adapter({"model.q": layer, "model.q.road_input": layer}, config), tmp_path / "place")
+    store = AdapterStore(str(tmp_path / "store"))
+    with pytest.raises(AdapterError, match=r"the vLLM plug-in: got a rotation of the input of layer model\.q; wanted"):
+        store.add(tmp_path / "place")
+    assert not any((tmp_path / "store").iterdir())
