@@ -142,9 +142,27 @@ def test_a_row_without_a_rotation_of_its_input_passes_bit_for_bit() -> None:
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         with bank.rows(["plain", None, "rotated"]):
             net(x), net(x)
-    for given in seen:
+        with bank.rows(["plain", None, "plain"]):
+            net(x), net(x)
+        with bank.rows(["plain", None, "rotated"]):
+            net(x)
+            of_input = bank._attached[f"0{INPUT_SUFFIX}"]
+            seen.append(torch.compile(lambda given: of_input.of(given, bool), backend="eager")(x))
+    assert all(given is x for given in seen[2:4])  # not even a copy, where no row has one
+    for given in seen[:2] + seen[4:]:
         assert torch.equal(given[:2].view(torch.int32), x[:2].view(torch.int32))
         torch.testing.assert_close(given[2], rotate(x[2], rotated.layers[f"0{INPUT_SUFFIX}"].rotation))
+
+
+def test_a_slot_that_held_one_has_none_again() -> None:
+    net, x, seen = Net(), torch.full((1, 16), -0.0), []
+    with AdapterBank(net, slots=1) as bank, torch.no_grad():
+        for kind in ("inputs", "plain", "plain"):  # there are two slots
+            bank.update({"a": adapter(kind)})
+        net.up.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with bank.rows(["a"]):
+            net(x)
+    assert seen[0] is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

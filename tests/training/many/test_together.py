@@ -33,6 +33,7 @@ def alone(settings: dict, base: Path) -> tuple[list[float], dict[str, torch.Tens
         variant=recipe.variant,
         group_size=recipe.group_size,
         stages=list(recipe.stages) if recipe.stages else None,
+        input_stages=list(recipe.input_stages) if recipe.input_stages else None,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from roadie import __version__, checkpoint
-from roadie.adapter import Adapter
+from roadie.adapter import Adapter, is_input
 from roadie.bank.families import Family
 from roadie.training.folders import whole_folder
 from roadie.training.many.job import Job
@@ -28,14 +28,16 @@ _NOT_RECORDED = ("name", "output", "status", "reason")
 def adapter_config(prepared: PreparedJob, model: nn.Module, source: ModelSource) -> dict[str, Any]:
     """adapter_config.json of a job's adapter, as PEFT writes it."""
     recipe = prepared.job.recipe
-    asked = recipe.stages or (recipe.group_size,)
+    stages = recipe.stages or (recipe.group_size,)
+    asked = [recipe.input_stages if is_input(layer.path) else stages for layer in prepared.layers]
     return {
-        "adapt_group_size": any(layer.stages != asked for layer in prepared.layers),
+        "adapt_group_size": any(layer.stages != wanted for layer, wanted in zip(prepared.layers, asked, strict=True)),
         "auto_mapping": None,
         "base_model_name_or_path": source.place,
         "group_size": recipe.group_size,
         "inference_mode": True,
         "init_weights": True,
+        "input_stages": list(recipe.input_stages) if recipe.input_stages else None,
         "modules_to_save": None,
         "peft_type": "ROAD",
         "revision": source.revision,

@@ -13,20 +13,22 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from roadie.adapter import resolve_layer
+from roadie.adapter import INPUT_SUFFIX, is_input, resolve_layer, rotates_input
 from roadie.bank.families import AdaptedLayer
 from roadie.errors import ConfigError, UnsupportedLayer
 from roadie.share import Share
 from roadie.training.recipe import ALL_LINEAR, Recipe
 
+_SETTINGS = ("variant", "group_size", "adapt_group_size", "stages", "input_stages")
+
 
 def adapted_layers(model: Any, recipe: Recipe) -> tuple[AdaptedLayer, ...]:
-    """The layers that `recipe` adapts, in the order of the model.
+    """The layers that `recipe` adapts, in the order of the model, each followed by its input where that is rotated too.
 
     Raises `ConfigError` where nothing is targeted, a group size does not divide a layer, or the share has no pair;
     `UnsupportedLayer` where something other than a linear layer is targeted.
     """
-    config = {key: getattr(recipe, key) for key in ("variant", "group_size", "adapt_group_size", "stages")}
+    config = {key: getattr(recipe, key) for key in _SETTINGS}
     share = None if recipe.share is None else Share.parse(recipe.share)
     modules = _targeted(model, recipe.target_modules)
     if not modules:
@@ -36,8 +38,12 @@ def adapted_layers(model: Any, recipe: Recipe) -> tuple[AdaptedLayer, ...]:
         )
     found = []
     for path, module in modules.items():
-        out_features = _out_features(path, module)
-        found.append(AdaptedLayer(path, out_features, *resolve_layer(config, path, out_features), share))
+        widths = {path: _out_features(path, module)}
+        if rotates_input(config, path):
+            widths[f"{path}{INPUT_SUFFIX}"] = _in_features(module)
+        found += [
+            AdaptedLayer(site, width, *resolve_layer(config, site, width), share) for site, width in widths.items()
+        ]
     _check_share(share, found)
     return tuple(found)
 
@@ -52,7 +58,7 @@ def _check_share(share: Share | None, layers: Sequence[AdaptedLayer]) -> None:
 
 def target_names(model: nn.Module, layers: Sequence[AdaptedLayer]) -> list[str]:
     """The shortest list of names that PEFT takes for exactly these layers: last parts of their paths, or whole paths."""
-    paths = {layer.path for layer in layers}
+    paths = {layer.path for layer in layers if not is_input(layer.path)}
     names = sorted({path.rpartition(".")[2] for path in paths})
     return names if set(_named(model, names)) == paths else sorted(paths)
 
@@ -83,6 +89,10 @@ def _out_features(path: str, module: nn.Module) -> int:
     raise UnsupportedLayer(
         f"got target {path}, a {type(module).__name__}; wanted torch.nn.Linear or transformers' Conv1D; leave it out of targets"
     )
+
+
+def _in_features(module: nn.Module) -> int:
+    return module.in_features if isinstance(module, nn.Linear) else int(module.nx)  # type: ignore[arg-type]
 
 
 def _some_names(model: nn.Module) -> list[str]:
