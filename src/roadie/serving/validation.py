@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from roadie.adapter import layer_of
 from roadie.bank.blends import Blend, parse
 from roadie.errors import ConfigError, PromptTooLong, RoutingError
 from roadie.serving.engine import EngineLimits, EngineSettings, GenerationRequest
@@ -42,10 +43,10 @@ def eos_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def adapts_last_layer(model: Any, paths: Iterable[str]) -> bool:
-    """Whether one of these modules is the layer that gives the logits."""
+    """Whether one of these modules is the layer that gives the logits, or its input."""
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
-    return head is not None and any(modules.get(path) is head for path in paths)
+    return head is not None and any(modules.get(layer_of(path)) is head for path in paths)
 
 
 def key_of(request: GenerationRequest, limits: EngineLimits) -> Key:
