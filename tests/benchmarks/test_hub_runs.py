@@ -161,6 +161,16 @@ def test_a_language_model_learns_to_answer_and_the_sweep_resumes(
         sweep(config, Choice(data=folder), kept, never)
 
 
+def test_a_file_without_runs_is_begun_anew(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    for steps in (1, 2):
+        written(config, pairs=pairs(folder / "encoder", training={"steps": steps, "batch_rows": 8}))
+        answers = iter([False])
+        assert sweep(config, Choice(data=folder), tmp_path, lambda answers=answers: next(answers, True)) == 0
+    (base,) = records.read(tmp_path / "pairs.encoder.jsonl")
+    assert base["facts"]["settings"]["training"]["steps"] == 2
+
+
 def test_an_encoder_learns_pairs_and_the_rate_is_chosen_by_the_metric(folder: Path, tmp_path: Path) -> None:
     config = written(tmp_path / "c.yaml", pairs=pairs(folder / "encoder"))
     assert sweep(config, Choice(data=folder), tmp_path, never) == 2

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from benchmarks.quality.hub.settings import Metric
 
-Numbers = NDArray[np.float64]
 BEFORE, AFTER = " \t\n$", " \t\n.!?$%"
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(/\d+)?")
 
@@ -58,10 +57,11 @@ def spearman(predicted: ArrayLike, wanted: ArrayLike) -> float:
     return pearson(_ranks(predicted), _ranks(wanted))
 
 
-def _ranks(values: ArrayLike) -> Numbers:
+def _ranks(values: ArrayLike) -> ArrayLike:
     _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=float)
+    ranks: ArrayLike = (last - (counts - 1) / 2)[inverse]
+    return ranks
 
 
 OF_CLASSES = {"accuracy": accuracy, "f1": f1, "matthews": matthews}

@@ -13,7 +13,7 @@ from benchmarks.quality.search import costs
 from benchmarks.tables import markdown
 from roadie.errors import ConfigError
 
-Record = Mapping[str, Any]
+Record = records.Record
 
 
 def text_of(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,6 +139,7 @@ def _record(
     prepared: Prepared, method: Method, learning_rate: float, seed: int, facts: records.Record
 ) -> records.Record:
     """A whole record of one run."""
+    _free_memory()
     task, training = prepared.task, prepared.settings.training
     head = {
         "task": prepared.name,
@@ -152,16 +154,24 @@ def _record(
     return {**head, **done, **facts}
 
 
+def _free_memory() -> None:
+    """The model of the run before is in cycles; a second one of its size might not fit."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _begin(prepared: Prepared, path: Path, facts: records.Record) -> None:
     """The first line of a file: what the runs are told, and the model as it comes, where that is asked for.
 
-    Raises `ConfigError` where the file has runs of other settings: they could not be compared.
+    A file of other settings is begun anew where it has no run; where it has, they could not be compared: `ConfigError`.
     """
     told = rounded(prepared.settings.model_dump(mode="json", exclude=NOT_OF_A_RUN))
     found = records.read(path)
-    if found:
+    if found and (len(found) > 1 or found[0]["facts"]["settings"] == told):
         _check_same(path, found[0]["facts"]["settings"], told)
         return
+    path.unlink(missing_ok=True)
     task = prepared.task
     scores: dict[str, Any] = {"validation": None, "test": None}
     if prepared.settings.evaluation.base and not task.head:
