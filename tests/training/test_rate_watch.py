@@ -109,20 +109,26 @@ def test_a_resumed_run_of_many_jobs_says_it_once_and_knows_what_was_before(kinds
     assert [message.partition(":")[0] for message in warned(caplog)] == ["job high", "job low"]
 
 
-def test_a_resumed_training_does_not_say_it_again(kinds, tmp_path, caplog):
+def test_a_resumed_training_knows_what_was_before_and_says_it_once(kinds, tmp_path, caplog):
+    """Interrupted before the loss has risen for long enough, and again after it was told."""
     caplog.set_level(logging.WARNING, "roadie")
 
     class Stop(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == STEPS - 4:
+            if state.global_step == self.step:
                 raise KeyboardInterrupt
 
-    high = Recipe(**{**recipe(0.9).to_mapping(), "checkpoint_steps": STEPS - 5})
-    with pytest.raises(KeyboardInterrupt):
-        train(kinds / "asyncio.txt", tmp_path / "adapter", recipe=high, callbacks=[Stop()])
-    assert len(warned(caplog)) == 1
-    assert train(kinds / "asyncio.txt", tmp_path / "adapter", recipe=high, resume=True).resumed_from_step == STEPS - 5
-    assert len(warned(caplog)) == 1
+    high = Recipe(**{**recipe(0.9).to_mapping(), "checkpoint_steps": 6})
+    told = []
+    for stop in (7, STEPS - 1):
+        with pytest.raises(KeyboardInterrupt):
+            train(kinds / "asyncio.txt", tmp_path / "adapter", recipe=high, resume=True, callbacks=[Stop(stop)])
+        told.append(len(warned(caplog)))
+    assert train(kinds / "asyncio.txt", tmp_path / "adapter", recipe=high, resume=True).resumed_from_step > WINDOW
+    assert [*told, len(warned(caplog))] == [0, 1, 1]
 
 
 def test_it_serves_any_trainer(kinds, tmp_path, caplog):
