@@ -288,6 +288,14 @@ def test_a_group_size_adapts_only_where_asked(texts, tiny_path, tmp_path):
     assert checkpoint.load(result.output).group_sizes == (16,)
 
 
+def test_an_adapted_output_layer_is_not_saved_along(texts, tmp_path):
+    recipe = Recipe(max_steps=1, batch_size=2, max_length=32, target_modules=("q_proj", "lm_head"))
+    train(texts, tmp_path / "adapter", recipe=recipe)
+    adapter = checkpoint.load(tmp_path / "adapter")
+    assert "lm_head" in adapter.layers
+    assert not adapter.other
+
+
 def test_a_share_is_trained_and_the_rest_is_the_identity(texts, tiny_path, tmp_path):
     recipe = replace(QUICK, share="2/2", variant="road_2", weight_decay=0.3)
     result = train(texts, tmp_path / "a", model=str(tiny_path), recipe=recipe)

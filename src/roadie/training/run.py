@@ -119,7 +119,8 @@ def train(
 
     def write() -> TrainingResult:
         with whole_folder(output, overwrite=overwrite) as folder:
-            adapted.save_pretrained(str(folder))
+            # The vocabulary is the base model's, so its layers are as they were, also where they are targets.
+            adapted.save_pretrained(str(folder), save_embedding_layers=False)
             result = TrainingResult(
                 output=output,
                 model=source.place,
