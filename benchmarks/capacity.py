@@ -1,19 +1,24 @@
 """What more capacity costs to serve. ``python -m benchmarks.capacity layer decode prefill``
 
-    layer    one layer of 4096 outputs, 64 rows of 64 adapters: rotations in a row over a single rotation, of the layer's time
+    layer    one layer, 4096 x 4096, 64 rows of 64 adapters: the rotations' time over the layer's
     decode   a Llama of 160M parameters: a step of 64 rows with 64 adapters, beside PEFT LoRA r=8
     prefill  the same, of 64 x 64 tokens
 
-Everything that is compared runs interleaved in one process. Prints tables and writes
-benchmarks/results/<machine>/capacity-<commit>.json; parts that were run before stay in it.
+Options are rotations in a row, and one of the layer's input besides. In decode the rows' adapters are in force over all steps, as
+they are in `generate` and in the server; in prefill they are put in force anew each time. Everything that is compared runs
+interleaved in one process. Prints tables and writes benchmarks/results/<machine>/capacity-<commit>.json, with the bytes of tables
+that a step reads and how fast this machine copies; parts that were run before stay in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,25 +32,46 @@ from benchmarks.bank import SIZE, in_bank, sharing, step, with_adapters
 from benchmarks.harness import Budget, measure, threads
 from benchmarks.statistics import median_ratio, summarise
 from benchmarks.workloads.model import TARGETS, ModelSize, llama
-from roadie.adapter import Adapter, LayerParameters
-from roadie.kernels import Chain, RotationTable, prepare_chain, rotate_chain_
+from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters
+from roadie.kernels import Chain, PreparedRotation, RotationTable, prepare_chain, rotate_chain, rotate_chain_
 from roadie.rotation import parameter_size
 
-OPTIONS: dict[str, tuple[int, ...]] = {"64": (64,), "2, 64": (2, 64), "2, 16, 64": (2, 16, 64)}
+
+@dataclass(frozen=True)
+class Option:
+    """The group sizes of each layer's rotations: of its output, and of its input."""
+
+    stages: tuple[int, ...]
+    input_stages: tuple[int, ...] = ()
+
+
+OPTIONS = {
+    "64": Option((64,)),
+    "2, 64": Option((2, 64)),
+    "2, 16, 64": Option((2, 16, 64)),
+    "64 + input 64": Option((64,), (64,)),
+}
 ONE = "64"
 WIDTH, ROWS = 4096, 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def random_adapter(base: nn.Module, seed: int, stages: tuple[int, ...]) -> Adapter:
-    """A road_1 adapter of all linear layers with these rotations in a row, with values of its own."""
+def random_adapter(base: nn.Module, seed: int, option: Option) -> Adapter:
+    """A road_1 adapter of all linear layers with these rotations, with values of its own."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for path, module in base.named_modules():
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in TARGETS:
-            size = len(stages) * parameter_size("road_1", module.out_features)
+        if not isinstance(module, nn.Linear) or path.rpartition(".")[2] not in TARGETS:
+            continue
+        sites = {
+            path: (module.out_features, option.stages),
+            f"{path}{INPUT_SUFFIX}": (module.in_features, option.input_stages),
+        }
+        for site, (width, stages) in sites.items():
+            size = len(stages) * parameter_size("road_1", width)
             theta, alpha = (0.1 * torch.randn(size, generator=generator) for _ in range(2))
-            layers[path] = LayerParameters(theta, 1 + alpha, "road_1", stages)
+            if stages:
+                layers[site] = LayerParameters(theta, 1 + alpha, "road_1", stages)
     return Adapter(layers, {"peft_type": "ROAD", "variant": "road_1", "target_modules": TARGETS})
 
 
@@ -60,39 +86,59 @@ def random_chain(slots: int, stages: tuple[int, ...], dtype: torch.dtype) -> Cha
 
 
 def layer(rounds: int = 80) -> list[dict[str, Any]]:
-    """The time of each option's rotations, as a bank makes them right after the layer, over the layer's own."""
+    """The time of each option's rotations, as a bank makes them right before and after the layer, over the layer's own."""
     entries = []
     slots = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))
     for name, dtype in DTYPES.items():
         base = nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype).requires_grad_(False)
         for tokens in (1, 64):
             x = torch.randn(ROWS, tokens, WIDTH, dtype=dtype)
-            tables = {option: random_chain(ROWS, stages, dtype) for option, stages in OPTIONS.items()}
             with torch.no_grad():
-                shares = _shares(base, x, tables, slots, rounds if tokens == 1 else 6)
+                sites = {
+                    name: [Site(random_chain(ROWS, stages, dtype), slots, x) for stages in (of.stages, of.input_stages)]
+                    for name, of in OPTIONS.items()
+                }
+                shares = _shares(base, x, sites, rounds if tokens == 1 else 6)
             case = {"dtype": name, "tokens_a_row": tokens, "rows": ROWS}
             entries.append({"what": "layer", "case": case, "rotations_over_layer": shares})
             print(case, shares, flush=True)
     return entries
 
 
-def _shares(
-    base: nn.Linear, x: torch.Tensor, tables: dict[str, Chain], slots: torch.Tensor, rounds: int
-) -> dict[str, dict[str, float]]:
-    prepared = {option: prepare_chain(base(x), chain, slots) for option, chain in tables.items()}
-    layers: dict[str, list[float]] = {option: [] for option in tables}
-    rotations: dict[str, list[float]] = {option: [] for option in tables}
+class Site:
+    """A layer's output or input and its rotations, none or some; both are 4096 wide here."""
+
+    def __init__(self, chain: Chain, slots: torch.Tensor, like: torch.Tensor) -> None:
+        self._chain, self._slots = chain, slots
+        self._prepared: PreparedRotation | None = prepare_chain(like, chain, slots) if chain else None
+
+    def rotate_(self, y: torch.Tensor) -> None:
+        """In place, as a layer's output."""
+        if self._chain and (self._prepared is None or not self._prepared.rotate_(y)):
+            rotate_chain_(y, self._chain, self._slots)
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """In new memory, as a layer's input."""
+        if not self._chain:
+            return x
+        z = None if self._prepared is None else self._prepared.rotated(x)
+        return rotate_chain(x, self._chain, self._slots) if z is None else z
+
+
+def _shares(base: nn.Linear, x: torch.Tensor, sites: dict[str, list[Site]], rounds: int) -> dict[str, dict[str, float]]:
+    layers: dict[str, list[float]] = {option: [] for option in sites}
+    rotations: dict[str, list[float]] = {option: [] for option in sites}
     for _ in range(rounds + 2):
-        for option, chain in tables.items():
+        for option, (of_output, of_input) in sites.items():
             start = time.perf_counter()
-            y = base(x)
-            between = time.perf_counter()
-            ready = prepared[option]
-            if ready is None or not ready.rotate_(y):
-                rotate_chain_(y, chain, slots)
-            layers[option].append(between - start)
-            rotations[option].append(time.perf_counter() - between)
-    return {option: median_ratio(rotations[option][2:], layers[option][2:]) for option in tables}
+            given = of_input.rotated(x)
+            before = time.perf_counter()
+            y = base(given)
+            after = time.perf_counter()
+            of_output.rotate_(y)
+            layers[option].append(after - before)
+            rotations[option].append(time.perf_counter() - after + before - start)
+    return {option: median_ratio(rotations[option][2:], layers[option][2:]) for option in sites}
 
 
 def model(mode: str, rows: int = ROWS, size: ModelSize = SIZE, budget_s: float = 60.0) -> list[dict[str, Any]]:
@@ -100,22 +146,37 @@ def model(mode: str, rows: int = ROWS, size: ModelSize = SIZE, budget_s: float =
     base = llama(size, torch.float32).requires_grad_(False)
     names = [f"a{index}" for index in range(rows)]
     banks = {}
-    for option, stages in OPTIONS.items():
+    for option, of in OPTIONS.items():
         banks[option] = roadie.AdapterBank(sharing(base, size), slots=rows)
-        banks[option].update({name: random_adapter(base, index, stages) for index, name in enumerate(names)})
+        banks[option].update({name: random_adapter(base, index, of) for index, name in enumerate(names)})
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
     rival = with_adapters(sharing(base, size), lora, names)
     tokens = torch.randint(0, size.vocabulary, (rows, 64))
     steps = {"base": step(mode, base, rows, tokens)}
-    for option, bank in banks.items():
-        run = partial(step, mode, bank.model, rows, tokens)
-        steps[option] = in_bank(bank, bank.slots(names), run)
-    steps["PEFT LoRA r=8"] = step(mode, rival, rows, tokens, adapter_names=names)
-    rounds = measure(steps, Budget(budget_s, 5, warm_up_calls=1, shortest_sample_s=0))
+    with ExitStack() as in_force:
+        for option, bank in banks.items():
+            slots, run = bank.slots(names), partial(step, mode, bank.model, rows, tokens)
+            if mode == "decode":
+                in_force.enter_context(torch.no_grad())
+                in_force.enter_context(bank.rows(slots))
+                steps[option] = run()
+            else:
+                steps[option] = in_bank(bank, slots, run)
+        steps["PEFT LoRA r=8"] = step(mode, rival, rows, tokens, adapter_names=names)
+        rounds = measure(steps, Budget(budget_s, 5, warm_up_calls=1, shortest_sample_s=0))
     case = {"mode": mode, "rows": rows, "adapters": rows, "dtype": "fp32", "threads": torch.get_num_threads()}
     over_one, over_base = summarise(rounds, ONE, None), summarise(rounds, "base", None)
     print(mode, rounds.count, {k: (round(s["median_ms"], 1), s["ratio"]) for k, s in over_one.items()}, flush=True)
-    return [{"what": mode, "case": case, "rounds": rounds.count, "over_single": over_one, "over_base": over_base}]
+    table_bytes = {option: bank.bytes_per_adapter * rows for option, bank in banks.items()}
+    measured = {"over_single": over_one, "over_base": over_base, "table_bytes": table_bytes}
+    return [{"what": mode, "case": case, "rounds": rounds.count, "copy_bytes_per_s": copy_bytes_per_s(), **measured}]
+
+
+def copy_bytes_per_s(elements: int = 64 << 20) -> float:
+    """Bytes read and written a second where memory is copied to memory, the median of seven; float32."""
+    source, target = torch.randn(elements), torch.empty(elements)
+    rounds = measure({"copy": partial(target.copy_, source)}, Budget(0.0, 7, shortest_sample_s=0))
+    return 2 * source.nbytes / statistics.median(rounds.times_s["copy"])
 
 
 PARTS: dict[str, tuple[Callable[[], list[dict[str, Any]]], int | None]] = {

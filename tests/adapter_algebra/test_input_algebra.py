@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import roadie
+import roadie.subspaces
 from roadie import checkpoint
 from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters, resolve_layer, rotates_input
 from roadie.errors import AdapterError, ConfigError
@@ -159,6 +160,15 @@ def test_conversions_are_those_of_each_site() -> None:
         assert_equal(adapted(converted.adapter, path, weight), adapted(adapter, path, weight))
     back = roadie.convert(converted.adapter, "road_1").adapter
     assert all(torch.equal(back.layers[path].theta, site.theta) for path, site in adapter.layers.items())
+
+
+def test_shares_of_pairs_are_joined_as_they_are_multiplied() -> None:
+    adapter = make(1, INPUTS)
+    first, second = roadie.subspaces.split(adapter, 2)
+    joined, product = roadie.subspaces.join([first, second]), roadie.compose(second, first)
+    for path, weight in weights().items():
+        assert_equal(adapted(joined, path, weight), adapted(adapter, path, weight))
+        assert_equal(adapted(product, path, weight), adapted(adapter, path, weight))
 
 
 @pytest.mark.parametrize("sites", [INPUTS, CHAINS, PARTLY, {"second.road_input": (4, 8)}], ids=str)
