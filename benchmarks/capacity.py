@@ -190,12 +190,11 @@ def main() -> None:
     """Run the parts that are named and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="which parts (all)")
-    entries = []
+    made, entries = machine.commit(), []
     for name in parser.parse_args().parts:
         run, count = PARTS[name]
         with threads(count or torch.get_num_threads()):
             entries += run()
-    made = machine.commit()
     path = machine.ROOT / "benchmarks" / "results" / machine.machine_name() / f"capacity-{made['commit']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # parts that were run before stay
