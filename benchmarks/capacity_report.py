@@ -65,7 +65,7 @@ def _model(entries: Sequence[Entry]) -> Iterator[str]:
     ]
     yield markdown(head, [_row(entry, name) for entry in entries for name in entry["over_single"]])
     for entry in entries:
-        yield f"Memory is copied at {entry['copy_bytes_per_s'] / 1e9:.1f} GB/s (read and written). {_missed(entry)}\n"
+        yield f"Memory is copied at {entry['copy_bytes_per_s'] / 1e9:.1f} GB/s (read and written).{_missed(entry)}\n"
 
 
 def _row(entry: Entry, name: str) -> list[str]:
@@ -100,7 +100,7 @@ def _verdict(entry: Entry, name: str) -> str:
 
 def _missed(entry: Entry) -> str:
     missed = [name for name in entry["over_single"] if "NOT" in _verdict(entry, name)]
-    return f"Not within its bound: {'; '.join(missed)}." if missed else ""
+    return f" Not within its bound: {'; '.join(missed)}." if missed else ""
 
 
 def _layer(entries: Sequence[Entry]) -> Iterator[str]:
