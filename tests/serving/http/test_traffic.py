@@ -100,7 +100,9 @@ def test_times_are_those_of_the_server() -> None:
     for answer in answers:
         assert answer.due_s <= answer.sent_s <= answer.token_times_s[0] <= answer.end_s
         assert len(answer.token_times_s) == 6
-        assert answer.token_times_s[-1] - answer.token_times_s[0] > 5 * 0.02 * 0.9
+        assert (
+            answer.token_times_s[-1] - answer.sent_s > 5 * 0.02
+        )  # the first may be read late, where a machine is busy
     assert summary.whole.values_ms[0] > 5 * 20
 
 
