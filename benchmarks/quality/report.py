@@ -14,6 +14,7 @@ from benchmarks.quality import records
 from benchmarks.quality.methods import LORA, METHODS, OTHER, ROAD, TRIED, rate
 from benchmarks.quality.plan import FIRST_TASKS, TASKS
 from benchmarks.quality.search import SEEDS, best_exponent, searched
+from benchmarks.quality.tasks import CLASSIFICATION, LANGUAGE
 from benchmarks.tables import markdown
 
 Record = Mapping[str, Any]
@@ -279,7 +280,9 @@ def _rest(by_task: Mapping[str, Sequence[Record]], results: Mapping[str, Sequenc
     runs = [record for found in by_task.values() for record in found if record["method"] != "base"]
     hours = sum(record["processor_s"] for record in runs) / 3600
     lacking = {
-        task: [name for name in METHODS if not any(r.method == name and r.is_whole for r in found)]
+        task: [
+            name for name in METHODS if _suits(name, task) and not any(r.method == name and r.is_whole for r in found)
+        ]
         for task, found in results.items()
     }
     untouched = [task for task in TASKS if task not in results]
@@ -290,6 +293,12 @@ def _rest(by_task: Mapping[str, Sequence[Record]], results: Mapping[str, Sequenc
         + "; ".join(f"{task}: {', '.join(names)}" for task, names in lacking.items())
         + (f". Tasks that were not begun: {', '.join(untouched)}." if untouched else ".")
     )
+
+
+def _suits(name: str, task: str) -> bool:
+    """Whether the method can be trained on the task; docstring-package is the one with a head."""
+    kind = LANGUAGE if task.startswith("language-") else CLASSIFICATION
+    return kind in METHODS[name].kinds and (task == "docstring-package" or not METHODS[name].needs_head)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
