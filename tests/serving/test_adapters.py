@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,79 @@ def test_a_name_that_is_dropped_into_the_folder_is_found(model: Any, adapters: A
         ids = [collector.submit(prompt(0, 8), wish) for wish in ("newcomer", "a1")]
         collector.wait()
         assert collector.tokens(ids[0]) == collector.tokens(ids[1])
+
+
+def test_what_is_in_a_slot_is_there_until_it_is_unloaded(model: Any, root: Path) -> None:
+    """Whatever has become of its folder: listed, pinned and unpinned, and gone once it is unloaded."""
+    with serving(model, root) as collector:
+        engine = collector.engine
+
+        def names() -> set[str]:
+            return {one.name for one in engine.adapters()}
+
+        for name in ("a0", "a1", "a2", "a3"):
+            collector.submit(prompt(0, 8), name)
+        collector.wait()
+        first = collector.tokens("r0")
+        shutil.rmtree(root / "a0")
+        (root / "a1").rename(root / "renamed")
+        shutil.rmtree(root / "a2")
+        shutil.copytree(root / "a4", root / "a2")
+        assert names() == {*(f"a{number}" for number in range(8)), "renamed"}
+        found = {one.name: one.on_disk.value for one in engine.adapters()}
+        wanted = {"a0": "gone", "a1": "gone", "a2": "changed", "a3": "same", "a5": "same"}
+        assert {name: found[name] for name in wanted} == wanted
+        assert state(collector, "a0") is AdapterState.RESIDENT
+        assert state(collector, "renamed") is AdapterState.KNOWN
+        again = collector.submit(prompt(0, 8), "a0")
+        collector.wait()
+        assert collector.tokens(again) == first
+        assert engine.pin_adapter("a0").result(PATIENCE_S).is_pinned
+        assert not engine.pin_adapter("a0", False).result(PATIENCE_S).is_pinned
+        with pytest.raises(CheckpointError):
+            engine.load_adapter("a0", replace=True).result(PATIENCE_S)
+        for name in ("a0", "a1"):
+            engine.unload_adapter(name).result(PATIENCE_S)
+            assert name not in names()
+            with pytest.raises(UnknownAdapter):
+                collector.submit(prompt(0, 8), name)
+            for verb in (engine.pin_adapter, engine.unload_adapter):
+                with pytest.raises(UnknownAdapter):
+                    verb(name).result(PATIENCE_S)
+        engine.load_adapter("a2", replace=True).result(PATIENCE_S)
+        assert next(one for one in engine.adapters() if one.name == "a2").on_disk.value == "same"
+        assert Registry.open(root).entries == {}
+
+
+def test_what_gave_its_slot_to_another_and_has_no_folder_is_not_there(model: Any, root: Path) -> None:
+    with serving(model, root, replace(SMALL, num_slots=1)) as collector:
+        for name in ("a0", "a1"):
+            collector.submit(prompt(0, 8), name)
+            collector.wait()
+            shutil.rmtree(root / name)
+        assert state(collector, "a1") is AdapterState.RESIDENT
+        with pytest.raises(UnknownAdapter):
+            collector.submit(prompt(0, 8), "a0")
+        assert "a0" not in [one.name for one in collector.engine.adapters()]
+
+
+def test_a_pinned_adapter_without_a_folder_is_said_at_the_start_and_can_be_let_go(
+    model: Any, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(model, root) as collector:
+        collector.engine.pin_adapter("a3").result(PATIENCE_S)
+    shutil.rmtree(root / "a3")
+    with serving(model, root) as collector:
+        failed = collector.submit(prompt(0, 8), "a3")
+        collector.wait()
+        assert isinstance(collector.last(failed).error, CheckpointError)
+        status = next(one for one in collector.engine.adapters() if one.name == "a3")
+        assert (status.state, status.on_disk.value, status.is_pinned) == (AdapterState.BROKEN, "gone", True)
+        collector.engine.unload_adapter("a3").result(PATIENCE_S)
+        with pytest.raises(UnknownAdapter):
+            collector.submit(prompt(0, 8), "a3")
+    assert "the pinned adapter a3 could not be loaded" in caplog.text
+    assert Registry.open(root).entries == {}
 
 
 def test_loading_does_not_hold_up_the_requests_that_run(model: Any, root: Path, monkeypatch: Any) -> None:

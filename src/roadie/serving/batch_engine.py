@@ -217,11 +217,11 @@ class ContinuousBatchingEngine:
     def adapters(self) -> tuple[AdapterStatus, ...]:
         """See `Engine.adapters`."""
         self._check_started()
-        names = self._registry.names()
+        statuses = self._residency.statuses()
         with self._changed:
             running = Counter(name for live in self._running.values() for name in live.names)
             queued = Counter(name for live in self._waiting for name in live.names)
-            return tuple(self._counted(self._residency.status(name), running, queued) for name in names)
+            return tuple(self._counted(status, running, queued) for status in statuses)
 
     def _counted(self, status: AdapterStatus, running: Mapping[str, int], queued: Mapping[str, int]) -> AdapterStatus:
         counts = self._by_adapter.get(status.name, Counter())

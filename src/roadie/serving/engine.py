@@ -49,6 +49,14 @@ class AdapterState(str, Enum):
     BROKEN = "broken"  # its files cannot be used; see AdapterStatus.error
 
 
+class OnDisk(str, Enum):
+    """What has become of an adapter's files since they were read (of one that was never read: whether they are there)."""
+
+    SAME = "same"
+    CHANGED = "changed"  # what is resident is the old version; load it with replace for the new one
+    GONE = "gone"  # what is resident goes on until it is unloaded, or gives its slot to another
+
+
 class Unload(str, Enum):
     """What becomes of an adapter's requests when it is unloaded. In each case new requests are refused from now on."""
 
@@ -169,6 +177,7 @@ class AdapterStatus:
     name: str
     state: AdapterState
     path: str | None = None
+    on_disk: OnDisk = OnDisk.SAME
     content_hash: str | None = None
     is_pinned: bool = False
     slot: int | None = None
@@ -284,7 +293,10 @@ class Engine(Protocol):
         """How things stand."""
 
     def adapters(self) -> tuple[AdapterStatus, ...]:
-        """All known adapters by name: those in the folder of adapters, and those that were loaded from elsewhere."""
+        """All adapters that there are, by name: in the folder of adapters, loaded from elsewhere, pinned, or in a slot.
+
+        Whatever a request may ask for is among them, and can be unloaded.
+        """
 
     def load_adapter(self, name: str, path: str | None = None, *, replace: bool = False) -> Future[AdapterStatus]:
         """Read, check and publish an adapter without holding up the requests that run.

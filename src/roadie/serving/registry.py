@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -42,6 +42,10 @@ _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLL
 _FILE = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
+Stamp: TypeAlias = "tuple[tuple[int, int, int, int], ...]"
+"""Device, inode, size and time of change (ns) of an adapter's two files: another one says that they are others."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What the state file says of one adapter. path: None for the folder of its name in the root; is_hidden: unloaded."""
@@ -53,11 +57,12 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class ReadAdapter:
-    """An adapter as it was read. content_hash: hex, of its parameters: equal for equal adapters."""
+    """An adapter as it was read. content_hash: hex, of its parameters: equal for equal adapters; stamp: see `Registry.stamp`."""
 
     adapter: Adapter
     content_hash: str
     path: str
+    stamp: Stamp | None
 
 
 class Registry:
@@ -103,21 +108,19 @@ class Registry:
         return self._entries
 
     def names(self) -> tuple[str, ...]:
-        """The adapters that a request may name, sorted."""
-        loaded = {name for name, entry in self._entries.items() if entry.path is not None and not entry.is_hidden}
+        """The adapters that a request may name, sorted: those of the state, whatever has become of them, and of the root."""
+        known = {name for name, entry in self._entries.items() if not entry.is_hidden}
         try:
             there = {folder.name for folder in self.root.iterdir() if self._is_there(folder.name)}
         except OSError:
             there = set()
-        return tuple(sorted(loaded | there))
+        return tuple(sorted(known | there))
 
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
         entry = self._entries.get(name)
-        if entry is not None and (entry.is_hidden or entry.path is not None):
-            return not entry.is_hidden
-        return self._is_there(name)
+        return self._is_there(name) if entry is None else not entry.is_hidden
 
     def _is_there(self, name: str) -> bool:
         """Whether the root has an adapter of that name which was not unloaded; nothing of it is opened."""
@@ -132,18 +135,23 @@ class Registry:
         return stat.S_ISDIR(folder.st_mode) and stat.S_ISREG(config.st_mode)
 
     def path_of(self, name: str) -> Path:
-        """Where an adapter's files are; raises `UnknownAdapter`."""
-        if name not in self:
-            raise UnknownAdapter(
-                f"got adapter {name[:200]!r}; wanted one of those in the folder of adapters, or one that was loaded; put it "
-                "there or load it"
-            )
+        """Where an adapter's files are, or were."""
         entry = self._entries.get(name, Entry())
         return Path(entry.path) if entry.path is not None else self.root / name
 
     def read(self, name: str) -> ReadAdapter:
         """Read and check an adapter. Raises `UnknownAdapter`, and `CheckpointError` for files that cannot be used."""
+        if name not in self:
+            raise unknown_adapter(name)
         return self.read_folder(self.path_of(name))
+
+    def stamp(self, path: Path) -> Stamp | None:
+        """What the files of a folder are known by; None where there are none."""
+        try:
+            found = [os.stat(path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        except OSError:
+            return None
+        return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 
     def allowed_path(self, path: str | os.PathLike[str]) -> Path:
         """An absolute path within the allowed roots; relative ones are within the root. Raises `CheckpointError` otherwise."""
@@ -167,6 +175,7 @@ class Registry:
             raise CheckpointError(
                 f"got path {str(path)!r}; wanted one within the folders that adapters may be loaded from"
             )
+        stamp = self.stamp(path)
         with tempfile.TemporaryDirectory(prefix="roadie-adapter-") as private:
             with _directory(root, path.relative_to(root).parts) as folder:
                 _copy(folder, CONFIG_NAME, Path(private), MAX_CONFIG_BYTES, path)
@@ -175,7 +184,7 @@ class Registry:
                 adapter = checkpoint.load(private, max_weights_bytes=self.max_adapter_bytes)
             except CheckpointError as error:
                 raise type(error)(str(error).replace(private, str(path))) from None
-        return ReadAdapter(adapter, content_hash(adapter), str(path))
+        return ReadAdapter(adapter, content_hash(adapter), str(path), stamp)
 
     def remember(self, name: str, entry: Entry) -> None:
         """Write down an adapter's entry; on an error (a full disk) nothing has changed. Raises `StateNotWritten`."""
@@ -196,6 +205,14 @@ class Registry:
     def forget(self, name: str) -> None:
         """An adapter was unloaded: requests do not find it until it is loaded again."""
         self.remember(name, Entry(is_hidden=True) if (self.root / name).is_dir() else Entry())
+
+
+def unknown_adapter(name: str) -> UnknownAdapter:
+    """The error about a name that no adapter has."""
+    return UnknownAdapter(
+        f"got adapter {name[:200]!r}; wanted one of those in the folder of adapters, or one that was loaded; put it there or "
+        "load it"
+    )
 
 
 def _resolved(folder: str | os.PathLike[str]) -> Path:

@@ -23,7 +23,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,9 +35,9 @@ from roadie.bank.admission import Prepared
 from roadie.bank.blends import Blend
 from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, ShuttingDown, UnknownAdapter
 from roadie.serving.contention import SlotLine
-from roadie.serving.engine import AdapterState, AdapterStatus
+from roadie.serving.engine import AdapterState, AdapterStatus, OnDisk
 from roadie.serving.loader import Loader
-from roadie.serving.registry import Entry, ReadAdapter, Registry
+from roadie.serving.registry import Entry, ReadAdapter, Registry, Stamp, unknown_adapter
 
 Key: TypeAlias = "str | Blend | None"
 _log = logging.getLogger("roadie")
@@ -66,6 +66,14 @@ class Lease:
     slot: int
     salt: int
     slots: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an adapter was when it was read last."""
+
+    content_hash: str
+    stamp: Stamp | None
 
 
 @dataclass
@@ -106,7 +114,7 @@ class Residency:
         self._secret = secrets.token_bytes(16)  # nobody outside can make blocks that collide with another's
         self.counts = Counts()
         self._versions: dict[str, Version] = {}
-        self._hashes: dict[str, str] = {}  # of everything that was ever read
+        self._seen: dict[str, Seen] = {}  # everything that was ever read
         self._read: dict[str, ReadAdapter] = {}  # checked, and waiting for a slot
         self._live: Counter[Key] = Counter()
         self._held: dict[Key, Tensor] = {}
@@ -317,7 +325,7 @@ class Residency:
             self._forget_evicted()
             self.counts.num_loads += 1
             self._versions[name] = Version(slot, read.content_hash)
-            self._hashes[name] = read.content_hash
+            self._seen[name] = Seen(read.content_hash, read.stamp)
             self._read.pop(name, None)
             self._broken.pop(name, None)
             self._engine.on_news()
@@ -338,6 +346,20 @@ class Residency:
         finally:
             with self._changed:
                 self._is_blending = False
+
+    # Which there are: what is in a slot exists, whatever has become of its files, as long as no operator unloads it.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that a request may ask for, sorted."""
+        return tuple(sorted({*self._registry.names(), *list(self._versions)}))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._versions or name in self._registry
+
+    def _check_exists(self, name: str) -> None:
+        if name not in self:
+            raise unknown_adapter(name)
 
     # Operators.
 
@@ -383,7 +405,7 @@ class Residency:
         except BankFull:
             with self._changed:
                 self._keep(name, read)
-                self._hashes[name] = read.content_hash
+                self._seen[name] = Seen(read.content_hash, read.stamp)
                 self._leave(name)
                 self._engine.on_news()
             return
@@ -401,7 +423,7 @@ class Residency:
         """From now on no request may ask for it. Raises `UnknownAdapter`, or `AdapterBusy` where it is being unloaded."""
         if name in self._unloading:
             raise AdapterBusy(f"got adapter {name!r}, which is being unloaded already; wait for that")
-        self._registry.path_of(name)
+        self._check_exists(name)
         self._unloading.add(name)
 
     def end_unload(self, name: str) -> AdapterStatus:
@@ -415,14 +437,14 @@ class Residency:
         with self._changed:
             self._unloading.discard(name)
             self._leave(name)
-            for table in (self._read, self._hashes, self._broken):
+            for table in (self._read, self._seen, self._broken):
                 table.pop(name, None)
             self._retry_first_in_line()
             return AdapterStatus(name, AdapterState.KNOWN)
 
     def pin(self, name: str, is_pinned: bool) -> AdapterStatus:
         """`Engine.pin_adapter`, in the worker's thread."""
-        self._registry.path_of(name)
+        self._check_exists(name)
         if not is_pinned:
             self._registry.pin(name, False)
             if name in self._bank:
@@ -438,7 +460,7 @@ class Residency:
 
     def bring_pinned(self) -> None:
         """Let the worker load what the registry says is pinned; what cannot be loaded is reported as broken."""
-        pinned = [name for name, entry in self._registry.entries.items() if entry.is_pinned and name in self._registry]
+        pinned = [name for name, entry in self._registry.entries.items() if entry.is_pinned]
         for name in pinned:
             self._worker.submit(self._bring_quietly, name)
 
@@ -453,17 +475,34 @@ class Residency:
         for name in names_of(key):
             if name in self._unloading:
                 raise UnknownAdapter(f"got adapter {name!r}, which is being unloaded; wanted one that is loaded")
-            if name not in self._versions:
-                self._registry.path_of(name)
+            self._check_exists(name)
+
+    def statuses(self) -> tuple[AdapterStatus, ...]:
+        """How all adapters stand, without their requests; the disk is looked at before anything is held up."""
+        names = self.names
+        stamps = [self._registry.stamp(self._registry.path_of(name)) for name in names]
+        with self._changed:
+            return tuple(self._status(name, stamp) for name, stamp in zip(names, stamps, strict=True))
 
     def status(self, name: str) -> AdapterStatus:
         """How an adapter stands, without its requests."""
+        return self._status(name, self._registry.stamp(self._registry.path_of(name)))
+
+    def _status(self, name: str, stamp: Stamp | None) -> AdapterStatus:
         with self._changed:
             version = self._versions.get(name)
             entry = self._registry.entries.get(name, Entry())
-            path = str(self._registry.path_of(name)) if name in self._registry else None
-            status = AdapterStatus(name, self._state(name), path, self._hashes.get(name), entry.is_pinned)
-            return replace(status, slot=version.slot if version else None, error=self._broken.get(name))
+            path, seen = self._registry.path_of(name), self._seen.get(name)
+            return AdapterStatus(
+                name,
+                self._state(name),
+                str(path),
+                _on_disk(stamp, seen),
+                content_hash=seen.content_hash if seen else None,
+                is_pinned=entry.is_pinned,
+                slot=version.slot if version else None,
+                error=self._broken.get(name),
+            )
 
     def _state(self, name: str) -> AdapterState:
         if name in self._unloading:
@@ -480,6 +519,12 @@ class Residency:
             self._is_closed = True
         self._worker.close()
         self._held.clear()
+
+
+def _on_disk(stamp: Stamp | None, seen: Seen | None) -> OnDisk:
+    if stamp is None:
+        return OnDisk.GONE
+    return OnDisk.SAME if seen is None or seen.stamp == stamp else OnDisk.CHANGED
 
 
 def _wish(key: str | Blend) -> str | dict[str, float]:

@@ -70,6 +70,7 @@ def as_json(status: AdapterStatus, caller: Caller) -> dict[str, Any]:
         "queued": status.num_queued,
         "requests": status.num_requests,
         "tokens": status.num_tokens,
+        "on_disk": status.on_disk.value,
         **(secret if caller.is_admin else dict.fromkeys(secret)),
     }
 

@@ -169,7 +169,7 @@ class Models(Answer):
 
 
 class AdapterAnswer(Answer):
-    """One adapter, and where it is. path, content_hash and error: for administrators."""
+    """One adapter, and where it is. on_disk: of its files, since they were read. path, content_hash, error: administrators."""
 
     name: str
     state: Literal["known", "loading", "resident", "unloading", "broken"]
@@ -180,6 +180,7 @@ class AdapterAnswer(Answer):
     requests: int
     tokens: int
     path: str | None
+    on_disk: Literal["same", "changed", "gone"]
     content_hash: str | None
     error: str | None
 
