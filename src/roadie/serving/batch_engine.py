@@ -46,10 +46,11 @@ from roadie.serving.engine import (
     Unload,
 )
 from roadie.serving.fairness import FairQueue
+from roadie.serving.leases import Asking, Key
 from roadie.serving.live import Live
 from roadie.serving.loader import IDLE_AFTER_S
 from roadie.serving.registry import Registry
-from roadie.serving.residency import Asking, Key, Residency
+from roadie.serving.residency import Residency
 from roadie.serving.sampling import choose
 from roadie.serving.validation import adapts_last_layer, check_request, eos_ids_of, key_of, limits_of
 

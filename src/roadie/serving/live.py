@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable
 from typing import Any
 
 from roadie.serving.engine import FinishReason, GenerationRequest, OnOutput, Output, TokenLogprob, Usage
-from roadie.serving.residency import Key, Lease, names_of
+from roadie.serving.leases import Key, Lease, names_of
 from roadie.serving.sampling import Chosen, RowSampler
 from roadie.serving.text import TextStream
 

@@ -23,9 +23,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from torch import Tensor
 
@@ -35,67 +33,12 @@ from roadie.bank.admission import Prepared
 from roadie.bank.blends import Blend
 from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, ShuttingDown, UnknownAdapter
 from roadie.serving.contention import SlotLine
-from roadie.serving.engine import AdapterState, AdapterStatus, OnDisk
+from roadie.serving.engine import AdapterState, AdapterStatus
+from roadie.serving.leases import Asking, Counts, Key, Lease, Seen, Version, names_of, on_disk, wish_of
 from roadie.serving.loader import Loader
 from roadie.serving.registry import Entry, ReadAdapter, Registry, Stamp, unknown_adapter
 
-Key: TypeAlias = "str | Blend | None"
 _log = logging.getLogger("roadie")
-
-
-def names_of(key: Key) -> tuple[str, ...]:
-    """The adapters that a key is made of."""
-    if key is None:
-        return ()
-    return key.names if isinstance(key, Blend) else (key,)
-
-
-@dataclass(frozen=True)
-class Version:
-    """Where the adapter of a name is now, and what it is."""
-
-    slot: int
-    content_hash: str
-
-
-@dataclass(frozen=True, eq=False)
-class Lease:
-    """A slot held for a request; salt: equal for requests that may share key-value blocks. slots: what holds it."""
-
-    key: Key
-    slot: int
-    salt: int
-    slots: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What an adapter was when it was read last."""
-
-    content_hash: str
-    stamp: Stamp | None
-
-
-@dataclass
-class Counts:
-    """Since the start."""
-
-    num_loads: int = 0
-    num_load_failures: int = 0
-    num_evictions: int = 0
-
-
-@dataclass(frozen=True)
-class Asking:
-    """What the engine tells, and is told. remaining_tokens: of the running requests of a key, the most any may still generate;
-    is_wanted: whether a request waits for a key; on_news: something was brought, or could not be; on_layers: which layers an
-    adapter has, before it is published; num_running: requests that a load disturbs."""
-
-    remaining_tokens: Callable[[Key], int]
-    is_wanted: Callable[[Key], bool]
-    on_news: Callable[[], None]
-    on_layers: Callable[[frozenset[str]], None]
-    num_running: Callable[[], int]
 
 
 class Residency:
@@ -151,7 +94,7 @@ class Residency:
         if None in versions or not (isinstance(key, str) or self._is_made(key, versions)):
             return None
         try:
-            slots = self._bank.slots([_wish(key)])
+            slots = self._bank.slots([wish_of(key)])
         except RoadieError:
             return None  # it has just been evicted; whatever else it is, the worker will find out
         slot = int(slots[0])
@@ -342,7 +285,7 @@ class Residency:
         with self._changed:
             self._is_blending = True  # the bank is locked meanwhile: the engine's loop is not to wait for it
         try:
-            return self._bank.slots([_wish(blend)])
+            return self._bank.slots([wish_of(blend)])
         finally:
             with self._changed:
                 self._is_blending = False
@@ -497,7 +440,7 @@ class Residency:
                 name,
                 self._state(name),
                 str(path),
-                _on_disk(stamp, seen),
+                on_disk(stamp, seen),
                 content_hash=seen.content_hash if seen else None,
                 is_pinned=entry.is_pinned,
                 slot=version.slot if version else None,
@@ -519,13 +462,3 @@ class Residency:
             self._is_closed = True
         self._worker.close()
         self._held.clear()
-
-
-def _on_disk(stamp: Stamp | None, seen: Seen | None) -> OnDisk:
-    if stamp is None:
-        return OnDisk.GONE
-    return OnDisk.SAME if seen is None or seen.stamp == stamp else OnDisk.CHANGED
-
-
-def _wish(key: str | Blend) -> str | dict[str, float]:
-    return key if isinstance(key, str) else dict(key.weights)

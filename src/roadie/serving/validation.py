@@ -9,7 +9,7 @@ from roadie.adapter import layer_of
 from roadie.bank.blends import Blend, parse
 from roadie.errors import ConfigError, PromptTooLong, RoutingError
 from roadie.serving.engine import EngineLimits, EngineSettings, GenerationRequest
-from roadie.serving.residency import Key
+from roadie.serving.leases import Key
 
 
 def limits_of(model: Any, settings: EngineSettings) -> EngineLimits:
