@@ -10,7 +10,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from roadie.errors import ConfigError
 from roadie.training.encoding import IGNORED, Example, collate, encode, fingerprint, split
-from roadie.training.text import Chat, Completion, DataError, Text
+from roadie.training.rows import Chat, Completion, DataError, Instruction, Preference, Text
 
 BOS, EOS = 0, 1
 
@@ -67,6 +67,32 @@ def test_turns_that_the_template_rewrites_are_not_learnt(tokenizer):
     turns = (("user", "U"), ("assistant", "A"), ("user", "V"), ("assistant", "B"))
     with pytest.raises(DataError, match="here: the chat template gives no assistant turn"):
         encode([Chat(turns, "here")], tokenizer, 64)
+
+
+@pytest.mark.parametrize(("given", "task"), [("", "T"), ("I", "T\n\nI")])
+def test_an_instruction_is_a_chat_where_the_model_has_a_template(tokenizer, tiny, given, task):
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+    (example,) = encode([Instruction("T", given, "O", "here")], tokenizer, 64)
+    assert whole(example, tokenizer) == f"[user]{task}</s>[assistant]O</s>"
+    assert learnt(example, tokenizer) == "O</s>"
+
+
+@pytest.mark.parametrize(("given", "between"), [("", ""), ("I", "### Input:\nI\n\n")])
+def test_an_instruction_is_written_under_headings_where_it_has_none(tokenizer, given, between):
+    (example,) = encode([Instruction("T", given, "O", "here")], tokenizer, 64)
+    assert whole(example, tokenizer) == f"<s>### Instruction:\nT\n\n{between}### Response:\nO</s>"
+    assert learnt(example, tokenizer) == "O</s>"
+
+
+def test_a_preference_is_not_learnt_as_it_is(tokenizer):
+    with pytest.raises(DataError, match=r"line 3: got a preference .*--method dpo"):
+        encode([Preference("q", "y", "n", "line 3")], tokenizer, 64)
+
+
+def test_turns_that_the_template_refuses_are_named_by_their_line(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"line 3: got turns user, assistant; .* takes others \(roles must alternate\)"):
+        encode([Chat((("user", "U"), ("assistant", "A")), "line 3")], tokenizer, 64)
 
 
 def test_a_chat_without_a_template_is_refused(tokenizer):

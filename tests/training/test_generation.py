@@ -14,7 +14,7 @@ from roadie.errors import ConfigError, RoutingError
 from roadie.training.adapters import load_adapted
 from roadie.training.generation import Decoding, continue_prompts, generate
 from roadie.training.prompts import Prompt, assign, read_prompts
-from roadie.training.text import DataError
+from roadie.training.rows import DataError
 
 MIXED = [
     Prompt("the turtle", "one"),

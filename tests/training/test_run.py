@@ -23,8 +23,8 @@ from roadie.subspaces import places_of_share
 from roadie.training.checkpoints import last_complete, work_path
 from roadie.training.folders import OutputExists
 from roadie.training.recipe import Recipe
+from roadie.training.rows import DataError
 from roadie.training.run import train
-from roadie.training.text import DataError
 
 QUICK = Recipe(epochs=3, batch_size=8, learning_rate=3e-2, group_size=16, checkpoint_steps=2, eval_share=0.25)
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "training.json"}

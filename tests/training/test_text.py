@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import json
 import logging
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from roadie.training.text import Chat, Completion, DataError, Text, read
+from roadie.training.rows import Chat, Completion, DataError, Instruction, Preference, Text
+from roadie.training.text import read
 
 GOOD = b'{"text": "fine"}\n'
 
@@ -136,3 +138,146 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_refused():
     pytest.importorskip("datasets")
     with pytest.raises(DataError, match="roadie-tests/no-such: got neither a file nor a folder, and no hub data set"):
         list(read("roadie-tests/no-such"))
+
+
+CHAT_ROWS = [
+    ('{"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}', "c", "d"),
+    ('{"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]}', "c", "d"),
+    (
+        '{"conversations": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}], "text": "e"}',
+        "c",
+        "d",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "asked", "answered"), CHAT_ROWS)
+def test_sharegpt_is_a_chat_in_other_words(tmp_path, line, asked, answered):
+    path = write(tmp_path / "rows.jsonl", line.encode())
+    assert list(read(path)) == [Chat((("user", asked), ("assistant", answered)), f"{path}, line 1")]
+
+
+def test_a_system_prompt_beside_a_sharegpt_conversation_is_its_first_turn(tmp_path):
+    row = {"system": "s", "conversations": [{"from": "user", "value": "c"}, {"from": "assistant", "value": "d"}]}
+    path = write(tmp_path / "rows.jsonl", json.dumps(row).encode())
+    assert next(iter(read(path))).turns == (("system", "s"), ("user", "c"), ("assistant", "d"))
+
+
+@pytest.mark.parametrize(
+    ("row", "given"),
+    [({"input": "i"}, "i"), ({"input": ""}, ""), ({"input": None}, ""), ({}, ""), ({"text": "all"}, "")],
+)
+def test_alpaca_rows_are_instructions(tmp_path, row, given):
+    path = write(tmp_path / "rows.jsonl", json.dumps({"instruction": "t", "output": "o", **row}).encode())
+    assert list(read(path)) == [Instruction("t", given, "o", f"{path}, line 1")]
+
+
+def test_what_was_read_as_one_form_and_has_keys_of_another_is_what_it_was(tmp_path):
+    """A null is no key, and a form that is there as a whole goes before one that is begun."""
+    rows = [
+        {"text": "a", "prompt": None, "completion": None},
+        {"text": "a", "instruction": "t"},
+        {"prompt": "p", "completion": "c", "chosen": "x", "rejected": "y"},
+    ]
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    first, second, third = read(path)
+    assert (first.text, second.text, third.completion) == ("a", "a", "c")
+    assert isinstance(list(read(path, preferences=True))[2], Preference)
+
+
+SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}, {"role": "assistant", "content": "n"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [SAID[0]], "chosen": [SAID[1]], "rejected": [SAID[2]]},
+        {"prompt": "q", "chosen": [SAID[1]], "rejected": [SAID[2]]},
+        {"prompt": "q", "chosen": [SAID[0], SAID[1]], "rejected": [SAID[0], SAID[2]]},
+        {"chosen": [SAID[0], SAID[1]], "rejected": [SAID[0], SAID[2]], "messages": [SAID[0], SAID[1]]},
+        {"prompt": [{"from": "human", "value": "q"}], "chosen": [SAID[1]], "rejected": [{"from": "gpt", "value": "n"}]},
+    ],
+)
+def test_preferences_in_messages(tmp_path, row):
+    path = write(tmp_path / "rows.jsonl", json.dumps(row).encode())
+    wanted = (("user", "q"),), (("assistant", "y"),), (("assistant", "n"),)
+    assert list(read(path, preferences=True)) == [Preference(*wanted, f"{path}, line 1")]
+
+
+def test_equal_answers_are_two_answers(tmp_path):
+    row = {"chosen": [SAID[0], SAID[1]], "rejected": [SAID[0], SAID[1]]}
+    (record,) = read(write(tmp_path / "rows.jsonl", json.dumps(row).encode()))
+    assert (record.prompt, record.chosen, record.rejected) == ((("user", "q"),), *2 * [(("assistant", "y"),)])
+
+
+def test_preferences_in_texts(tmp_path):
+    path = write(tmp_path / "rows.jsonl", b'{"prompt": "q", "chosen": "y", "rejected": "n"}')
+    assert list(read(path)) == [Preference("q", "y", "n", f"{path}, line 1")]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "t"}, "without 'output'"),
+        ({"output": "t"}, "without 'instruction'"),
+        ({"instruction": "t", "output": ""}, "got output=''"),
+        ({"instruction": "t", "output": "o", "input": 3}, "got input=3"),
+        ({"instruction": "t", "output": "o", "history": [["a", "b"]]}, r"got history=\[\['a', 'b'\]\] beside"),
+        ({"instruction": "t", "output": "o", "system": "s"}, "got system='s' beside"),
+        ({"conversations": []}, r"got conversations=\[\]"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "no message of the assistant"),
+        (
+            {"conversations": [{"from": "tool", "value": "a"}]},
+            "message 1: got from='tool'; wanted one of human, user, gpt",
+        ),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "message 1: got value=None"),
+        ({"chosen": "a", "rejected": "b"}, "without 'prompt'"),
+        ({"prompt": "q", "chosen": "a"}, "without 'rejected'"),
+        ({"prompt": "q", "chosen": "a", "rejected": ["b"]}, r"got rejected=\['b'\]"),
+        ({"prompt": [SAID[0]], "chosen": [SAID[0]], "rejected": [SAID[2]]}, "part at message 1"),
+        ({"chosen": [SAID[1]], "rejected": [SAID[2]]}, "part at message 1"),
+        ({"question": "q", "answer": "a"}, r"got keys \['answer', 'question'\]"),
+    ],
+)
+def test_a_row_of_no_known_form_is_named_with_what_was_found(tmp_path, row, said):
+    path = write(tmp_path / "bad.jsonl", GOOD + json.dumps(row).encode())
+    with pytest.raises(DataError, match=said) as caught:
+        list(read(path))
+    assert str(caught.value).startswith(f"{path}, line 2")
+
+
+def test_the_forms_that_are_known_are_named(tmp_path):
+    with pytest.raises(DataError) as caught:
+        list(read(write(tmp_path / "bad.jsonl", b'{"question": "q"}')))
+    for word in (
+        "text",
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+        "instruction",
+        "output",
+        "chosen",
+        "rejected",
+    ):
+        assert f'"{word}"' in str(caught.value)
+
+
+def test_one_list_of_rows_is_read_and_each_is_at_its_line(tmp_path):
+    path = write(
+        tmp_path / "alpaca.json",
+        b'[\n  {\n    "instruction": "t",\n    "output": "[1, 2]"\n  },\n  {"text": "a"}, {"text": "b"},\n\n  {"txt": "c"}\n]\n',
+    )
+    records = read(path)
+    places = [next(records).where.removeprefix(f"{path}, line ") for _ in range(3)]
+    assert places == ["2", "6", "6"]
+    with pytest.raises(DataError, match=r"alpaca\.json, line 8: got keys \['txt'\]"):
+        next(records)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b'[\n{"text": "a"},\n', "line 3: got bad JSON"), (b"[[]]", "got a JSON list")]
+)
+def test_a_bad_list_is_named_by_its_line(tmp_path, content, said):
+    with pytest.raises(DataError, match=said):
+        list(read(write(tmp_path / "rows.json", content)))

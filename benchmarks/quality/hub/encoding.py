@@ -12,7 +12,7 @@ from benchmarks.quality.hub.settings import Rows
 from benchmarks.quality.tasks import IGNORED, Row
 from roadie.errors import ConfigError
 from roadie.training.encoding import Example, encode
-from roadie.training.text import Completion, Text
+from roadie.training.rows import Completion, Text
 
 NO_LIMIT = 2**31
 

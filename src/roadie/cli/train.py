@@ -109,7 +109,8 @@ def train(
 
     Plain text is cut into blocks. A .jsonl file holds one object a line: {"text": ...}; or {"prompt": ...,
     "completion": ...}, of which the completion is learnt; or {"messages": [...]}, of which the assistant's turns are
-    learnt, written with the chat template of the model.
+    learnt, written with the chat template of the model. Alpaca's rows {"instruction": ..., "input": ..., "output": ...}
+    and ShareGPT's {"conversations": [{"from": ..., "value": ...}]} are read too.
 
     The output appears at the end. Checkpoints are kept in OUTPUT.training until then, and --resume goes on from the
     last one to the same result as without the interruption.

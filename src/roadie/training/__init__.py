@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from roadie.training.prompts import Prompt
     from roadie.training.recipe import Recipe
     from roadie.training.record import TrainingResult
+    from roadie.training.rows import DataError
     from roadie.training.run import train
     from roadie.training.summary import AdapterSummary, summarise
-    from roadie.training.text import DataError
 
 __all__ = [
     "AdaptedModel",
@@ -51,9 +51,9 @@ _MODULES = {
     "prompts": ("Prompt",),
     "recipe": ("Recipe",),
     "record": ("TrainingResult",),
+    "rows": ("DataError",),
     "run": ("train",),
     "summary": ("AdapterSummary", "summarise"),
-    "text": ("DataError",),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 

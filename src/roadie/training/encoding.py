@@ -13,10 +13,11 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from roadie.errors import ConfigError
-from roadie.training.text import Chat, Completion, DataError, Record, Text
+from roadie.training.rows import Chat, Completion, DataError, Instruction, Preference, Record, Text
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,13 @@ def _window(labels: Sequence[int], max_length: int) -> slice:
 
 def _pieces(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:
     """Runs of tokens, each with whether it is learnt."""
+    if isinstance(record, Preference):
+        raise DataError(
+            f"{record.where}: got a preference (chosen and rejected); wanted something to learn as it is; train with method "
+            "dpo (--method dpo), or give other rows"
+        )
+    if isinstance(record, Instruction):
+        return _pieces(record.as_chat if tokenizer.chat_template else record.as_completion, tokenizer)
     if isinstance(record, Text):
         return [(_ended(_tokens(tokenizer, record.text), tokenizer), True)]
     if isinstance(record, Completion):
@@ -101,13 +109,14 @@ def _chat_pieces(record: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple
             'use "prompt" and "completion", or a model that has one'
         )
     messages = [{"role": role, "content": content} for role, content in record.turns]
-    whole = _render(tokenizer, messages)
+    render = partial(_render, tokenizer, record.where)
+    whole = render(messages)
     pieces: list[tuple[str, bool]] = []
     done = 0
     for number, (role, _) in enumerate(record.turns):
         if role != "assistant":
             continue
-        opening, upto = _render(tokenizer, messages[:number], opening=True), _render(tokenizer, messages[: number + 1])
+        opening, upto = render(messages[:number], opening=True), render(messages[: number + 1])
         if done <= len(opening) < len(upto) and whole.startswith(upto) and upto.startswith(opening):
             pieces += [(whole[done : len(opening)], False), (whole[len(opening) : len(upto)], True)]
             done = len(upto)
@@ -118,10 +127,20 @@ def _chat_pieces(record: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple
     return pieces
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, opening: bool = False) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, where: str, messages: list[dict[str, str]], *, opening: bool = False
+) -> str:
+    import jinja2
+
     if not messages:
         return ""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening))
+    except jinja2.TemplateError as error:
+        raise DataError(
+            f"{where}: got turns {', '.join(message['role'] for message in messages)}; the chat template of this model takes "
+            f"others ({error}); change the row, or leave it out"
+        ) from None
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

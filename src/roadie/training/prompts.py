@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roadie.errors import ConfigError
-from roadie.training.text import DataError, json_objects
+from roadie.training.rows import DataError
+from roadie.training.text import json_objects
 
 BASE = "__base__"
 """What the base model is called where an adapter could be named."""

@@ -1,12 +1,6 @@
-"""Reading training texts: files, folders or hub data sets to records that know where they came from.
+"""Reading training texts: files, folders or hub data sets to records (`roadie.training.rows`) that know where they came from.
 
-A record is one of three frozen values:
-
-    Text         {"text": ...}                          loss on every token
-    Completion   {"prompt": ..., "completion": ...}     loss on the completion only
-    Chat         {"messages": [{"role": ..., "content": ...}, ...]}   loss on the assistant's turns only
-
-Files named ``*.jsonl``, ``*.ndjson`` or ``*.json`` hold one JSON object a line; other keys are ignored. Every other file
+Files named ``*.jsonl``, ``*.ndjson`` or ``*.json`` hold one JSON object a line, or one list of objects. Every other file
 is plain text in UTF-8: one `Text` with ``packed=True``, whose tokens are later cut into full blocks. A folder is read
 recursively in the order of its paths, hidden files left out. Imports neither torch nor transformers.
 """
@@ -15,12 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from roadie.errors import RoadieError
+from roadie.training.rows import DataError, Record, Text, parse_record
 
 logger = logging.getLogger("roadie")
 
@@ -45,58 +38,27 @@ PLAIN_TEXT = (
 )
 
 
-class DataError(RoadieError, ValueError):
-    """A training text is missing, unreadable, or not in one of the documented forms."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text to be learnt whole; `packed` texts are joined and cut into blocks instead of being one example each."""
-
-    text: str
-    where: str
-    packed: bool = False
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt, and the completion to be learnt."""
-
-    prompt: str
-    completion: str
-    where: str
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation of (role, content) turns, in which the assistant's turns are learnt."""
-
-    turns: tuple[tuple[str, str], ...]
-    where: str
-
-
-Record = Text | Completion | Chat
-
-
-def read(sources: str | Path | Sequence[str | Path]) -> Iterator[Record]:
-    """The records of files, folders and hub data sets, in order.
+def read(sources: str | Path | Sequence[str | Path], *, preferences: bool = False) -> Iterator[Record]:
+    """The records of files, folders and hub data sets, in order; preferences: as for `parse_record`.
 
     A source that does not exist here is taken for a hub data set ``owner/name`` or ``owner/name:config`` (its "train"
     split), which needs the package `datasets`. Raises `DataError`, naming file and line, for whatever cannot be used.
     """
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
-        yield from _read_source(source)
+        for value, where in _values(source):
+            yield value if isinstance(value, Text) else parse_record(value, where, preferences=preferences)
 
 
-def _read_source(source: str | Path) -> Iterator[Record]:
+def _values(source: str | Path) -> Iterator[tuple[object, str]]:
+    """The rows of a source, each with its place; a file of plain text is one `Text`."""
     path = Path(source)
     if path.is_dir():
         for file in _files_of(path):
-            yield from _read_file(file)
+            yield from _values_of_file(file)
     elif path.is_file():
-        yield from _read_file(path)
+        yield from _values_of_file(path)
     else:
-        yield from _read_hub(str(source))
+        yield from _hub_values(str(source))
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -113,11 +75,11 @@ def _files_of(folder: Path) -> list[Path]:
     return chosen
 
 
-def _read_file(path: Path) -> Iterator[Record]:
+def _values_of_file(path: Path) -> Iterator[tuple[object, str]]:
     if path.suffix.lower() in JSON_LINES:
-        yield from (parse_record(value, where) for value, where in json_objects(path))
+        yield from json_objects(path)
     else:
-        yield Text(_whole_text(_content(path), path), str(path), packed=True)
+        yield Text(_whole_text(_content(path), path), str(path), packed=True), str(path)
 
 
 def _content(path: Path) -> bytes:
@@ -142,11 +104,40 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
 
 
 def json_objects(path: Path) -> Iterator[tuple[object, str]]:
-    """The values of a file of JSON lines, each with its place ("FILE, line N"); blank lines are passed over."""
-    for number, line in enumerate(_content(path).split(b"\n"), start=1):
+    """The values of a file of JSON lines, or of one JSON list, each with its place ("FILE, line N").
+
+    Blank lines are passed over. An item of a list is at the line on which it begins.
+    """
+    raw = _content(path)
+    if raw.lstrip().startswith(b"["):
+        yield from _items_of_list(_whole_text(raw, path), path)
+        return
+    for number, line in enumerate(raw.split(b"\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             yield _json_value(line, where), where
+
+
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def _items_of_list(text: str, path: Path) -> Iterator[tuple[object, str]]:
+    """The items of a JSON list, one after the other, so that a bad one is named by its line."""
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}: got bad JSON ({error.msg} at column {error.colno}); wanted one list of objects, or "
+            "one object a line"
+        ) from None
+    decoder, place = json.JSONDecoder(), text.index("[") + 1
+    line = 1 + text.count("\n", 0, place)
+    for item in items:
+        start = place + len(_BETWEEN.match(text, place)[0])  # type: ignore[index]
+        line += text.count("\n", place, start)
+        yield item, f"{path}, line {line}"
+        place = decoder.raw_decode(text, start)[1]
+        line += text.count("\n", start, place)
 
 
 def _json_value(line: bytes, where: str) -> object:
@@ -160,66 +151,11 @@ def _json_value(line: bytes, where: str) -> object:
         ) from None
 
 
-def parse_record(value: object, where: str) -> Record:
-    """The record a JSON object stands for; `where` names its place in messages. Raises `DataError`."""
-    if not isinstance(value, Mapping):
-        raise DataError(
-            f'{where}: got a JSON {type(value).__name__}; wanted one object a line, such as {{"text": ...}}'
-        )
-    if "messages" in value:
-        return Chat(_turns(value["messages"], where), where)
-    if "prompt" in value or "completion" in value:
-        prompt = _string(value, "prompt", where, may_be_empty=True)
-        return Completion(prompt, _string(value, "completion", where), where)
-    return Text(_string(value, "text", where), where)
-
-
-def _string(value: Mapping[str, Any], key: str, where: str, *, may_be_empty: bool = False) -> str:
-    if key not in value:
-        raise DataError(
-            f'{where}: got keys {sorted(map(str, value))} without {key!r}; wanted "text", or "prompt" and '
-            '"completion", or "messages"'
-        )
-    text = value[key]
-    if not isinstance(text, str) or not (text or may_be_empty):
-        raise DataError(f"{where}: got {key}={text!r}; wanted a string{'' if may_be_empty else ' that is not empty'}")
-    return _valid_unicode(text, key, where)
-
-
-def _valid_unicode(text: str, key: str, where: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: got {text[error.start]!r} in {key}, half of a surrogate pair; wanted Unicode; write both halves"
-        ) from None
-    return text
-
-
-def _turns(messages: object, where: str) -> tuple[tuple[str, str], ...]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f'{where}: got messages={messages!r}; wanted a list of objects with "role" and "content"')
-    turns = tuple(_turn(message, f"{where}, message {number}") for number, message in enumerate(messages, start=1))
-    if not any(role == "assistant" for role, _ in turns):
-        raise DataError(f"{where}: got no message of the assistant; wanted one at least, since only those are learnt")
-    return turns
-
-
-def _turn(message: object, where: str) -> tuple[str, str]:
-    if not isinstance(message, Mapping):
-        raise DataError(f'{where}: got {message!r}; wanted an object with "role" and "content"')
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise DataError(f"{where}: got {key}={message.get(key)!r}; wanted a string")
-    return message["role"], _valid_unicode(message["content"], "content", where)
-
-
-def _read_hub(source: str) -> Iterator[Record]:
+def _hub_values(source: str) -> Iterator[tuple[object, str]]:
     name, _, config = source.partition(":")
     rows = _hub_rows(name, config or None, source)
     for number, row in enumerate(rows, start=1):
-        yield parse_record(row, f"{source}, row {number}")
+        yield row, f"{source}, row {number}"
 
 
 def _hub_rows(name: str, config: str | None, source: str) -> Iterable[object]:

@@ -16,7 +16,7 @@ from roadie.training.many.jobs_file import Plan
 from roadie.training.many.state import PreparedJob
 from roadie.training.many.targets import adapted_layers
 from roadie.training.models import ModelSource, best_device, context_length, load_model, load_tokenizer, training_dtype
-from roadie.training.text import DataError
+from roadie.training.rows import DataError
 
 logger = logging.getLogger("roadie")
 
