@@ -101,17 +101,17 @@ def test_a_failed_inject_adapter_in_model_leaves_the_model_as_it_was(fault: Any)
 @pytest.mark.parametrize("settings", [{}, {"bias": "all"}, {"modules_to_save": ["norm"]}], ids=str)
 def test_a_failed_add_adapter_leaves_the_model_as_it_was(fault: Any, settings: dict[str, Any]) -> None:
     def check(implementation: Any) -> None:
-        model = randomise(implementation.adapt(_net(), "first", **FITS)).eval()
+        model = randomise(implementation.adapt(_net(), "one", **FITS)).eval()
         plain = model(X)
         before = _picture(model)
         extra = {key: value for key, value in settings.items() if key != "bias" or not implementation.is_stock}
         with pytest.raises(ValueError, match=REFUSED):
-            model.add_adapter("second", implementation.config(**DOES_NOT_FIT, **extra))
-        assert sorted(model.peft_config) == ["first"], "the model was changed: its peft_config has an entry"
+            model.add_adapter("two", implementation.config(**DOES_NOT_FIT, **extra))
+        assert sorted(model.peft_config) == ["one"], "the model was changed: its peft_config has an entry"
         _assert_unchanged(model, before, lambda: model(X))
         assert torch.equal(model(X), plain)
-        model.add_adapter("second", implementation.config(**FITS))  # the name is free again
-        model.set_adapter("second")
+        model.add_adapter("two", implementation.config(**FITS))  # the name is free again
+        model.set_adapter("two")
 
     with torch.no_grad():
         fault(check, match="the model was changed")
@@ -119,10 +119,10 @@ def test_a_failed_add_adapter_leaves_the_model_as_it_was(fault: Any, settings: d
 
 def test_a_failed_add_adapter_on_new_layers_leaves_them_unwrapped(fault: Any) -> None:
     def check(implementation: Any) -> None:
-        model = implementation.adapt(_net(), "first", target_modules=["first"], group_size=16)
+        model = implementation.adapt(_net(), "one", target_modules=["first"], group_size=16)
         before = _picture(model)
         with pytest.raises(ValueError, match=REFUSED):
-            model.add_adapter("second", implementation.config(**DOES_NOT_FIT))
+            model.add_adapter("two", implementation.config(**DOES_NOT_FIT))
         _assert_unchanged(model, before, lambda: model(X))
 
     fault(check, match="the model was changed")
@@ -137,10 +137,10 @@ def test_a_failed_load_adapter_leaves_the_model_as_it_was(
         folder = tmp_path / implementation.name
         randomise(implementation.adapt(_net(), **FITS)).save_pretrained(folder)
         _break(folder, broken)
-        model = randomise(implementation.adapt(_net(), "first", **FITS)).eval()
+        model = randomise(implementation.adapt(_net(), "one", **FITS)).eval()
         before = _picture(model)
         with pytest.raises((ValueError, RuntimeError)):
-            model.load_adapter(folder, adapter_name="second", low_cpu_mem_usage=low_cpu_mem_usage)
+            model.load_adapter(folder, adapter_name="two", low_cpu_mem_usage=low_cpu_mem_usage)
         _assert_unchanged(model, before, lambda: model(X))
 
     fault(check, match="the model was changed")

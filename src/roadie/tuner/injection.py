@@ -105,15 +105,6 @@ class Plan:
                 )
 
 
-def check_parameter_name(adapter_name: str) -> None:
-    """Raise `ConfigError` where torch's ParameterDict, which holds an adapter's parameters, has an attribute of that name."""
-    if hasattr(nn.ParameterDict(), adapter_name):
-        raise ConfigError(
-            f"got adapter name {adapter_name!r}, which torch.nn.ParameterDict uses for itself; wanted another name; try "
-            f"'my_{adapter_name}'"
-        )
-
-
 def mark_shared_weights(model: nn.Module) -> None:
     """Tell each adapted layer whether another module of the model uses the same weight (tied embeddings)."""
     users: dict[int, set[int]] = {}
@@ -198,10 +189,16 @@ def quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBac
 
 @contextmanager
 def all_or_nothing(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """If the block raises, put the model, its parameters' requires_grad and the tuner's books back as they were."""
+    """If the block raises, put the model, its parameters' requires_grad and the tuner's books back as they were.
+
+    If not, parameters of a model that had adapters before stay trainable or frozen, whatever their names.
+    """
     before = _Snapshot.of(tuner, model, adapter_name)
+    had_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     try:
         yield
+        if had_adapters:
+            before.restore_trainable()
     except BaseException:
         before.restore(tuner, adapter_name)
         raise
@@ -226,6 +223,12 @@ class _Snapshot:
         for dictionary, before in self.contents:
             dictionary.clear()
             dictionary.update(before)
+        self.restore_trainable()
+        tuner.peft_config.pop(adapter_name, None)
+        model = getattr(tuner, "model", None)
+        if model is not None and not hasattr(model, "peft_config"):
+            model.__dict__.pop("_hf_peft_config_loaded", None)  # transformers' add_adapter sets it before it adds one
+
+    def restore_trainable(self) -> None:
         for parameter, trainable in self.trainable:
             parameter.requires_grad_(trainable)
-        tuner.peft_config.pop(adapter_name, None)

@@ -11,13 +11,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from roadie.adapter import check_adapter_name
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.injection import (
     Plan,
     all_or_nothing,
     base_of,
-    check_parameter_name,
     layer_config,
     mark_shared_weights,
     quantization_backend,
@@ -25,6 +23,7 @@ from roadie.tuner.injection import (
 from roadie.tuner.layer import Linear, linear_features
 from roadie.tuner.loading import check_new_values, check_weights_source
 from roadie.tuner.merging import ExactUnmerge
+from roadie.tuner.names import check_name, check_names_in
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import adapter_rows, shared_routing
@@ -54,8 +53,7 @@ class RoadModel(BaseTuner):
         """Add the adapter `adapter_name` to `model`, or leave the model as it was and raise; see PEFT's BaseTuner."""
         config = self.peft_config[adapter_name]
         with all_or_nothing(self, model, adapter_name):
-            check_adapter_name(adapter_name)
-            check_parameter_name(adapter_name)
+            check_name(adapter_name)
             plan = Plan.make(self, model, config, adapter_name, state_dict)
             plan.warn_of_aliases()
             plan.warn_of_unused_patterns(config)
@@ -64,6 +62,7 @@ class RoadModel(BaseTuner):
             self._share_routing(model)
             self._spare_in_place_modules(model)
             mark_shared_weights(model)
+            check_names_in(model, self.peft_config, adapter_name)
         if type(self.peft_config) is dict:
             self.peft_config = Configs(self.peft_config)
 

@@ -22,7 +22,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from roadie.adapter import Adapter, LayerParameters, check_adapter_name
+from roadie.adapter import Adapter, LayerParameters
 from roadie.adapter_algebra import blend_adapters, compose_adapters, mean_adapters
 from roadie.adapter_algebra.layers import Rotations, combined
 from roadie.bank.live import live_adapter
@@ -30,6 +30,7 @@ from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.injection import all_or_nothing
+from roadie.tuner.names import check_name
 from roadie.tuner.rotating import RoadLayer
 
 
@@ -135,7 +136,7 @@ def _check_names(tuner: BaseTuner, adapters: Sequence[str], adapter_name: str) -
             f"got adapter_name={adapter_name!r}, which the model has already; wanted a new one; choose another, or call "
             f"delete_adapter({adapter_name!r}) first"
         )
-    check_adapter_name(adapter_name, (path for path, _ in tuner.model.named_modules()))
+    check_name(adapter_name)
 
 
 def _checked_weights(adapters: Sequence[str], weights: Sequence[float]) -> list[float]:
