@@ -25,6 +25,7 @@ from roadie.tuner.loading import check_new_values, check_weights_source
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.names import check_name, check_names_in
 from roadie.tuner.output import KeptForBackward
+from roadie.tuner.reference import is_reference, make_reference
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import adapter_rows, shared_routing
 from roadie.tuner.weighted import CombinationType, add_adapter, weighted_adapter
@@ -62,6 +63,8 @@ class RoadModel(BaseTuner):
             self._share_routing(model)
             self._spare_in_place_modules(model)
             mark_shared_weights(model)
+            if is_reference(self.peft_config, adapter_name):
+                make_reference(model)
             check_names_in(model, self.peft_config, adapter_name)
         if type(self.peft_config) is dict:
             self.peft_config = Configs(self.peft_config)
