@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from roadie.cli.config_file import Config
 from roadie.cli.options import AllowPickle, Model, Overwrite, Revision, TrustRemoteCode
 from roadie.errors import ConfigError
 from roadie.training.recipe import PRECISIONS, SCHEDULES, VARIANTS, Recipe, default_learning_rate
@@ -104,6 +105,7 @@ def train(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
+    config: Config = None,
 ) -> None:
     """Fine-tune a RoAd adapter with the recipe of the paper, and write it in PEFT's format.
 

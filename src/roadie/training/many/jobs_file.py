@@ -12,16 +12,14 @@ Read with YAML's safe loader, which makes plain values only. Paths are relative 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from roadie.errors import ConfigError
 from roadie.training.many.job import Job, RunSettings, check_jobs
+from roadie.training.settings_file import read_yaml
 
 _OWN_KEYS = ("model", "revision", "defaults", "jobs")
 
@@ -55,19 +53,11 @@ class Plan:
 def read_jobs(path: str | Path) -> Plan:
     """The plan in a jobs file; raises `ConfigError`, naming the file, where it cannot be used."""
     path = Path(path)
+    content = read_yaml(path)
     try:
-        return Plan.from_mapping(yaml.load(path.read_text(encoding="utf-8"), _Loader))
-    except (ConfigError, yaml.YAMLError, UnicodeDecodeError) as error:
+        return Plan.from_mapping(content)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also takes 1e-3 for a number (YAML 1.1 wants 1.0e-3)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
 
 
 def _check_content(content: Any) -> None:
