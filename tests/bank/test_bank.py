@@ -18,7 +18,7 @@ import roadie
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
 from roadie.bank import AdapterBank
-from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
+from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError, UnsupportedLayer
 from roadie.rotation import Rotation, from_parameters, parameter_size, rotate, to_parameters
 from roadie.testing import randomise, tiny_llama
 
@@ -460,3 +460,35 @@ def test_blends_that_do_not_exist_are_refused_with_layer_and_adapter() -> None:
             bank.slots([{"turn": 400}])
         assert int(bank.slots([{"mirror": 2}])) >= 0  # an integer needs no logarithm
         assert int(bank.slots([{"mirror": -1}])) >= 0
+
+
+class _Reads(Net):
+    """Computes with the weight of its second layer, and does not call it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).tanh() @ self.down.weight.t()
+
+
+def test_an_adapter_of_a_layer_that_the_model_does_not_call_is_refused() -> None:
+    with AdapterBank(_Reads(), slots=2) as bank:
+        with pytest.raises(AdapterError, match=r"'a' with a rotation of 'down': _Reads\.forward reads its weight"):
+            bank.admit("a", adapter(0))
+        assert bank.names == ()
+        bank.admit("b", adapter(0, ("up",)))
+
+
+def test_a_layer_that_gives_a_tuple_is_refused_and_one_that_does_so_after_all_is_named() -> None:
+    class Router(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y, y.softmax(-1)
+
+    routed, net = Net(), Net()
+    routed.down = Router(routed.down.in_features, routed.down.out_features)
+    with AdapterBank(routed, slots=2) as bank, pytest.raises(AdapterError, match="Router gives a tuple of 2"):
+        bank.admit("a", adapter(0))
+    net.down.forward = lambda x: (x, x)  # no rule sees this one
+    with AdapterBank(net, slots=2) as bank:
+        bank.admit("a", adapter(0))
+        with bank.rows(["a", None]), pytest.raises(UnsupportedLayer, match=r"down: got a tuple of 2 from Linear"):
+            net(torch.randn(2, 16))

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from roadie import fit
 from roadie.adapter import Adapter
-from roadie.errors import AdapterError, ConfigError
+from roadie.errors import AdapterError, ConfigError, UnsupportedLayer
 from roadie.rotation import from_parameters, rotate, rotate_weight
 
 G = 4
@@ -213,3 +213,21 @@ def test_what_does_not_fit_is_refused() -> None:
     wider.lm_head = nn.Linear(20, 50)
     with pytest.raises(AdapterError, match="equal shapes"):
         run(base, wider, batches(), "base")
+
+
+class Read(Net):
+    """Computes with the weight of `after`, and does not call it."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        return self.lm_head(torch.tanh(torch.tanh(self.q(x) * self.k(x)) @ self.after.weight.t()))
+
+
+def test_layers_that_the_model_does_not_call_are_left_out_or_refused(caplog: pytest.LogCaptureFixture) -> None:
+    base, wanted = Read().eval(), Read().eval()
+    batches = [torch.randint(50, (2, 6))]
+    found = fit.from_activations(base, wanted, batches, group_size=G)
+    assert "after" not in found.adapter.layers
+    assert "after: Read.forward reads its weight" in caplog.text
+    with pytest.raises(UnsupportedLayer, match="got target 'after'"):
+        fit.from_activations(base, wanted, batches, group_size=G, target_modules=["q", "after"])

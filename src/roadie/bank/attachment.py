@@ -30,6 +30,7 @@ from roadie.kernels import (
     rotate_chain,
     rotate_chain_,
 )
+from roadie.linear import check_output, in_features, is_linear, out_features, refusals
 
 
 class _Last(NamedTuple):
@@ -44,8 +45,8 @@ class _Last(NamedTuple):
 class LayerRotation:
     """One layer, or its input: its table, and the choice of the rows. A copy of a model has none: its bank is another's."""
 
-    def __init__(self, table: LayerTable, routing: BankRouting) -> None:
-        self.table, self._routing = table, routing
+    def __init__(self, table: LayerTable, routing: BankRouting, path: str = "an adapted layer") -> None:
+        self.table, self.path, self._routing = table, path, routing
         self._last: _Last | None = None
 
     def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
@@ -109,6 +110,10 @@ class Hold(Protocol):
         """Path in the base model -> every site that an adapter can rotate; its width as `out_features` (or a Conv1D's)."""
         ...
 
+    def refusals(self, model: nn.Module) -> Mapping[str, str]:
+        """Layer path in the base model -> why the layer, and its input, cannot be rotated."""
+        ...
+
     def device_of(self, layer: Any) -> torch.device:
         """Where the site's layer computes."""
         ...
@@ -127,7 +132,7 @@ class LayerInput:
     @property
     def out_features(self) -> int:
         """D, the inputs of the layer."""
-        return _in_features(self.layer)
+        return in_features(self.layer)
 
 
 class Hooks:
@@ -144,6 +149,10 @@ class Hooks:
         layers = linear_layers(model)
         return {**layers, **{f"{path}{INPUT_SUFFIX}": LayerInput(layer) for path, layer in layers.items()}}
 
+    def refusals(self, model: nn.Module) -> Mapping[str, str]:
+        """Layers that the model does not call, or that give no tensor, with the reason."""
+        return {path_in_base(path): reason for path, reason in refusals(model).items()}
+
     def device_of(self, layer: nn.Module | LayerInput) -> torch.device:
         module = layer.layer if isinstance(layer, LayerInput) else layer
         return next(module.parameters()).device
@@ -154,6 +163,7 @@ class Hooks:
         gives_fresh_memory = type(layer) is nn.Linear
 
         def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+            check_output(y, module, rotation.path)
             return rotation.of(y, lambda: gives_fresh_memory and _is_only_ours(module))
 
         return layer.register_forward_hook(hook).remove
@@ -181,31 +191,21 @@ def _is_only_ours(module: nn.Module) -> bool:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path in the base model -> every layer of `model` that an adapter can rotate; inside PEFT's layers the base layer."""
+    """Path in the base model -> every linear layer of `model`; inside PEFT's layers the base layer."""
     layers = {}
     for path, module in model.named_modules():
-        if path and _out_features(module) is not None and ".lora_" not in path:
-            layers[path.removeprefix("base_model.model.").removesuffix(".base_layer")] = module
+        if path and is_linear(module) and ".lora_" not in path:
+            layers[path_in_base(path)] = module
     return layers
 
 
-def _out_features(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    width = getattr(module, "nf", None)  # transformers' Conv1D
-    return width if isinstance(width, int) and type(module).__name__ == "Conv1D" else None
-
-
-def _in_features(module: nn.Module) -> int:
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    weight = module.weight  # of a Conv1D: [in features, out features]
-    assert isinstance(weight, Tensor)
-    return len(weight)
+def path_in_base(path: str) -> str:
+    """Where a layer of a model, which PEFT may have wrapped, is in the base model."""
+    return path.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
 def out_features_of(module: Any) -> int:
     """D of a site that a bank holds."""
-    width = getattr(module, "out_features", None) or _out_features(module)
+    width = getattr(module, "out_features", None) or out_features(module)
     assert isinstance(width, int)
     return width

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, LayerParameters, check_adapter_name, is_input
+from roadie.adapter import Adapter, LayerParameters, check_adapter_name, is_input, layer_of
 from roadie.bank.admission import Prepared, Rows, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
@@ -62,6 +62,7 @@ class AdapterBank:
             raise ConfigError(f"got slots={slots}, dtype={dtype}; wanted at least one slot and a floating-point dtype")
         self._hold: Hold = hold or Hooks()
         self.model, self._modules = model, self._hold.layers(model)
+        self._refusals = self._hold.refusals(model)
         if not self._modules:
             raise ConfigError(f"got a {type(model).__name__} without linear layers; wanted a model that RoAd can adapt")
         self._dtype, self._wait_s = dtype, wait_s
@@ -264,6 +265,12 @@ class AdapterBank:
         return rotations({name: adapter.layers for name, adapter in adapters.items()}, self._dtype, self._device_of)
 
     def _check_fits(self, name: str, adapter: Adapter) -> None:
+        for path in adapter.layers:
+            if layer_of(path) in self._refusals:
+                raise AdapterError(
+                    f"got adapter {name!r} with a rotation of {path!r}: {self._refusals[layer_of(path)]}; wanted layers that are "
+                    "called; train it with that layer in exclude_modules"
+                )
         problems = [f"{path}: not a linear layer of the model" for path in adapter.layers if path not in self._modules]
         if problems:
             raise AdapterError(
@@ -358,7 +365,7 @@ class AdapterBank:
         module = self._modules[path]
         width, device = out_features_of(module), self._device_of(path)
         table = LayerTable(width, self._book.num_slots, self._dtype, device, is_sparse=is_input(path))
-        self._attached[path] = rotation = LayerRotation(table, self._routing)
+        self._attached[path] = rotation = LayerRotation(table, self._routing, path)
         self._detach.callback(self._hold.attach(module, rotation))
 
     def _device_of(self, path: str) -> torch.device:

@@ -30,6 +30,7 @@ from roadie.bank.families import AdaptedLayer, Family, Stack
 from roadie.bank.table import NO_ROTATION
 from roadie.errors import RoutingError
 from roadie.kernels import Chain, Keep, RotationStep, RotationTable, rotate_chain, saved_tensors, takes_kernels
+from roadie.linear import check_output
 from roadie.rotation import Rotation, Variant, from_parameters, identity, parameter_gradients, split_stages
 
 
@@ -147,6 +148,7 @@ class TrainableBank:
             layer = self._tables.get(path)
             if layer is None or self._slots is None:
                 return None
+            check_output(y, module, path)
             return layer.rotated(y, self._local_slots(layer.families), _gives_fresh_memory(module))
 
         return rotated

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from roadie.errors import AdapterError, ConfigError
 from roadie.fit.assembly import check_any
-from roadie.fit.settings import Settings
+from roadie.fit.settings import ALL_LINEAR, Settings
+from roadie.linear import check_named, is_linear, out_features, without_refused
 
 Batch = Tensor | Mapping[str, Any]
 """What a model is called with: token ids, or keyword arguments."""
@@ -26,12 +27,17 @@ class Enough(Exception):
 def linear_layers(model: nn.Module, settings: Settings) -> dict[str, nn.Module]:
     """The targeted linear layers by path, but never the output embeddings.
 
-    Raises `ConfigError` where there is none, or the group size does not divide the outputs of one.
+    Raises `ConfigError` where there is none, or the group size does not divide the outputs of one; `UnsupportedLayer` where
+    one that cannot be adapted is named. "all-linear" leaves those out, and logs it.
     """
     head = getattr(model, "get_output_embeddings", None)
     output = head() if callable(head) else None
-    linear = {path: module for path, module in model.named_modules() if _outputs(module) and module is not output}
+    linear = {path: module for path, module in model.named_modules() if is_linear(module) and module is not output}
     found = {path: module for path, module in linear.items() if settings.wants(path)}
+    if settings.target_modules == ALL_LINEAR:
+        found = {path: found[path] for path in without_refused(model, found)}
+    else:
+        check_named(model, found)
     check_any(found, settings, linear)
     for path, module in found.items():
         settings.of_layer(path, outputs_of(module))
@@ -40,15 +46,9 @@ def linear_layers(model: nn.Module, settings: Settings) -> dict[str, nn.Module]:
 
 def outputs_of(module: nn.Module) -> int:
     """D of a linear layer."""
-    outputs = _outputs(module)
+    outputs = out_features(module)
     assert outputs is not None
     return outputs
-
-
-def _outputs(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    return int(module.nf) if type(module).__name__ == "Conv1D" else None  # type: ignore[arg-type]
 
 
 @contextmanager

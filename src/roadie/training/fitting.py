@@ -17,6 +17,7 @@ import torch
 
 from roadie import checkpoint, fit
 from roadie.errors import CheckpointError, ConfigError
+from roadie.linear import is_linear, without_refused
 from roadie.training.adapters import attach, hub_folder
 from roadie.training.encoding import Example, collate, encode
 from roadie.training.folders import check_free, whole_folder
@@ -123,12 +124,12 @@ def _from_weights(
 
 
 def linear_places(folder: Path, source: ModelSource) -> dict[str, fit.Place] | None:
-    """The linear layers of the model in `folder` by the path of their tensors, the output head left out.
+    """The linear layers of the model in `folder` by the path of their tensors; the output head is left out, and what cannot
+    be adapted, which is logged.
 
     The model is built without weights; None where transformers does not know it, and names have to do.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
@@ -137,12 +138,12 @@ def linear_places(folder: Path, source: ModelSource) -> dict[str, fit.Place] | N
     except (OSError, ValueError, ImportError):
         return None
     head, prefix = model.get_output_embeddings(), f"{model.base_model_prefix}."
+    modules = {path: module for path, module in model.named_modules() if is_linear(module) and module is not head}
     places = {}
-    for path, module in model.named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head:
-            place = fit.Place(path, isinstance(module, Conv1D))
-            places[path] = place
-            places.setdefault(path.removeprefix(prefix), place)  # a model saved without its head lacks the prefix
+    for path in without_refused(model, modules):
+        place = fit.Place(path, not isinstance(modules[path], torch.nn.Linear))
+        places[path] = place
+        places.setdefault(path.removeprefix(prefix), place)  # a model saved without its head lacks the prefix
     return places
 
 

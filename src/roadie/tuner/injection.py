@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _ExcludedModule,
-    _get_submodules,
-    _maybe_include_all_linear_layers,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.quantization_utils import (
@@ -26,14 +23,15 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
-from roadie.adapter import INPUT_SUFFIX, matches_end, resolve_layer, rotates_input
+from roadie.adapter import INPUT_SUFFIX, resolve_layer, rotates_input
 from roadie.errors import ConfigError, UnsupportedLayer
+from roadie.linear import refusals
 from roadie.tuner.layer import check_sizes, linear_features
 from roadie.tuner.rotating import RoadLayer
+from roadie.tuner.targeting import PATTERNS, warn_of_what_matches_nothing, with_names_of_all_linear
 
 logger = logging.getLogger("roadie")
 
-_PATTERNS = ("variant_pattern", "group_size_pattern", "stages_pattern", "input_stages_pattern")
 _BOOKS = ("variant", "group_size", "_keys", "_adapters")  # of RoAd layers, ParameterDicts and PEFT's wrappers
 
 
@@ -50,9 +48,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an injection will do, found without changing the model."""
+    """What an injection will do, found without changing the model; target_modules: those of the config, resolved."""
 
     model: nn.Module
+    target_modules: Any
     targets: tuple[Target, ...]
 
     @classmethod
@@ -67,30 +66,20 @@ class Plan:
         """Find the modules that `config` targets in `model` and how each will be adapted; raises where one cannot be."""
         trial = tuner._prepare_adapter_config(copy.deepcopy(config), tuner.get_model_config(model))
         if getattr(trial, "target_modules", None) == DUMMY_TARGET_MODULES:
-            return cls(model, ())
-        trial = _maybe_include_all_linear_layers(trial, model)
+            return cls(model, trial.target_modules, ())
+        reasons = refusals(model)
+        trial = with_names_of_all_linear(trial, model, reasons)
         paths = _paths_in(state_dict, tuner.prefix) if state_dict is not None else None
         targets = []
         for path, module in _candidates(model):
             matches = path in paths if paths is not None else _matches(tuner, trial, path)
             if matches:
-                targets.append(_target(model, path, module, trial))
-        return cls(model, tuple(targets))
+                targets.append(_target(model, path, module, trial, reasons.get(path)))
+        return cls(model, trial.target_modules, tuple(targets))
 
-    def warn_of_unused_patterns(self, config: Any) -> None:
-        """Warn of variant and group size patterns that match no adapted module, as PEFT does of LoRA's patterns."""
-        paths = [target.path for target in self.targets]
-        for key in _PATTERNS:
-            unused = [
-                p for p in getattr(config, key, None) or {} if not any(matches_end(p, path, key) for path in paths)
-            ]
-            if paths and unused:
-                warnings.warn(
-                    f"The following {key} keys did not match any targeted module and were ignored: {unused}. A pattern "
-                    "must match the end of a module's path, from a dot on.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+    def warn_of_what_matches_nothing(self, config: Any) -> None:
+        """Warn of names, layers and patterns of `config` that the model does not have."""
+        warn_of_what_matches_nothing(config, self.model, [target.path for target in self.targets])
 
     def warn_of_aliases(self) -> None:
         """Say where one module has several targeted names: PEFT replaces it under the first alone."""
@@ -138,15 +127,11 @@ def _paths_in(state_dict: dict[str, Tensor], prefix: str) -> set[str]:
     return {key.rsplit("." + prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
 
 
-def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Target:
-    parent, _, _ = _get_submodules(model, path)
+def _target(model: nn.Module, path: str, module: nn.Module, config: Any, refused: str | None) -> Target:
     base = base_of(module)
     try:
-        if isinstance(parent, nn.MultiheadAttention):
-            raise UnsupportedLayer(
-                "it belongs to torch.nn.MultiheadAttention, which reads its weight without calling it, so that a "
-                "rotation of its output would never happen; put it into exclude_modules"
-            )
+        if refused is not None:
+            raise UnsupportedLayer(f"{refused}; put it into exclude_modules")
         in_features, out_features = linear_features(base, quantization_backend(base, model))
         resolved = layer_config(config, path, in_features, out_features)
         check_sizes(resolved, in_features, out_features)
@@ -160,7 +145,7 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: Any) -> Targ
 
 def layer_config(config: Any, path: str, in_features: int, out_features: int) -> Any:
     """`config` with the variant and the group sizes that hold for one module."""
-    rules = (*_PATTERNS, "adapt_group_size")
+    rules = (*PATTERNS, "adapt_group_size")
     if not any(getattr(config, name, None) for name in rules):
         return config
     names = ("variant", "group_size", "stages", "input_stages", *rules)

@@ -10,16 +10,18 @@ Legend: D out features.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
 from roadie.errors import MergeError, RoutingError, UnsupportedLayer
+from roadie.linear import check_output, read_in_a_forward
 from roadie.rotation import check_group_size, transposed
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.inputs import RoadInput
@@ -34,8 +36,11 @@ class Linear(nn.Module, RoadLayer):
     """A linear layer of any kind whose output RoAd rotates, ``z = R (W x + b)``, and its input: ``z = R (W (R_in x) + b)``.
 
     Input ``[..., in]``, output ``[..., D]`` in the dtype the base layer gives. road_input: what rotates the input; None where
-    none of the adapters does.
+    none of the adapters does; path: where the layer is in its model, for messages.
     """
+
+    path: str = "a RoAd layer"
+    _told_of_reads: bool = False
 
     def __init__(
         self,
@@ -97,7 +102,28 @@ class Linear(nn.Module, RoadLayer):
         if self.road_input is not None:
             x = self.road_input(x)
         y = self.base_layer(x, *args, **kwargs)
+        check_output(y, self.base_layer, self.path)
         return self._rotated(y, gives_fresh_memory(self.base_layer))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, which no adapter is part of before it is merged.
+
+        Warns, once, where a model's forward computes with it while an adapter is in force, which then has no effect there.
+        """
+        weight: Tensor = BaseTunerLayer.weight.fget(self)
+        if not torch.compiler.is_compiling() and not self._told_of_reads and self._is_in_force():
+            frame = sys._getframe(1)
+            if read_in_a_forward(frame):
+                self._told_of_reads = True
+                warnings.warn(
+                    f"{frame.f_code.co_filename}:{frame.f_lineno} computes with the weight of {self.path}, which is adapted, and "
+                    "does not call the layer: the adapter has no effect and no gradient there, and merging changes the outputs. "
+                    "Put the layer into exclude_modules.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return weight
 
     def _check_not_routed(self) -> None:
         if self.merged and self._routing.slots is not None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from roadie.tuner.output import KeptForBackward
 from roadie.tuner.reference import is_reference, make_reference
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import adapter_rows, shared_routing
+from roadie.tuner.targeting import is_target
 from roadie.tuner.weighted import CombinationType, add_adapter, weighted_adapter
 
 
@@ -57,8 +58,9 @@ class RoadModel(BaseTuner):
             check_name(adapter_name)
             plan = Plan.make(self, model, config, adapter_name, state_dict)
             plan.warn_of_aliases()
-            plan.warn_of_unused_patterns(config)
+            plan.warn_of_what_matches_nothing(config)
             check_weights_source(config, plan)
+            config.target_modules = plan.target_modules
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._share_routing(model)
             self._spare_in_place_modules(model)
@@ -102,21 +104,14 @@ class RoadModel(BaseTuner):
             target.update_layer(adapter_name, config=config, inference_mode=peft_config.inference_mode)
             return
         layer = Linear(target, adapter_name, config, backend=backend)
+        layer.path = current_key
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        """PEFT's matching, but `layers_to_transform` also holds for modules that are targeted by their full names.
-
-        "all-linear" becomes full names, for which PEFT does not look at the layers.
-        """
-        found = check_target_module_exists(peft_config, key)
-        named_in_full = not isinstance(peft_config.target_modules, str) and key in (peft_config.target_modules or ())
-        if found is True and named_in_full and getattr(peft_config, "layers_to_transform", None) is not None:
-            return check_target_module_exists(peft_config, f"model.{key}")  # a suffix: PEFT looks at the layers
-        return found
+        return is_target(peft_config, key)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put `new_module` in the place of `child`; it has its weights already, and its adapter is where it computes.

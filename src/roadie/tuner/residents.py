@@ -96,6 +96,9 @@ class _InLayers:
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         return dict(self._layers)
 
+    def refusals(self, model: nn.Module) -> dict[str, str]:
+        return {}  # looked at when the layers were adapted
+
     def device_of(self, layer: Any) -> torch.device:
         device: torch.device = layer.get_base_layer_device()
         return device

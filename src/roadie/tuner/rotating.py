@@ -135,6 +135,12 @@ class RoadLayer(BaseTunerLayer):
         tensor = next(iter(self.road_theta.values()), None)
         return tensor.device if tensor is not None else next(self.get_base_layer().parameters()).device
 
+    def _is_in_force(self) -> bool:
+        """Whether an adapter would rotate what is given now."""
+        if self.disable_adapters or self.merged:
+            return False
+        return self._routing.slots is not None or any(name in self.road_theta for name in self.active_adapters)
+
     def _slot(self, adapter: str) -> SlotParameters | None:
         if adapter not in self.road_theta:
             return None

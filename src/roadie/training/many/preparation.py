@@ -14,7 +14,7 @@ from roadie.training.many.data import JobData, load_data, steps_of
 from roadie.training.many.job import Job
 from roadie.training.many.jobs_file import Plan
 from roadie.training.many.state import PreparedJob
-from roadie.training.many.targets import adapted_layers
+from roadie.training.many.targets import adapted_layers, targeted
 from roadie.training.models import ModelSource, best_device, context_length, load_model, load_tokenizer, training_dtype
 from roadie.training.rows import DataError
 
@@ -34,7 +34,8 @@ def prepare(plan: Plan, source: ModelSource) -> Prepared:
     """Load the model and the data of every job; raises `ConfigError`, naming the job, for settings that do not fit."""
     data, unread = _read_data(plan, source)
     base = load_model(source, training_dtype(plan.settings.precision)).requires_grad_(False).to(best_device())
-    jobs = {job.name: _prepare(job, data[job.name], base) for job in plan.jobs if job.name in data}
+    targets: dict[Any, Any] = {}
+    jobs = {job.name: _prepare(job, data[job.name], base, targets) for job in plan.jobs if job.name in data}
     return Prepared(base, jobs, unread)
 
 
@@ -52,9 +53,13 @@ def _read_data(plan: Plan, source: ModelSource) -> tuple[dict[str, JobData], dic
     return data, unread
 
 
-def _prepare(job: Job, data: JobData, base: Any) -> PreparedJob:
+def _prepare(job: Job, data: JobData, base: Any, targets: dict[Any, Any]) -> PreparedJob:
+    """targets: what was found for those of earlier jobs, so that it is found, and what is passed over said, once."""
+    wanted = job.recipe.target_modules
     try:
-        layers = adapted_layers(base, job.recipe)
+        if wanted not in targets:
+            targets[wanted] = targeted(base, wanted)
+        layers = adapted_layers(base, job.recipe, targets[wanted])
     except (ConfigError, UnsupportedLayer) as error:
         raise type(error)(f"job {job.name!r}: {error}") from None
     return PreparedJob(job, data, layers, steps_of(job, data))

@@ -1,46 +1,47 @@
 """Which layers of a model a job adapts, found as PEFT finds them, but without PEFT.
 
-"all-linear" is every linear layer but the output embeddings; a list holds names or ends of module paths; any other text is
-a regular expression for whole paths. Linear layers are torch.nn.Linear (subclasses too) and transformers' Conv1D.
+"all-linear" is every linear layer but the output embeddings and those that cannot be adapted (`roadie.linear`); a list holds
+names or ends of module paths; any other text is a regular expression for whole paths. Linear layers are torch.nn.Linear
+(subclasses too) and transformers' Conv1D.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from roadie.adapter import INPUT_SUFFIX, is_input, resolve_layer, rotates_input
 from roadie.bank.families import AdaptedLayer
 from roadie.errors import ConfigError, UnsupportedLayer
+from roadie.linear import check_named, has_name, in_features, is_linear, out_features, unmatched_names, without_refused
 from roadie.share import Share
 from roadie.training.recipe import ALL_LINEAR, Recipe
 
 _SETTINGS = ("variant", "group_size", "adapt_group_size", "stages", "input_stages")
 
 
-def adapted_layers(model: Any, recipe: Recipe) -> tuple[AdaptedLayer, ...]:
+def adapted_layers(
+    model: Any, recipe: Recipe, modules: Mapping[str, nn.Module] | None = None
+) -> tuple[AdaptedLayer, ...]:
     """The layers that `recipe` adapts, in the order of the model, each followed by its input where that is rotated too.
 
-    Raises `ConfigError` where nothing is targeted, a group size does not divide a layer, or the share has no pair;
+    modules: what `targeted` gave for the recipe's targets; None: it is asked.
+    Raises what `targeted` raises, and `ConfigError` where a group size does not divide a layer, or the share has no pair;
     `UnsupportedLayer` where something other than a linear layer is targeted.
     """
     config = {key: getattr(recipe, key) for key in _SETTINGS}
     share = None if recipe.share is None else Share.parse(recipe.share)
-    modules = _targeted(model, recipe.target_modules)
-    if not modules:
-        raise ConfigError(
-            f"got targets={_shown(recipe.target_modules)}, which no module of the model has; wanted names of linear layers, "
-            f"such as {_shown(_some_names(model))}"
-        )
+    if modules is None:
+        modules = targeted(model, recipe.target_modules)
     found = []
     for path, module in modules.items():
         widths = {path: _out_features(path, module)}
         if rotates_input(config, path):
-            widths[f"{path}{INPUT_SUFFIX}"] = _in_features(module)
+            widths[f"{path}{INPUT_SUFFIX}"] = in_features(module)
         found += [
             AdaptedLayer(site, width, *resolve_layer(config, site, width), share) for site, width in widths.items()
         ]
@@ -63,40 +64,53 @@ def target_names(model: nn.Module, layers: Sequence[AdaptedLayer]) -> list[str]:
     return names if set(_named(model, names)) == paths else sorted(paths)
 
 
+def targeted(model: Any, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:
+    """The modules of `model` that `targets` mean, by path; names that match nothing are warned of.
+
+    Raises `ConfigError` where they mean none, `UnsupportedLayer` where they name a layer that cannot be adapted.
+    """
+    found = _targeted(model, targets)
+    if not found:
+        raise ConfigError(
+            f"got targets={_shown(targets)}, which no module of the model has; wanted names of linear layers, such as "
+            f"{_shown(_some_names(model))}"
+        )
+    unmatched = {} if isinstance(targets, str) else unmatched_names(targets, model)
+    if unmatched:
+        listed = "; ".join(f"{name!r} {instead}" for name, instead in unmatched.items())
+        warnings.warn(f"The following targets were ignored: {listed}.", RuntimeWarning, stacklevel=2)
+    return found
+
+
 def _targeted(model: Any, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:
     if targets == ALL_LINEAR:
         output = model.get_output_embeddings()
-        return {path: m for path, m in model.named_modules() if _is_linear(m) and m is not output}
+        linear = {path: m for path, m in model.named_modules() if is_linear(m) and m is not output}
+        return {path: linear[path] for path in without_refused(model, linear)}
     if isinstance(targets, str):
-        return {path: module for path, module in model.named_modules() if re.fullmatch(targets, path)}
-    return _named(model, targets)
+        found = {path: module for path, module in model.named_modules() if re.fullmatch(targets, path)}
+    else:
+        found = _named(model, targets)
+    check_named(model, found)
+    return found
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    ends = tuple(f".{name}" for name in names)
-    return {path: module for path, module in model.named_modules() if path in names or path.endswith(ends)}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    return {path: module for path, module in model.named_modules() if any(has_name(path, name) for name in names)}
 
 
 def _out_features(path: str, module: nn.Module) -> int:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, Conv1D):
-        return int(module.nf)
-    raise UnsupportedLayer(
-        f"got target {path}, a {type(module).__name__}; wanted torch.nn.Linear or transformers' Conv1D; leave it out of targets"
-    )
-
-
-def _in_features(module: nn.Module) -> int:
-    return module.in_features if isinstance(module, nn.Linear) else int(module.nx)  # type: ignore[arg-type]
+    width = out_features(module)
+    if width is None:
+        raise UnsupportedLayer(
+            f"got target {path}, a {type(module).__name__}; wanted torch.nn.Linear or transformers' Conv1D; leave it out of "
+            "targets"
+        )
+    return width
 
 
 def _some_names(model: nn.Module) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path, module in model.named_modules() if _is_linear(module)})[:8]
+    return sorted({path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)})[:8]
 
 
 def _shown(names: str | Sequence[str]) -> str:

@@ -1,0 +1,26 @@
+"""Linear layers: which modules are one, and which of them no rotation can be put on.
+
+A rotation is put on what a layer gives when it is called. It has no effect where a model reads the layer's weight and does not
+call it (`roadie.linear.reads`), and no meaning where the layer gives something else than a tensor of its out features
+(`roadie.linear.outputs`). Whoever adapts a model, with or without PEFT, asks here.
+"""
+
+from roadie.linear.kinds import in_features, is_linear, out_features
+from roadie.linear.names import has_name, unmatched_names
+from roadie.linear.outputs import check_output
+from roadie.linear.reads import read_in_a_forward, weight_reads
+from roadie.linear.refusals import check_named, refusals, without_refused
+
+__all__ = [
+    "check_named",
+    "check_output",
+    "has_name",
+    "in_features",
+    "is_linear",
+    "out_features",
+    "read_in_a_forward",
+    "refusals",
+    "unmatched_names",
+    "weight_reads",
+    "without_refused",
+]

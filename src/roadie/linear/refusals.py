@@ -1,0 +1,70 @@
+"""Layers that cannot be adapted, with the reason: refused where they are named, left out where all linear layers are meant."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from roadie.errors import UnsupportedLayer
+from roadie.linear.names import stacked_experts
+from roadie.linear.outputs import wrong_output
+from roadie.linear.reads import weight_reads
+
+logger = logging.getLogger("roadie")
+
+
+def refusals(model: nn.Module) -> dict[str, str]:
+    """Path in `model` -> why a rotation of what the layer there gives has no effect, or no meaning. Changes nothing."""
+    found = {
+        path: f"{where} reads its weight where it could call it, so that a rotation of its output would have no effect there"
+        for path, where in weight_reads(model).items()
+    }
+    for path, module in model.named_modules(remove_duplicate=False):
+        wrong = wrong_output(module)
+        if wrong is not None:
+            found[path] = wrong
+    return found
+
+
+def check_named(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise `UnsupportedLayer`, naming the layer and the reason, where one of `paths` cannot be adapted."""
+    reasons = refusals(model)
+    for path in paths:
+        if path in reasons:
+            raise UnsupportedLayer(refusal(path, reasons[path]))
+
+
+def refusal(path: str, reason: str) -> str:
+    """What to say of a layer that was named."""
+    return f"got target {path!r}: {reason}; wanted layers that are called; leave it out of the targets"
+
+
+def without_refused(model: nn.Module, paths: Iterable[str], reasons: Mapping[str, str] | None = None) -> list[str]:
+    """Those of `paths`, all linear layers of `model`, that can be adapted; one log line names what is left out.
+
+    reasons: what `refusals` gave for the model; None: it is asked.
+    """
+    reasons = refusals(model) if reasons is None else reasons
+    wanted = list(paths)
+    experts = dict.fromkeys(stacked_experts(model), "a parameter that holds the weights of many experts is no layer")
+    _say_left_out({**{path: reasons[path] for path in wanted if path in reasons}, **experts})
+    return [path for path in wanted if path not in reasons]
+
+
+def _say_left_out(reasons: Mapping[str, str]) -> None:
+    """Log what was left out: for each reason the paths, those that differ by numbers alone as one."""
+    kinds: dict[str, dict[str, int]] = {}
+    for path, reason in reasons.items():
+        kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+        counts = kinds.setdefault(reason, {})
+        counts[kind] = counts.get(kind, 0) + 1
+    if kinds:
+        parts = [f"{', '.join(_counted(counts))}: {reason}" for reason, counts in kinds.items()]
+        logger.warning("'all-linear' leaves out what cannot be adapted: %s", "; ".join(parts))
+
+
+def _counted(counts: Mapping[str, int]) -> list[str]:
+    return [f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items()]

@@ -1,0 +1,130 @@
+"""Which modules a config targets: matched as PEFT matches them, and what of a config matches nothing said."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from roadie.adapter import matches_end
+from roadie.errors import ConfigError
+from roadie.linear import has_name, unmatched_names, without_refused
+
+PATTERNS = ("variant_pattern", "group_size_pattern", "stages_pattern", "input_stages_pattern")
+
+_HEADS = frozenset({"classifier", "score", "qa_outputs"})  # heads that PEFT adds to modules_to_save, there or not
+
+
+def with_names_of_all_linear(config: Any, model: nn.Module, reasons: Mapping[str, str]) -> Any:
+    """`config`, whose "all-linear" becomes the paths of the linear layers that can be adapted; those left out are logged.
+
+    reasons: why layers cannot be, by path.
+    Changes `config`. Raises `ConfigError` where none is left.
+    """
+    before = config.target_modules
+    config = _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is before or not config.target_modules:
+        return config
+    wanted = [path for path, _ in model.named_modules() if path in config.target_modules]
+    config.target_modules = set(without_refused(model, wanted, reasons))
+    if not config.target_modules:
+        raise ConfigError(
+            f"got target_modules='all-linear' for {type(model).__name__}, none of whose linear layers can be adapted (see "
+            "the log); wanted layers that are called and give tensors"
+        )
+    return config
+
+
+def is_target(config: Any, key: str) -> Any:
+    """As PEFT matches, but the layers of `layers_to_transform` are looked for in whole paths and in bare models too.
+
+    "all-linear" becomes whole paths, and the paths of a bare model begin with the list of layers; PEFT passes over the layers
+    of the former, and finds none in the latter.
+    """
+    layers = _layers(config)
+    if layers is None or isinstance(config.target_modules, str):
+        return check_target_module_exists(config, key)
+    everywhere = copy.copy(config)
+    everywhere.layers_to_transform = everywhere.layers_pattern = None
+    found = check_target_module_exists(everywhere, key)
+    return layer_index(key, config.layers_pattern) in layers if found is True else found
+
+
+def layer_index(path: str, layers_pattern: Any) -> int | None:
+    """The index of the layer that a module lies in: the first number in its path, or that after a list of this name."""
+    names = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
+    for name in names or [r"[^.]+"]:
+        found = re.match(rf"(?:.*?\.)??{name}\.(\d+)\.", path)
+        if found is not None:
+            return int(found.group(1))
+    return None
+
+
+def _layers(config: Any) -> Collection[int] | None:
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is None or layers == []:
+        return None
+    return [layers] if isinstance(layers, int) else layers
+
+
+def warn_of_what_matches_nothing(config: Any, model: nn.Module, targeted: Collection[str]) -> None:
+    """Warn, by name, of everything in a config that no module of `model` has, where `targeted` are the paths that some have.
+
+    Where nothing is targeted at all PEFT raises.
+    """
+    if targeted:
+        for said in (*_unmatched_names(config, model), *_unmatched_layers(config, model), *_patterns(config, targeted)):
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
+
+
+def _unmatched_names(config: Any, model: nn.Module) -> Iterator[str]:
+    for key, matches in (
+        ("target_modules", has_name),
+        ("exclude_modules", has_name),
+        ("modules_to_save", str.endswith),
+    ):
+        names = getattr(config, key, None)
+        if names is None or isinstance(names, str):
+            continue
+        own = set(names) - (_HEADS if key == "modules_to_save" else set())
+        unmatched = unmatched_names(sorted(own), model, matches)
+        if unmatched:
+            listed = "; ".join(f"{name!r} {instead}" for name, instead in unmatched.items())
+            yield f"The following {key} were ignored: {listed}."
+
+
+def _unmatched_layers(config: Any, model: nn.Module) -> Iterator[str]:
+    layers, pattern = _layers(config), getattr(config, "layers_pattern", None)
+    if layers is None or isinstance(config.target_modules, str):
+        return
+    paths = [path for path, _ in model.named_modules()]
+    for name in [] if not pattern or isinstance(pattern, str) else pattern:
+        if not any(layer_index(path, name) is not None for path in paths):
+            yield f"The following layers_pattern matches nothing and was ignored: {name!r}."
+    there = {index for path in paths if (index := layer_index(path, pattern)) is not None}
+    missing = sorted(set(layers) - there)
+    if missing:
+        yield f"The following layers_to_transform do not exist and were ignored: {missing}. There are {_span(there)}."
+
+
+def _span(indices: Iterable[int]) -> str:
+    found = sorted(indices)
+    return f"layers {found[0]} to {found[-1]}" if found else "no numbered layers"
+
+
+def _patterns(config: Any, targeted: Collection[str]) -> Iterator[str]:
+    """As PEFT says it of LoRA's patterns."""
+    for key in PATTERNS:
+        unused = [
+            p for p in getattr(config, key, None) or {} if not any(matches_end(p, path, key) for path in targeted)
+        ]
+        if unused:
+            yield (
+                f"The following {key} keys did not match any targeted module and were ignored: {unused}. A pattern must "
+                "match the end of a module's path, from a dot on."
+            )
