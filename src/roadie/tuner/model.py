@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
+from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from roadie.tuner.config import RoadConfig
@@ -43,6 +44,7 @@ class RoadModel(BaseTuner):
     peft_config: dict[str, Any]
     tuner_layer_cls = RoadLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
+    _before_off: tuple[list[tuple[nn.Parameter, bool]], list[str]] | None = None
 
     def inject_adapter(
         self,
@@ -140,6 +142,36 @@ class RoadModel(BaseTuner):
             return next((int(value) for value in values if value is not None), 1)
 
         return max(setting("num_beams"), setting("num_return_sequences"))
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """As PEFT does, for modules trained whole and tokens too; afterwards each is trainable or frozen as it was before."""
+        flags, active = self._before_off or (
+            [(p, p.requires_grad) for p in self.model.parameters()],
+            list(self.active_adapters),
+        )
+        super()._enable_adapter_layers(enabled)
+        self._before_off = None if enabled else (flags, active)
+        if enabled and active == self.active_adapters:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT does; where it was active the next one, by name, becomes so in all of its parts: rotations, modules, tokens."""
+        remaining = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        layers = [module for module in self.model.modules() if isinstance(module, RoadLayer)]
+        for layer in layers:
+            if adapter_name in layer.road_theta:  # PEFT passes over paths with "road_" in them
+                layer.delete_adapter(adapter_name)
+        if not was_active:
+            return
+        remaining = remaining or sorted(self.peft_config)[:1]
+        for layer in layers:
+            layer.set_adapter(remaining)
+        if remaining:
+            _set_adapter(self.model, remaining)
+        self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
 
     def _layers(self) -> list[Linear]:
         return [module for module in self.model.modules() if isinstance(module, Linear)]

@@ -60,6 +60,7 @@ class RoadLayer(BaseTunerLayer):
         self.road_theta = nn.ParameterDict({})
         self.road_alpha = nn.ParameterDict({})
         self._disable_adapters = False
+        self._before_off: tuple[list[tuple[nn.Parameter, bool]], list[str]] | None = None
         self.kept_for_backward = KeptForBackward.AUTO
         self._tables = TableCache()
         self._routing = Routing()
@@ -128,6 +129,23 @@ class RoadLayer(BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, applied in the order given; see PEFT's BaseTunerLayer."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._tables.clear()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off. While they are off none is trained; then each is trainable or frozen as it was before.
+
+        Where others were made active meanwhile, what `set_adapter` made of them stays.
+        """
+        parameters = [*self.road_theta.values(), *self.road_alpha.values()]
+        flags, active = self._before_off or ([(p, p.requires_grad) for p in parameters], list(self.active_adapters))
+        if not enabled:
+            flags_now = [(parameter, False) for parameter in parameters]
+        else:
+            flags_now = flags if active == list(self.active_adapters) else []
+        for parameter, flag in flags_now:
+            parameter.requires_grad_(flag)
+        self._before_off = None if enabled else (flags, active)
+        self._disable_adapters = not enabled
         self._tables.clear()
 
     def get_base_layer_device(self) -> torch.device:
