@@ -88,7 +88,7 @@ class BuildKernel(build_ext):
 def check_loads(made: Path) -> None:
     """Load the object in a process of its own: what crashes or misses a library must not be installed."""
     code = "import ctypes, sys; assert ctypes.CDLL(sys.argv[1]).roadie_job_bytes() > 0"
-    subprocess.run([sys.executable, "-c", code, str(made)], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(made)], check=True, capture_output=True, timeout=600)
 
 
 class PlatformWheel(bdist_wheel):

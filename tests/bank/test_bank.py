@@ -6,12 +6,12 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.patience import HANG_S
 from torch import Tensor, nn
 
 import roadie
@@ -367,9 +367,10 @@ def test_no_row_is_wrong_while_another_thread_admits_and_replaces() -> None:
             bank.pin(name)
         writer = threading.Thread(target=write)
         writer.start()
-        x, checked, end = torch.randn(1, 16), 0, time.monotonic() + 2.0
+        x, checked = torch.randn(1, 16), 0
         with torch.no_grad():
-            while time.monotonic() < end:
+            while checked < 200 or len(versions["a"]) <= 200:
+                assert writer.is_alive(), "a replacement failed"
                 first = {name: len(versions[name]) - 2 for name in "ab"}  # written down before they are in force
                 with bank.rows(["a", "b"]):
                     y = net(x.expand(2, -1))
@@ -380,8 +381,6 @@ def test_no_row_is_wrong_while_another_thread_admits_and_replaces() -> None:
                     checked += 1
         stop.set()
         writer.join()
-        assert checked > 20
-        assert len(versions["a"]) > 20
 
 
 def test_a_plain_model_needs_no_peft() -> None:
@@ -395,7 +394,7 @@ def test_a_plain_model_needs_no_peft() -> None:
         "with roadie.rows(net, bank.slots(['a', None])): net(torch.ones(2, 4))\n"
         "assert not {'peft', 'transformers'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_S)
 
 
 def test_blends_of_road_1_are_the_closed_form() -> None:

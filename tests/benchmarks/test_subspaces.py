@@ -13,6 +13,7 @@ import pytest
 import torch
 from benchmarks import subspaces, subspaces_report
 from benchmarks.subspaces_report import ADAPTERS, DOCUMENT, newest, text_of
+from tests.patience import HANG_S
 
 from roadie.training.many import Plan
 
@@ -29,7 +30,7 @@ def test_the_document_is_what_the_newest_record_gives() -> None:
 def test_the_code_of_the_document_runs(tmp_path: Path) -> None:
     program = tmp_path / "subspaces.py"
     program.write_text("\n".join(blocks("python")), encoding="utf-8")
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     first, last = map(float, re.findall(r"^cows (\S+) -> (\S+)$", done.stdout, flags=re.MULTILINE)[0])
     assert last < first

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.patience import HANG_S
 
 from roadie import checkpoint
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_accelerate_trains_one_adapter_and_then_it_is_refused(folder: Path, launch) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
     command = [*accelerate, "--num_processes", "2", "-m", "roadie.cli", *ARGUMENTS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=folder, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("loss after") == 1
     assert checkpoint.load(folder / "adapter").num_parameters == 10_752

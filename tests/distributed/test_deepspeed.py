@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.patience import HANG_S
 
 from roadie import checkpoint
 from roadie.testing.accuracy import relative_error, unit_roundoff
@@ -32,9 +33,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command += [str(FOLDER / "program_zero3.py"), str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment)
     assert ended.returncode == 0, ended.stderr
-    subprocess.run([sys.executable, FOLDER / "program_stock.py", folder], check=True, timeout=120)
+    subprocess.run([sys.executable, FOLDER / "program_stock.py", folder], check=True, timeout=HANG_S)
     return folder
 
 
@@ -70,5 +71,5 @@ def test_the_example_runs_as_it_stands(tmp_path: Path, root: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command.append(str(root / "examples" / "distributed" / "zero3.py"))
-    subprocess.run(command, check=True, timeout=200, env=environment, cwd=tmp_path, capture_output=True)
+    subprocess.run(command, check=True, timeout=HANG_S, env=environment, cwd=tmp_path, capture_output=True)
     assert all(layer.theta.any() for layer in checkpoint.load(tmp_path / "zero3-adapter").layers.values())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.patience import HANG_S
 from tests.versions import OLD_TRANSFORMERS
 
 from roadie import checkpoint
@@ -38,7 +39,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, launch) -> Path:
     """A folder with what program_sharded.py and program_stock.py have written."""
     folder = tmp_path_factory.mktemp("sharded")
     launch(FOLDER / "program_sharded.py", folder)
-    subprocess.run([sys.executable, FOLDER / "program_stock.py", folder], check=True, timeout=120)
+    subprocess.run([sys.executable, FOLDER / "program_stock.py", folder], check=True, timeout=HANG_S)
     return folder
 
 

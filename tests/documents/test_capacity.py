@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import HANG_S
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "capacity.md"
 
 
@@ -16,5 +18,5 @@ def test_the_code_of_the_guide_runs(tmp_path: Path) -> None:
     assert len(blocks) == 4
     program = tmp_path / "capacity.py"
     program.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tests.patience import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "src")
@@ -43,7 +44,7 @@ def build_in(sources: Path, out: Path, environment: dict[str, str]) -> None:
         "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_wheel(out); b.build_sdist(out)"
     )
     arguments = [sys.executable, "-c", build, str(out)]
-    subprocess.run(arguments, cwd=sources, env=environment, check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run(arguments, cwd=sources, env=environment, check=True, capture_output=True, text=True, timeout=HANG_S)
 
 
 COMPILED = (".c", ".h")

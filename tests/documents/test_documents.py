@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.patience import HANG_S
 
 import roadie
 
@@ -38,7 +39,7 @@ def test_the_code_of_the_readme_runs(tmp_path: Path) -> None:
     assert blocks
     program = tmp_path / "readme.py"
     program.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
 
 
@@ -97,7 +98,9 @@ def test_commands_that_the_readme_names_exist() -> None:
     run = "import sys; from roadie.cli import main; main()"
     assert named >= {"train", "merge", "generate", "info", "demo"}
     for name in sorted(named):
-        done = subprocess.run([sys.executable, "-c", run, name, "--help"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", run, name, "--help"], capture_output=True, text=True, timeout=HANG_S
+        )
         assert done.returncode == 0, done.stderr
 
 

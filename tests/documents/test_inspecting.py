@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+from tests.patience import HANG_S
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "inspecting.md"
 
@@ -17,7 +18,7 @@ def test_the_code_of_the_guide_runs(tmp_path: Path) -> None:
     assert blocks
     program = tmp_path / "inspecting.py"
     program.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").is_file()
 

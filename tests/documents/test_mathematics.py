@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import HANG_S
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "mathematics.md"
 
 
@@ -15,5 +17,5 @@ def test_the_code_of_the_mathematics_runs(tmp_path: Path) -> None:
     assert len(blocks) > 5
     program = tmp_path / "mathematics.py"
     program.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr

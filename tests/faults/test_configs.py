@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.patience import HANG_S
 
 from roadie.testing import tiny_llama
 
@@ -182,7 +183,7 @@ def configs_by_seed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         )
         for seed, folder in enumerate(folders, start=1)
     ]
-    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    assert [process.wait(timeout=HANG_S) for process in processes] == [0, 0]
     return folders
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import httpx2
 import yaml
+from tests.patience import HANG_S
 from tests.serving.http.harness import ADMIN_KEY, USER_KEY, free_port
 
 from roadie.serving.http.keys import add_to_file, entry_of
 
-START_TIMEOUT_S = 240
-END_TIMEOUT_S = 60
 ROADIE = "import sys; from roadie.cli import main; main()"
 SMALL = {"num_slots": 8, "max_running": 16, "max_batch_tokens": 128, "num_blocks": 256}
 
@@ -35,7 +34,7 @@ class Cluster:
 
     def http(self, key: str = ADMIN_KEY) -> httpx2.Client:
         headers = {"authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=HANG_S, trust_env=False)
 
     @property
     def log(self) -> str:
@@ -86,7 +85,7 @@ def deployed(folder: Path, **settings: Any) -> Iterator[Cluster]:
         wait_until_ready(cluster)
         yield cluster
         process.send_signal(signal.SIGTERM)
-        assert process.wait(END_TIMEOUT_S) == 0, cluster.log[-4000:]
+        assert process.wait(HANG_S) == 0, cluster.log[-4000:]
     finally:
         left = until_gone(process.pid)
         for pid in left:
@@ -96,8 +95,8 @@ def deployed(folder: Path, **settings: Any) -> Iterator[Cluster]:
     assert not left, "processes were left"
 
 
-def until_gone(session: int, seconds: float = 15.0) -> list[int]:
-    end_s = time.monotonic() + seconds
+def until_gone(session: int) -> list[int]:
+    end_s = time.monotonic() + HANG_S
     while (left := members(session)) and time.monotonic() < end_s:
         time.sleep(0.1)
     return left
@@ -109,7 +108,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def wait_until_ready(cluster: Cluster) -> None:
-    end_s = time.monotonic() + START_TIMEOUT_S
+    end_s = time.monotonic() + HANG_S
     while time.monotonic() < end_s:
         assert cluster.process.poll() is None, cluster.log[-4000:]
         with suppress(httpx2.TransportError):

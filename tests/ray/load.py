@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httpx2
+from tests.patience import HANG_S
 from tests.ray.cluster import Cluster
 
 TOKENS = 24
@@ -42,11 +43,11 @@ class Load:
     answers: list[Answer] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
-    def wait_for(self, count: int, seconds: float = 90.0) -> None:
+    def wait_for(self, count: int) -> None:
         """Until so many more answers have come."""
-        goal, end_s = len(self.answers) + count, time.monotonic() + seconds
+        goal, give_up_s = len(self.answers) + count, time.monotonic() + HANG_S
         while len(self.answers) < goal:
-            assert time.monotonic() < end_s, "the answers did not come"
+            assert time.monotonic() < give_up_s, "the answers did not come"
             time.sleep(0.02)
 
 

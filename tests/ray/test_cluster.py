@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.patience import HANG_S, until
 
 pytest.importorskip("ray", reason="needs Ray, which has an environment of its own: make test-ray")
 
@@ -68,13 +69,6 @@ def test_both_replicas_answer(cluster: Cluster) -> None:
         with cluster.http() as http:
             until(lambda: http.get("/v1/status").json()["figures"]["running"] > 1)
     assert len(cluster.pids(REPLICA)) == 2
-
-
-def until(condition: Any, seconds: float = 30.0) -> None:
-    end_s = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end_s, "it never came to hold"
-        time.sleep(0.1)
 
 
 def test_adapters_are_loaded_pinned_and_unloaded_over_all_replicas(cluster: Cluster, embedded_adapters: Path) -> None:
@@ -174,7 +168,7 @@ def test_a_replica_that_is_killed_costs_no_request_but_streams_that_had_begun(cl
     with ThreadPoolExecutor(16) as pool:
         clients = [pool.submit(client, number) for number in range(16)]
         for _ in range(8):
-            assert begun.acquire(timeout=60)
+            assert begun.acquire(timeout=HANG_S)
         os.kill(cluster.pids(REPLICA)[0], signal.SIGKILL)
         answers = [each.result() for each in clients]
     whole = [each for each in answers if not each.asked.is_streamed]
@@ -191,7 +185,7 @@ def test_a_replica_that_is_killed_costs_no_request_but_streams_that_had_begun(cl
 def test_another_replica_takes_the_place_of_one_that_is_killed_and_has_the_newest_adapters(
     cluster: Cluster, embedded_adapters: Path
 ) -> None:
-    until(lambda: num_slots(cluster) == 16, 120)
+    until(lambda: num_slots(cluster) == 16)
     assert load(cluster, "kept", "topics").status_code == 200
     shutil.copytree(embedded_adapters / "turtle", cluster.folder / "adapters" / "kept")
     assert load(cluster, "kept", "kept", replace=True).status_code == 200
@@ -202,7 +196,7 @@ def test_another_replica_takes_the_place_of_one_that_is_killed_and_has_the_newes
         os.kill(cluster.pids(REPLICA)[0], signal.SIGKILL)
         until(lambda: num_slots(cluster) == 8)
         running.wait_for(20)
-        until(lambda: num_slots(cluster) == 16, 120)
+        until(lambda: num_slots(cluster) == 16)
         running.wait_for(60)
     place = {"base": None, "turtle": embedded_adapters / "turtle", "kept": embedded_adapters / "turtle"}
     right = {f"{model}: {prompt}": {greedy(place[model], prompt, TOKENS)} for model in models for prompt in PROMPTS}
@@ -228,7 +222,7 @@ def test_the_directory_may_die_and_comes_back_with_what_was_written(cluster: Clu
         running.wait_for(10)
         os.kill(cluster.pids("ray::ServeReplica:roadie:directory")[0], signal.SIGKILL)
         running.wait_for(20)
-        until(lambda: load(cluster, "later", "topics", replace=True).status_code == 200, 90)
+        until(lambda: load(cluster, "later", "topics", replace=True).status_code == 200)
         running.wait_for(10)
     place = {"base": None, "lasting": embedded_adapters / "asyncio"}
     right = {f"{model}: {prompt}": {greedy(place[model], prompt, TOKENS)} for model in place for prompt in PROMPTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.patience import HANG_S
 
 pytest.importorskip("ray", reason="needs Ray, which has an environment of its own: make test-ray")
 
@@ -41,7 +42,7 @@ def test_a_deployment_is_described_started_asked_and_changed_as_the_guide_says(t
             "port: 8000", f"port: {port}"
         )
         done = subprocess.run(
-            ["bash", "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120
+            ["bash", "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=HANG_S
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.patience import HANG_S
 
 from roadie import checkpoint
 from roadie.adapter import Adapter
@@ -25,7 +26,6 @@ from roadie.serving import (
 )
 from roadie.testing import random_adapter
 
-PATIENCE_S = 30.0
 KINDS = (("road_1", 16), ("road_2", 8), ("road_4", 4))
 SMALL = EngineSettings(num_slots=4, page_size=8, num_blocks=128, max_batch_tokens=128, max_running=16)
 
@@ -70,7 +70,27 @@ class Collector:
             )
 
         with self._changed:
-            assert self._changed.wait_for(is_done, PATIENCE_S), {one: self.last(one) for one in self.outputs}
+            assert self._changed.wait_for(is_done, HANG_S), {one: self.last(one) for one in self.outputs}
+
+    @contextmanager
+    def held(self, num_tokens: int) -> Iterator[None]:
+        """Within it requests that run get so many tokens and then no more; whatever else the engine does goes on.
+
+        A test that looks at running requests is in no race with them: they would otherwise end while it is held up.
+        """
+        batch, step = self.engine._batch, self.engine._batch.step
+
+        def step_or_not() -> bool:
+            if any(live.num_generated < num_tokens for live in self.engine._running.values()):
+                return step()
+            time.sleep(0.001)
+            return False
+
+        batch.step = step_or_not  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            batch.step = step  # type: ignore[method-assign]
 
     def last(self, request_id: str) -> Output:
         return self.outputs[request_id][-1] if self.outputs[request_id] else Output(request_id)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.serving.harness import PATIENCE_S, SMALL, Collector, prompt, serving
+from tests.patience import HANG_S
+from tests.serving.harness import SMALL, Collector, prompt, serving
 
 from roadie import embedded
 from roadie.adapter import Adapter
@@ -105,7 +106,7 @@ def test_prefixes_are_not_shared_after_a_slot_or_a_name_has_changed_hands(
             return collector.last(request_id).usage.cached_tokens
 
         assert [ask("a0"), ask("a1"), ask("a0"), ask("a1")] == [0, 0, 32, 32]  # the slot changes hands, contents do not
-        collector.engine.load_adapter("a0", str(root / "a2"), replace=True).result(PATIENCE_S)
+        collector.engine.load_adapter("a0", str(root / "a2"), replace=True).result(HANG_S)
         assert ask("a0") == 0
         before = dict(asked)
         assert ask("a2") == 32  # another name for what a0 is now
@@ -145,9 +146,10 @@ def test_a_cache_that_is_too_small_for_all_holds_requests_back_but_changes_nothi
 def test_cancelled_requests_give_back_blocks_and_slots_wherever_they_are(model: Any, root: Path) -> None:
     settings = EngineSettings(num_slots=2, page_size=8, num_blocks=64, max_batch_tokens=32, max_running=4)
     with serving(model, root, settings) as collector:
-        ids = [collector.submit(prompt(one, 60), f"a{one % 6}", max_tokens=60) for one in range(24)]
-        collector.wait(ids[0], num_tokens=2)
-        assert all(collector.engine.cancel(one) for one in ids)
+        with collector.held(2):
+            ids = [collector.submit(prompt(one, 60), f"a{one % 6}", max_tokens=60) for one in range(24)]
+            collector.wait(ids[0], num_tokens=2)
+            assert all(collector.engine.cancel(one) for one in ids)
         collector.wait()
         assert {collector.last(one).finish for one in ids} <= {FinishReason.CANCELLED, FinishReason.LENGTH}
         assert not collector.engine.cancel(ids[0])
@@ -178,7 +180,7 @@ def test_a_seed_gives_the_same_tokens_whoever_shares_the_batch(model: Any, root:
 
 def test_everyone_is_served_where_adapters_outnumber_slots(model: Any, adapters: Any, root: Path) -> None:
     with serving(model, root, EngineSettings(num_slots=2, page_size=8, num_blocks=128, max_running=8)) as collector:
-        collector.engine.pin_adapter("a7").result(PATIENCE_S)
+        collector.engine.pin_adapter("a7").result(HANG_S)
         asked = {}
         for place in range(48):
             wish = f"a{place % 8}" if place % 3 else "a0"
@@ -209,14 +211,14 @@ def test_a_popular_adapter_gives_its_slot_to_whoever_waits(model: Any, root: Pat
 def test_requests_fail_rather_than_wait_for_a_slot_that_cannot_come(model: Any, root: Path) -> None:
     with serving(model, root, EngineSettings(num_slots=2, page_size=8, num_blocks=64, max_running=8)) as collector:
         for name in ("a0", "a1"):
-            collector.engine.pin_adapter(name).result(PATIENCE_S)
+            collector.engine.pin_adapter(name).result(HANG_S)
         stuck = collector.submit(prompt(0, 8), "a2")
         fine = collector.submit(prompt(0, 8), "a1")
         collector.wait()
         assert collector.last(stuck).finish is FinishReason.FAILED
         assert "pinned" in str(collector.last(stuck).error)
         assert collector.last(fine).finish is FinishReason.LENGTH
-        collector.engine.pin_adapter("a0", False).result(PATIENCE_S)
+        collector.engine.pin_adapter("a0", False).result(HANG_S)
         later = collector.submit(prompt(0, 8), "a2")
         collector.wait()
         assert collector.last(later).finish is FinishReason.LENGTH
@@ -238,16 +240,17 @@ def test_what_cannot_be_served_is_refused_at_the_door(model: Any, root: Path) ->
             collector.submit(prompt(0, 8), {"a0": 0.5, "a3": 0.5})
         with pytest.raises(ConfigError, match="tokenizer"):
             collector.submit(prompt(0, 8), stop=("x",))
-        first = collector.submit(prompt(0, 8), max_tokens=100)
-        collector.wait(first, num_tokens=1)
-        for _ in range(2):
-            collector.submit(prompt(0, 8))
-        with pytest.raises(QueueFull, match="2 requests of 'default'") as refused:
-            collector.submit(prompt(0, 8))
-        assert refused.value.retry_after_s >= 1
-        collector.submit(prompt(0, 8), tenant="other")
-        with pytest.raises(QueueFull, match="3 requests wait"):
-            collector.submit(prompt(0, 8), tenant="third")
+        with collector.held(1):
+            first = collector.submit(prompt(0, 8), max_tokens=100)
+            collector.wait(first, num_tokens=1)
+            for _ in range(2):
+                collector.submit(prompt(0, 8))
+            with pytest.raises(QueueFull, match="2 requests of 'default'") as refused:
+                collector.submit(prompt(0, 8))
+            assert refused.value.retry_after_s >= 1
+            collector.submit(prompt(0, 8), tenant="other")
+            with pytest.raises(QueueFull, match="3 requests wait"):
+                collector.submit(prompt(0, 8), tenant="third")
         collector.outputs = {one: outputs for one, outputs in collector.outputs.items() if outputs or one == first}
         assert collector.engine.statistics().num_refused == 2
 
@@ -261,28 +264,30 @@ def test_sampling_out_of_range_is_refused(value: dict[str, Any]) -> None:
 def test_draining_ends_what_was_accepted_and_stopping_fails_the_rest(model: Any, root: Path) -> None:
     with serving(model, root) as collector:
         ids = [collector.submit(prompt(one, 8), "a0", max_tokens=40) for one in range(6)]
-        assert collector.engine.drain(PATIENCE_S)
+        assert collector.engine.drain(HANG_S)
         assert {collector.last(one).finish for one in ids} == {FinishReason.LENGTH}
         assert not collector.engine.is_ready
         with pytest.raises(ShuttingDown):
             collector.submit(prompt(0, 8))
     with serving(model, root) as collector:
-        running = collector.submit(prompt(0, 8), "a0", max_tokens=100)
-        collector.wait(running, num_tokens=1)
-        queued = collector.submit(prompt(0, 8), "a1", max_tokens=100)
-        collector.engine.stop()
+        with collector.held(1):
+            running = collector.submit(prompt(0, 8), "a0", max_tokens=100)
+            collector.wait(running, num_tokens=1)
+            queued = collector.submit(prompt(0, 8), "a1", max_tokens=100)
+            collector.engine.stop()
         for one in (running, queued):
             assert isinstance(collector.last(one).error, ShuttingDown)
         with pytest.raises(ShuttingDown):
-            collector.engine.load_adapter("a0").result(PATIENCE_S)
+            collector.engine.load_adapter("a0").result(HANG_S)
 
 
 def test_a_step_that_fails_fails_the_requests_and_the_engine(model: Any, root: Path, monkeypatch: Any) -> None:
     with serving(model, root) as collector:
-        running = collector.submit(prompt(0, 8), "a0", max_tokens=100)
-        collector.wait(running, num_tokens=1)
-        monkeypatch.setattr(collector.engine._batch, "step", lambda: 1 / 0)
-        collector.wait()
+        with collector.held(1):
+            running = collector.submit(prompt(0, 8), "a0", max_tokens=100)
+            collector.wait(running, num_tokens=1)
+            monkeypatch.setattr(collector.engine._batch, "step", lambda: 1 / 0)
+            collector.wait()
         assert isinstance(collector.last(running).error, EngineFailed)
         with pytest.raises(EngineFailed):
             collector.submit(prompt(0, 8))
@@ -321,18 +326,20 @@ def test_adapters_of_the_last_layer_are_served_too(model: Any, root: Path) -> No
 
 
 def test_asyncio_reads_outputs_as_they_come_and_leaving_cancels(model: Any, root: Path) -> None:
-    async def talk(engine: ContinuousBatchingEngine) -> tuple[int, FinishReason | None]:
+    async def talk(collector: Collector) -> tuple[int, FinishReason | None]:
+        engine = collector.engine
         request = GenerationRequest("whole", tuple(prompt(0, 8)), "a0", Sampling(max_tokens=5, ignore_eos=True))
         whole = [output async for output in stream(engine, request)]
         left = GenerationRequest("left", tuple(prompt(0, 8)), "a0", Sampling(max_tokens=100, ignore_eos=True))
         outputs = stream(engine, left)
-        await anext(outputs)
-        await outputs.aclose()
+        with collector.held(1):
+            await anext(outputs)
+            await outputs.aclose()
         return sum(len(output.token_ids) for output in whole), whole[-1].finish
 
     with serving(model, root) as collector:
-        assert asyncio.run(talk(collector.engine)) == (5, FinishReason.LENGTH)
-        assert collector.engine.drain(PATIENCE_S)
+        assert asyncio.run(talk(collector)) == (5, FinishReason.LENGTH)
+        assert collector.engine.drain(HANG_S)
         assert collector.engine.statistics().num_cancelled == 1
 
 
@@ -381,7 +388,7 @@ def test_submitters_on_many_threads(model: Any, adapters: Any, root: Path) -> No
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(PATIENCE_S)
+            thread.join(HANG_S)
         assert len(asked) == 48
     assert check(model, adapters, collector, asked).num_wrong == 0
 

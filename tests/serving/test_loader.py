@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.patience import HANG_S
 
 from roadie.serving.loader import MOST_REST, Loader, rest_per_work
 
 WORK_S = 0.02
 REST_S = WORK_S * MOST_REST
-LONG_S = 30.0  # a rest that no test waits for, and no busy machine comes near
+LONG_S = 2 * HANG_S  # a rest that no test waits for
 
 
 @dataclass
@@ -68,20 +69,18 @@ def test_rest_ends_when_nobody_is_disturbed_or_many_wait(
     loader: Loader, load: Load, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("roadie.serving.loader.MOST_REST", LONG_S / WORK_S)
-    load.num_running, sent_s = 4, time.monotonic()
-    loader.submit(compute).result()  # the first is not delayed
+    load.num_running = 4
+    loader.submit(compute).result(HANG_S)  # the first is not delayed
     second = loader.submit(compute)
     time.sleep(0.1)
     assert not second.done()
     vars(load).update(change)
-    assert second.result() - sent_s < LONG_S / 2
+    second.result(HANG_S)
 
 
-def test_waiting_for_a_file_is_no_work(loader: Loader, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roadie.serving.loader.MOST_REST", LONG_S / 0.05)
-    load.num_running, sent_s = 4, time.monotonic()
-    loader.submit(time.sleep, 0.05).result()
-    assert loader.submit(compute).result() - sent_s < LONG_S / 2
+def test_waiting_for_a_file_is_no_work(loader: Loader) -> None:
+    loader.submit(time.sleep, 0.5).result()
+    assert loader._worked_s < 0.5 / 2  # processor time, of which sleeping takes none
 
 
 def test_the_thread_has_one_torch_thread_and_others_keep_theirs(loader: Loader) -> None:
@@ -108,7 +107,7 @@ def test_closing_waits_for_no_rest_and_cancels_what_waits(monkeypatch: pytest.Mo
     waiting = [loader.submit(compute) for _ in range(3)]
     begin_s = time.monotonic()
     loader.close()
-    assert time.monotonic() - begin_s < LONG_S / 2
+    assert time.monotonic() - begin_s < HANG_S
     with pytest.raises(CancelledError):
         waiting[-1].result()
 

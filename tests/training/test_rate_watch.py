@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.patience import HANG_S
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import roadie
@@ -206,7 +207,7 @@ def test_a_record_keeps_the_losses_as_they_were(kinds, tmp_path):
 def test_the_command_shows_the_rate_and_the_warning(texts, tiny_path, tmp_path):
     command = [sys.executable, "-m", "roadie.cli", "train", str(texts), "--model", str(tiny_path), "--group-size", "16"]
     options = ["--max-steps", "30", "--batch-size", "4", "--output", str(tmp_path / "adapter"), "--lr", "1e-7"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert done.stderr.count("got a learning rate of 1e-07, with which the loss has not moved in 15 of 30 steps") == 1
     (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("learning rate")]
     assert row[-1] == "1e-07"

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.patience import HANG_S
 
 PROGRAM = """
 import sys
@@ -47,7 +48,7 @@ torch.distributed.destroy_process_group()
 def _run(folder: Path, use_orig_params: bool) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, str(folder / "store"), str(use_orig_params)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG_S)
 
 
 def test_gradients_under_fsdp_are_those_of_the_plain_model(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import peft
 import pytest
 import torch
+from tests.patience import HANG_S
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -214,7 +215,7 @@ torch.distributed.destroy_process_group()
 
 def test_copies_in_two_processes_train_the_same_share(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", REPLICA, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=HANG_S) for process in processes] == [0, 0]
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     model, share = chain("road_1"), Share(1, 2)
     trained_names = list(trained(model))

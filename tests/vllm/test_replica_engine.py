@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.patience import HANG_S
 
 pytest.importorskip("vllm", reason="needs vLLM, which has an environment of its own: make test-vllm")
 
@@ -50,7 +51,7 @@ def generate(engine: Any, wish: AdapterWish, prompt: Sequence[int], **rules: Any
 
     sampling = Sampling(**{"temperature": 0.0, "max_tokens": 10, "ignore_eos": True, **rules})
     engine.submit(GenerationRequest(f"r{id(outputs)}", tuple(prompt), wish, sampling), take)
-    assert over.wait(120)
+    assert over.wait(HANG_S)
     return outputs
 
 
@@ -58,7 +59,7 @@ def test_requests_of_the_base_and_of_adapters_end_as_the_contract_says(engine: A
     generated = []
     for number, (name, path) in enumerate([("base", None), *list(kinds.items())[:3]]):
         if path is not None:
-            assert engine.load_adapter(name, str(path)).result(120).name == name
+            assert engine.load_adapter(name, str(path)).result(HANG_S).name == name
         outputs = generate(engine, None if path is None else name, cases.prompt(number), logprobs=2)
         tokens = tuple(token for output in outputs for token in output.token_ids)
         assert (outputs[-1].finish, outputs[-1].usage.completion_tokens, len(tokens)) == (FinishReason.LENGTH, 10, 10)
@@ -70,17 +71,17 @@ def test_requests_of_the_base_and_of_adapters_end_as_the_contract_says(engine: A
 
 def test_a_bad_adapter_is_refused_and_the_old_one_stays(engine: Any, kinds: dict[str, Path], tmp_path: Path) -> None:
     first, second = list(kinds.values())[:2]
-    engine.load_adapter("it", str(first)).result(120)
+    engine.load_adapter("it", str(first)).result(HANG_S)
     before = [output.token_ids for output in generate(engine, "it", cases.prompt(3))]
     with pytest.raises(RoadieError):
-        engine.load_adapter("it", str(tmp_path), replace=True).result(120)
+        engine.load_adapter("it", str(tmp_path), replace=True).result(HANG_S)
     with pytest.raises(ConfigError, match="loaded already"):
-        engine.load_adapter("it", str(second)).result(120)
+        engine.load_adapter("it", str(second)).result(HANG_S)
     assert [output.token_ids for output in generate(engine, "it", cases.prompt(3))] == before
-    engine.load_adapter("it", str(second), replace=True).result(120)
+    engine.load_adapter("it", str(second), replace=True).result(HANG_S)
     tokens = tuple(token for output in generate(engine, "it", cases.prompt(3)) for token in output.token_ids)
     assert cases.judged([cases.Generated(second, cases.prompt(3), tokens)]).wrong == 0
-    engine.unload_adapter("it", Unload.WAIT).result(120)
+    engine.unload_adapter("it", Unload.WAIT).result(HANG_S)
     with pytest.raises(UnknownAdapter):
         generate(engine, "it", cases.prompt(3))
 
@@ -104,8 +105,8 @@ def test_a_request_that_is_cancelled_ends_as_such(engine: Any) -> None:
 
     rules = Sampling(max_tokens=100, temperature=0.0, ignore_eos=True)
     engine.submit(GenerationRequest("long", tuple(cases.prompt(0)[:8]), None, rules), take)
-    assert begun.wait(120)
+    assert begun.wait(HANG_S)
     assert engine.cancel("long")
-    assert over.wait(120)
+    assert over.wait(HANG_S)
     assert outputs[-1].finish is FinishReason.CANCELLED
     assert not engine.cancel("long")

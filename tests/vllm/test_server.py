@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.patience import HANG_S
 
 pytest.importorskip("vllm", reason="needs vLLM, which has an environment of its own: make test-vllm")
 
@@ -22,8 +23,6 @@ import httpx
 import openai
 from tests.vllm import cases
 
-START_TIMEOUT_S = 400
-
 
 class Server:
     """A running server, and its clients."""
@@ -31,10 +30,10 @@ class Server:
     def __init__(self, port: int, process: subprocess.Popen[str], log: Path, folder: Path) -> None:
         self.url, self.process, self.log, self.folder = f"http://127.0.0.1:{port}", process, log, folder
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-        self.http = httpx.Client(base_url=self.url, timeout=120)
+        self.http = httpx.Client(base_url=self.url, timeout=HANG_S)
 
     def wait(self) -> None:
-        end = time.monotonic() + START_TIMEOUT_S
+        end = time.monotonic() + HANG_S
         while time.monotonic() < end:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             try:
@@ -90,7 +89,7 @@ def server(base: Path, kinds: dict[str, Path], tmp_path_factory: pytest.TempPath
         yield running
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=HANG_S)
 
 
 @pytest.mark.smoke

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.patience import HANG_S
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
@@ -79,7 +80,7 @@ def folder_of_a_process(then: str, temporary: Path) -> Path:
         [sys.executable, "-c", MAKE.format(then)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         env={**os.environ, "TMPDIR": str(temporary)},
     )
     return Path(done.stdout.strip())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx2
 import openai
+from tests.patience import HANG_S
 from tests.serving.http.fake_engine import FakeEngine
 
 from roadie import embedded
@@ -30,7 +30,6 @@ KEYS = Keys(
         (hash_key(LEGAL_KEY), Caller("lawyer", ("legal", "law-*"))),
     )
 )
-PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,17 @@ class Running:
     def http(self, key: str | None = None) -> httpx2.Client:
         """A plain client, closed with the server."""
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        client = httpx2.Client(base_url=self.url, headers=headers, timeout=PATIENCE_S, trust_env=False)
+        client = httpx2.Client(base_url=self.url, headers=headers, timeout=HANG_S, trust_env=False)
         return self.closing.enter_context(client)
 
     def openai(self, key: str = "none") -> openai.OpenAI:
         """The official client, closed with the server."""
-        client = self.closing.enter_context(httpx2.Client(trust_env=False, timeout=PATIENCE_S))
+        client = self.closing.enter_context(httpx2.Client(trust_env=False, timeout=HANG_S))
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, http_client=client)
 
     def connect(self, **options: Any) -> socket.socket:
         """A plain connection."""
-        return socket.create_connection(self.address, timeout=PATIENCE_S, **options)
+        return socket.create_connection(self.address, timeout=HANG_S, **options)
 
 
 @contextmanager
@@ -81,24 +80,16 @@ def running(
     server = Server(service, on_ready=ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
-    assert ready.wait(PATIENCE_S)
+    assert ready.wait(HANG_S)
     try:
         with ExitStack() as closing:
             yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", engine, service, server, closing)
     finally:
         server.end()
-        thread.join(PATIENCE_S)
+        thread.join(HANG_S)
         engine.stop()
         service.prompts.close()
         assert not thread.is_alive(), "the server did not end"
-
-
-def until(condition: Any, seconds: float = PATIENCE_S) -> None:
-    """Wait until a condition holds; fails where it never does."""
-    give_up_s = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up_s, "it never came to hold"
-        time.sleep(0.005)
 
 
 def free_port() -> int:

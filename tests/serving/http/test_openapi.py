@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.patience import HANG_S
 from tests.serving.http.harness import ADMIN_KEY, KEYS, Running, running
 
 from roadie.serving.http.gate import ROUTES, Right
@@ -42,7 +43,7 @@ def test_a_few_dozen_cases_of_schemathesis(tmp_path: Path) -> None:
             cwd=tmp_path,
             text=True,
             capture_output=True,
-            timeout=120,
+            timeout=HANG_S,
         )
     assert done.returncode == 0, done.stdout
     generated, passed = re.search(r"(\d+) generated, (\d+) passed", done.stdout).groups()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.patience import HANG_S, until
 from tests.serving.http.fake_engine import FakeEngine
-from tests.serving.http.harness import KEYS, USER_KEY, Running, running, until
+from tests.serving.http.harness import KEYS, USER_KEY, Running, running
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -36,7 +37,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # whatever goes elsewhere fails
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(DRIVER))
-    browser.set_page_load_timeout(30)
+    browser.set_page_load_timeout(HANG_S)
     try:
         yield browser
     finally:

@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 import torch
-from tests.serving.http.harness import ADMIN_KEY, free_port, until
+from tests.patience import HANG_S, until
+from tests.serving.http.harness import ADMIN_KEY, free_port
 from tests.versions import OLD_TRANSFORMERS
 
 from roadie import embedded
@@ -36,7 +39,7 @@ class Process:
     running: subprocess.Popen[str]
 
     def client(self) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, headers=KEY, timeout=60, trust_env=False)
+        return httpx2.Client(base_url=self.url, headers=KEY, timeout=HANG_S, trust_env=False)
 
     def is_ready(self) -> bool:
         assert self.running.poll() is None, "the server ended"
@@ -54,7 +57,7 @@ def served(folder: Path, *options: str) -> Iterator[Process]:
     with (folder / "log.txt").open("a") as log, subprocess.Popen(command, stdout=log, stderr=log, text=True) as running:
         try:
             server = Process(f"http://127.0.0.1:{port}", running)
-            until(server.is_ready, 90)
+            until(server.is_ready)
             yield server
         finally:
             running.kill()
@@ -97,7 +100,8 @@ def server(folder: Path) -> Iterator[Process]:
 
 
 def options_of(folder: Path) -> list[str]:
-    return ["--allow-from", str(folder / "allowed"), "--state", str(folder / "state" / "disk" / "state.json")]
+    places = ["--allow-from", str(folder / "allowed"), "--state", str(folder / "state" / "disk" / "state.json")]
+    return [*places, "--drain-timeout", str(HANG_S)]
 
 
 def load(server: Process, name: str, path: str) -> httpx2.Response:
@@ -164,7 +168,7 @@ def test_clients_that_vanish_in_mid_stream_leave_nothing_behind(server: Process)
     assert after["blocks_free"] == after["blocks"]
 
 
-async def vanish(url: str, count: int, at_once: int = 8) -> None:
+async def vanish(url: str, num_streams: int, at_once: int = 8) -> None:
     """Streams of several adapters, hung up on after their first event."""
     room = asyncio.Semaphore(at_once)
 
@@ -173,14 +177,14 @@ async def vanish(url: str, count: int, at_once: int = 8) -> None:
         body = {"model": model, "prompt": f"Number {number}", "max_tokens": 400, "stream": True, "ignore_eos": True}
         async with (
             room,
-            httpx2.AsyncClient(base_url=url, headers=KEY, timeout=60, trust_env=False) as client,
+            httpx2.AsyncClient(base_url=url, headers=KEY, timeout=HANG_S, trust_env=False) as client,
             client.stream("POST", "/v1/completions", json=body) as response,
         ):
             assert response.status_code == 200
             async for _ in response.aiter_bytes():
                 break
 
-    await asyncio.gather(*(once(number) for number in range(count)))
+    await asyncio.gather(*(once(number) for number in range(num_streams)))
 
 
 def test_a_state_that_cannot_be_written_changes_nothing(server: Process, folder: Path) -> None:
@@ -229,6 +233,7 @@ def test_a_disk_that_is_full_changes_nothing(server: Process, folder: Path, is_s
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused_or_whole(server: Process, folder: Path) -> None:
     """Written and cut off again and again while it is loaded: what answers is the adapter as it should be, or a 400."""
+    give_up_s = time.monotonic() + HANG_S
     shutil.copytree(folder / "adapters" / "turtle", folder / "adapters" / "shrinking")
     weights = folder / "adapters" / "shrinking" / "adapter_model.safetensors"
     whole, stop = weights.read_bytes(), threading.Event()
@@ -246,7 +251,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused_or_whole(server: Proces
         thread = threading.Thread(target=shrink)
         thread.start()
         try:
-            for number in range(400):
+            for number in count():
                 body = {"name": "shrinking", "replace": True}
                 found.add(client.post("/v1/adapters/load", json=body).status_code)
                 assert found <= {200, 400}
@@ -254,10 +259,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused_or_whole(server: Proces
                     assert complete(server, "shrinking").json()["choices"] == wanted
                 if found == {200, 400} and number > 60:
                     break
+                assert time.monotonic() < give_up_s, found
         finally:
             stop.set()
             thread.join()
-    assert found == {200, 400}
 
 
 def test_kill_9_and_restart_then_sigterm_under_load(server: Process, folder: Path) -> None:
@@ -268,14 +273,14 @@ def test_kill_9_and_restart_then_sigterm_under_load(server: Process, folder: Pat
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "topics"}).status_code == 200
         wanted = complete(server, "other").json()["choices"]
     server.running.send_signal(signal.SIGKILL)
-    server.running.wait(30)
+    server.running.wait(HANG_S)
     with served(folder, *options_of(folder)) as again:
         with again.client() as client:
             until(lambda: _states(client).get("other") == ("resident", True))
             assert "topics" not in _states(client)
         assert complete(again, "other").json()["choices"] == wanted
         answers = asyncio.run(_load_and_end(again, 40))
-        assert again.running.wait(60) == 0
+        assert again.running.wait(HANG_S) == 0
     accepted = [answer for answer in answers if answer is not None]
     assert len(accepted) >= 20
     assert set(accepted) == {"length"}
@@ -286,40 +291,42 @@ def _states(client: httpx2.Client) -> dict[str, tuple[str, bool]]:
     return {adapter["name"]: (adapter["state"], adapter["pinned"]) for adapter in adapters}
 
 
-async def _load_and_end(server: Process, count: int) -> list[str | None]:
+async def _load_and_end(server: Process, num_streams: int) -> list[str | None]:
     """How each stream ended, None for those that were refused; SIGTERM when half of them have begun."""
     begun = 0
 
     async def once(client: httpx2.AsyncClient, number: int) -> str | None:
         nonlocal begun
-        if number >= count // 2:
-            await asyncio.sleep(0.02 * (number - count // 2))
+        if number >= num_streams // 2:
+            await asyncio.sleep(0.02 * (number - num_streams // 2))
         body = {
             "model": ("base", "turtle", "other")[number % 3],
             "prompt": "The",
             "max_tokens": 100,
             "ignore_eos": True,
         }
+        request = client.build_request("POST", "/v1/completions", json=body | {"stream": True})
         try:
-            async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-                if response.status_code == 503:
-                    return None
-                assert response.status_code == 200
-                begun += 1
-                lines = [line async for line in response.aiter_lines() if line]
-        except httpx2.ConnectError:
+            response = await client.send(request, stream=True)
+        except httpx2.TransportError:  # nobody took it: the server listens no more
             return None
+        if response.status_code == 503:
+            await response.aclose()
+            return None
+        assert response.status_code == 200
+        begun += 1
+        lines = [line async for line in response.aiter_lines() if line]
         assert lines[-1] == "data: [DONE]"
         return json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
 
     async def end() -> None:
-        while begun < count // 2:
+        while begun < num_streams // 2:
             await asyncio.sleep(0.005)
         server.running.send_signal(signal.SIGTERM)
 
-    limits = httpx2.Limits(max_connections=count)
+    limits = httpx2.Limits(max_connections=num_streams)
     async with httpx2.AsyncClient(
-        base_url=server.url, headers=KEY, timeout=60, trust_env=False, limits=limits
+        base_url=server.url, headers=KEY, timeout=HANG_S, trust_env=False, limits=limits
     ) as client:
-        *answers, _ = await asyncio.gather(*(once(client, number) for number in range(count)), end())
+        *answers, _ = await asyncio.gather(*(once(client, number) for number in range(num_streams)), end())
     return answers

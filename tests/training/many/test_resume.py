@@ -8,12 +8,12 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import yaml
+from tests.patience import until
 
 from roadie.errors import CheckpointError, ConfigError
 from roadie.training.folders import OutputExists
@@ -169,11 +169,7 @@ def test_kill_9_loses_no_job_and_corrupts_no_checkpoint(lines, some_jobs, tiny_p
 
 
 def wait_for_log(file: Path, lines: int, process) -> None:
-    for _ in range(6000):
-        if process.poll() is not None or (file.exists() and len(file.read_text().splitlines()) >= lines):
-            return
-        time.sleep(0.01)
-    raise AssertionError("the run never came that far")
+    until(lambda: process.poll() is not None or (file.exists() and len(file.read_text().splitlines()) >= lines))
 
 
 def test_logs_hold_each_step_once(some_jobs, tiny_path):
