@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 import roadie.training.run
 from roadie.distributed import joined
@@ -17,6 +18,13 @@ from roadie.training.run import train
 RECIPE = Recipe(
     epochs=3, batch_size=10, micro_batch_size=5, learning_rate=3e-2, group_size=16, checkpoint_steps=2, eval_share=0.2
 )
+
+
+def loss_in_float64(logits, labels, vocab_size, num_items_in_batch=None, **_):
+    """transformers' loss of causal models, which rounds logits to float32 first."""
+    logits, labels = logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1)
+    total = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
 
 
 class Gradients(TrainerCallback):
@@ -38,6 +46,7 @@ class Gradients(TrainerCallback):
 
 def main(base: str, texts: str, folder: Path, recipe: Recipe = RECIPE) -> None:
     roadie.training.run.training_dtype = lambda precision: torch.float64
+    LOSS_MAPPING["ForCausalLM"] = loss_in_float64
     with joined() as together:
         recorder = Gradients(folder / f"gradients-{together.rank}.pt")
         train(texts, folder / "whole", model=base, recipe=recipe, callbacks=[recorder])

@@ -34,6 +34,15 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def two_orders(num_terms: int, dtype: torch.dtype) -> float:
+    """How far apart two results of one sum may lie, relative to the sum of its terms' sizes, whatever the order of either.
+
+    Each of a sum's num_terms roundings is off by at most a unit roundoff u of what has been summed: n u, and twice that for two.
+    Holds across processors, numbers of processes, kernels and shapes of batches, which differ in the order of their sums.
+    """
+    return 2 * num_terms * unit_roundoff(dtype)
+
+
 def smallest_step(dtype: torch.dtype) -> float:
     """The distance of the numbers of a dtype near 0, where rounding is absolute: 2^-24 for float16."""
     return float(torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps
