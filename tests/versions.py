@@ -1,11 +1,20 @@
-"""What the oldest supported versions cannot do, with the reason: marks for tests."""
+"""What some versions cannot do, the oldest supported ones above all, with the reason: marks for tests."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from packaging.version import Version
+
+
+def installed(name: str) -> Version | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return Version(version(name))
+    except PackageNotFoundError:
+        return None
+
 
 TORCH = Version(version("torch"))
 
@@ -16,8 +25,10 @@ needs_a_compiler_of_whole_models = pytest.mark.skipif(
 OLD_TYPER = Version("0.20") > Version(version("typer"))
 """The oldest typer imports rich when it is imported itself."""
 
-_OLD_TORCHAO = Version("0.18") > Version(version("torchao"))
+_TORCHAO = installed("torchao")
+_OLD_TORCHAO = _TORCHAO is not None and Version("0.18") > _TORCHAO
 
+needs_torchao = pytest.mark.skipif(_TORCHAO is None, reason="torchao is not installed: pip install roadie[quant]")
 needs_torchao_018 = pytest.mark.skipif(
     _OLD_TORCHAO,
     reason="before 0.18 torchao's int8 is an AffineQuantizedTensor: not compared by torch.equal, not saved",
@@ -36,3 +47,11 @@ needs_uploads_by_an_api_object = pytest.mark.skipif(
     OLD_TRANSFORMERS,
     reason="transformers 5.0 uploads by functions, where this test puts methods in the place of HfApi's",
 )
+
+_TRITON = installed("triton")
+
+needs_loops_in_the_interpreter = pytest.mark.skipif(
+    _TRITON is not None and Version("3.7") > _TRITON and Version("2.4") <= Version(version("numpy")),
+    reason="before 3.7 Triton's interpreter makes the bounds of loops of arrays of one element, which numpy 2.4 refuses",
+)
+"""For kernels with loops whose number of turns is a tensor of the kernel."""

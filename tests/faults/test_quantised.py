@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
-from tests.versions import needs_torchao_018
+from tests.versions import needs_torchao, needs_torchao_018
 from torch import nn
 
 import roadie.tuner.injection
@@ -176,7 +176,6 @@ def test_one_class_of_layer_for_every_kind_of_weight(fault: Any) -> None:
 
 def _torchao_net(bias: bool = True) -> _Net:
     """A net whose layer holds torchao's int8 tensor, with the settings where transformers leaves them."""
-    pytest.importorskip("torchao", reason="needs torchao: the weights under test are its own")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     from transformers import TorchAoConfig
 
@@ -187,6 +186,7 @@ def _torchao_net(bias: bool = True) -> _Net:
     return net
 
 
+@needs_torchao
 @needs_torchao_018
 def test_merging_into_torchao_int8(fault: Any) -> None:
     def check(implementation: Any) -> None:
@@ -207,6 +207,7 @@ def test_merging_into_torchao_int8(fault: Any) -> None:
         fault(check, on_stock=NotImplementedError, match="Int8Tensor")
 
 
+@needs_torchao
 def test_a_mixed_batch_on_torchao_int8(ours: Any) -> None:
     # Stock PEFT has this path for torchao, since the layer is an nn.Linear; what PEFT does well is kept.
     model = ours.adapt_many(_torchao_net(), NAMES, **SETTINGS)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
-from tests.versions import needs_torchao_018, needs_torchao_018_to_merge
+from tests.versions import needs_torchao, needs_torchao_018, needs_torchao_018_to_merge
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -26,15 +26,6 @@ from roadie.errors import MergeError
 from roadie.testing import randomise
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-torchao = pytest.importorskip("torchao")
-
-from torchao.quantization import (  # noqa: E402
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    quantize_,
-)
-from transformers import TorchAoConfig  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:MatMul8bitLt:UserWarning")
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one warning for each layer and call
@@ -71,18 +62,32 @@ KINDS = [
         ),
         "bnb 4bit",
     ),
-    Kind("torchao", lambda dtype: TorchAoConfig(Int8WeightOnlyConfig()), "torchao"),
-    Kind("torchao-dynamic", lambda dtype: TorchAoConfig(Int8DynamicActivationInt8WeightConfig()), "torchao"),
+    Kind("torchao", lambda dtype: _of_torchao("Int8WeightOnlyConfig"), "torchao"),
+    Kind("torchao-dynamic", lambda dtype: _of_torchao("Int8DynamicActivationInt8WeightConfig"), "torchao"),
 ]
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
+def _of_torchao(name: str) -> Any:
+    import torchao.quantization
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(getattr(torchao.quantization, name)())
+
+
+def _kinds(*marks_of_torchao: tuple[Any, ...]) -> Any:
+    """For every kind of bitsandbytes, and as many of torchao as marks are given: each tuple is what that kind needs."""
+    with_marks = zip(KINDS[2:], marks_of_torchao, strict=False)
+    params = [pytest.param(kind, marks=(needs_torchao, *marks)) for kind, marks in with_marks]
+    return pytest.mark.parametrize("kind", [*KINDS[:2], *params], ids=str)
+
+
+every_kind = _kinds((), ())
 # torchao rounds the inputs of its dynamic kind without a gradient: nothing behind the first layer can learn.
-every_trainable_kind = pytest.mark.parametrize("kind", KINDS[:3], ids=str)
-_MERGEABLE = [*KINDS[:3], pytest.param(KINDS[3], marks=needs_torchao_018_to_merge)]
-_BITS = [*KINDS[:2], pytest.param(KINDS[2], marks=needs_torchao_018)]
-every_mergeable_kind = pytest.mark.parametrize("kind", _MERGEABLE, ids=str)
+every_trainable_kind = _kinds(())
+every_mergeable_kind = _kinds((), (needs_torchao_018_to_merge,))
 # Of these the stored bits are compared, or saved.
-every_trainable_kind_with_its_bits = pytest.mark.parametrize("kind", _BITS, ids=str)
-every_mergeable_kind_with_its_bits = pytest.mark.parametrize("kind", [*_BITS, _MERGEABLE[3]], ids=str)
+every_trainable_kind_with_its_bits = _kinds((needs_torchao_018,))
+every_mergeable_kind_with_its_bits = _kinds((needs_torchao_018,), (needs_torchao_018_to_merge,))
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -433,19 +438,23 @@ def test_a_backend_that_fails_in_the_middle_changes_nothing(
     assert torch.equal(_logits(model), wanted)
 
 
-def _bare_layers() -> dict[str, nn.Module]:
+def _bare_layer(name: str) -> nn.Module:
     torch.manual_seed(0)
-    eight = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-    four = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+    if name == "bnb8":
+        return bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+    if name == "bnb4":
+        return bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     by_hand = nn.Sequential(nn.Linear(64, 32))
     quantize_(by_hand, Int8WeightOnlyConfig())
-    return {"bnb8": eight.to("cpu"), "bnb4": four.to("cpu"), "torchao": by_hand[0]}
+    return by_hand[0]
 
 
-@pytest.mark.parametrize("name", ["bnb8", "bnb4", "torchao"])
+@pytest.mark.parametrize("name", ["bnb8", "bnb4", pytest.param("torchao", marks=needs_torchao)])
 @pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
 def test_a_bare_layer_with_a_bias(name: str, variant: str) -> None:
-    base = nn.Sequential(_bare_layers()[name]).eval()
+    base = nn.Sequential(_bare_layer(name)).eval()
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     plain = base(x).detach()
     model = _adapted(base, target_modules=["0"], task_type=None, group_size=8, variant=variant)
@@ -461,7 +470,7 @@ def test_a_bare_layer_with_a_bias(name: str, variant: str) -> None:
 
 @pytest.mark.parametrize("name", ["bnb8", "bnb4"])
 def test_a_bias_is_merged_and_unmerged_with_the_quantised_weight(name: str) -> None:
-    model = _adapted(nn.Sequential(_bare_layers()[name]), target_modules=["0"], task_type=None, group_size=8)
+    model = _adapted(nn.Sequential(_bare_layer(name)), target_modules=["0"], task_type=None, group_size=8)
     layer = next(iter(_layers(model).values()))
     bias = layer.get_base_layer().bias.detach().clone()
     stored = _stored(layer)
@@ -475,7 +484,7 @@ def test_a_bias_is_merged_and_unmerged_with_the_quantised_weight(name: str) -> N
 
 @pytest.mark.parametrize("name", ["bnb8", "bnb4"])
 def test_a_half_precision_bias_comes_back_bit_for_bit(name: str) -> None:
-    base = nn.Sequential(_bare_layers()[name])
+    base = nn.Sequential(_bare_layer(name))
     base[0].bias = nn.Parameter(base[0].bias.detach().bfloat16(), requires_grad=False)
     model = _adapted(base, target_modules=["0"], task_type=None, group_size=8)
     layer = next(iter(_layers(model).values()))
@@ -490,7 +499,7 @@ def test_a_half_precision_bias_comes_back_bit_for_bit(name: str) -> None:
 
 def test_a_4bit_weight_packed_for_the_cpu_is_merged_right() -> None:
     """On CPUs with avx512_bf16 bitsandbytes repacks a weight at the first forward in evaluation mode, in place."""
-    model = _adapted(nn.Sequential(_bare_layers()["bnb4"]), target_modules=["0"], task_type=None, group_size=8)
+    model = _adapted(nn.Sequential(_bare_layer("bnb4")), target_modules=["0"], task_type=None, group_size=8)
     layer = next(iter(_layers(model).values()))
     wanted = layer.get_delta_weight("first") @ _dense(layer)
     weight = layer.get_base_layer().weight
@@ -520,11 +529,12 @@ def test_the_scales_of_a_4bit_weight_packed_for_the_cpu_are_read_right(nested: b
     assert bool(((read - wanted).abs() <= 2.0**-8 * wanted.abs()).all())  # packing rounds the scales to bfloat16
 
 
+@needs_torchao
 @needs_torchao_018
 @pytest.mark.parametrize("name", ["by hand", "gptq"])
 def test_what_cannot_be_merged_is_refused_and_works_on(name: str) -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    model = _adapted(nn.Sequential(_bare_layers()["torchao"]), target_modules=["0"], task_type=None, group_size=8)
+    model = _adapted(nn.Sequential(_bare_layer("torchao")), target_modules=["0"], task_type=None, group_size=8)
     layer = next(iter(_layers(model).values()))
     if name == "gptq":
         layer.quantization_backend = ForwardOnlyQuantizationBackend("gptq")
