@@ -244,19 +244,19 @@ def test_what_is_in_a_slot_is_there_until_it_is_unloaded(model: Any, root: Path)
         again = collector.submit(prompt(0, 8), "a0")
         collector.wait()
         assert collector.tokens(again) == first
-        assert engine.pin_adapter("a0").result(PATIENCE_S).is_pinned
-        assert not engine.pin_adapter("a0", False).result(PATIENCE_S).is_pinned
+        assert engine.pin_adapter("a0").result(HANG_S).is_pinned
+        assert not engine.pin_adapter("a0", False).result(HANG_S).is_pinned
         with pytest.raises(CheckpointError):
-            engine.load_adapter("a0", replace=True).result(PATIENCE_S)
+            engine.load_adapter("a0", replace=True).result(HANG_S)
         for name in ("a0", "a1"):
-            engine.unload_adapter(name).result(PATIENCE_S)
+            engine.unload_adapter(name).result(HANG_S)
             assert name not in names()
             with pytest.raises(UnknownAdapter):
                 collector.submit(prompt(0, 8), name)
             for verb in (engine.pin_adapter, engine.unload_adapter):
                 with pytest.raises(UnknownAdapter):
-                    verb(name).result(PATIENCE_S)
-        engine.load_adapter("a2", replace=True).result(PATIENCE_S)
+                    verb(name).result(HANG_S)
+        engine.load_adapter("a2", replace=True).result(HANG_S)
         assert next(one for one in engine.adapters() if one.name == "a2").on_disk.value == "same"
         assert Registry.open(root).entries == {}
 
@@ -277,7 +277,7 @@ def test_a_pinned_adapter_without_a_folder_is_said_at_the_start_and_can_be_let_g
     model: Any, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(model, root) as collector:
-        collector.engine.pin_adapter("a3").result(PATIENCE_S)
+        collector.engine.pin_adapter("a3").result(HANG_S)
     shutil.rmtree(root / "a3")
     with serving(model, root) as collector:
         failed = collector.submit(prompt(0, 8), "a3")
@@ -285,7 +285,7 @@ def test_a_pinned_adapter_without_a_folder_is_said_at_the_start_and_can_be_let_g
         assert isinstance(collector.last(failed).error, CheckpointError)
         status = next(one for one in collector.engine.adapters() if one.name == "a3")
         assert (status.state, status.on_disk.value, status.is_pinned) == (AdapterState.BROKEN, "gone", True)
-        collector.engine.unload_adapter("a3").result(PATIENCE_S)
+        collector.engine.unload_adapter("a3").result(HANG_S)
         with pytest.raises(UnknownAdapter):
             collector.submit(prompt(0, 8), "a3")
     assert "the pinned adapter a3 could not be loaded" in caplog.text
