@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -190,6 +191,30 @@ def test_models_that_look_at_dtypes_train_save_and_load_without_a_word(tmp_path:
         model.merge_and_unload()
 
     assert not _warnings_of(work)
+
+
+def test_a_compiled_model_may_look_at_a_dtype() -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=64, **sizes))
+    model = randomise(roadie.get_peft_model(t5, roadie.RoadConfig(target_modules=["wi", "wo"], group_size=2)))
+    block, x = model.base_model.model.encoder.block[0].layer[1].eval(), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(block, fullgraph=True, backend="eager")(x), block(x))
+
+
+def test_lora_beside_road_leaves_out_and_refuses_the_same_layers(caplog: Any) -> None:
+    def model() -> Any:
+        return roadie.get_peft_model(_mamba(), roadie.RoadConfig(target_modules=["in_proj"], group_size=2))
+
+    both = roadie.add_lora(model(), peft.LoraConfig(r=2, target_modules="all-linear"), "low")
+    lora = {path.rpartition(".lora_A")[0] for path, _ in both.named_parameters() if ".lora_A." in path}
+    assert {path.rpartition(".")[2] for path in lora} == {"in_proj"}
+    assert "dt_proj" in caplog.text
+    other = model()
+    before = [(name, id(module)) for name, module in other.named_modules()]
+    with pytest.raises(UnsupportedLayer, match=r"LoRA beside RoAd, at 'backbone\.layers\.0\.mixer\.dt_proj'"):
+        roadie.add_lora(other, peft.LoraConfig(r=2, target_modules=["in_proj", "dt_proj"]), "low")
+    assert [(name, id(module)) for name, module in other.named_modules()] == before
 
 
 def test_a_layer_that_gives_a_tuple_after_all_says_so() -> None:

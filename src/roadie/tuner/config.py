@@ -30,8 +30,9 @@ class RoadConfig(PeftConfig):
         group_size: outputs are paired inside groups of this size, element j with j + group_size/2; even, and a divisor of
             the out_features of every adapted layer (of the shard of each rank under tensor parallelism).
         init_weights: start as the identity (True), or at random values, for tests (False).
-        target_modules: names or suffixes of the modules to adapt, a regular expression, or "all-linear"; None takes
-            PEFT's default for the architecture.
+        target_modules: names or suffixes of the modules to adapt, a regular expression, or "all-linear": every linear layer but
+            the output layer, and but those that cannot be adapted (`roadie.linear`), which the log names; None takes PEFT's
+            default for the architecture.
         modules_to_save: modules that are trained whole and saved along.
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
         layers_to_transform: index or indices of the layers to adapt, counted in `layers_pattern`; None for all.

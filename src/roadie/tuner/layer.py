@@ -13,10 +13,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
@@ -111,19 +112,21 @@ class Linear(nn.Module, RoadLayer):
 
         Warns, once, where a model's forward computes with it while an adapter is in force, which then has no effect there.
         """
-        weight: Tensor = BaseTunerLayer.weight.fget(self)
         if not torch.compiler.is_compiling() and not self._told_of_reads and self._is_in_force():
-            frame = sys._getframe(1)
-            if read_in_a_forward(frame):
-                self._told_of_reads = True
-                warnings.warn(
-                    f"{frame.f_code.co_filename}:{frame.f_lineno} computes with the weight of {self.path}, which is adapted, and "
-                    "does not call the layer: the adapter has no effect and no gradient there, and merging changes the outputs. "
-                    "Put the layer into exclude_modules.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            self._tell_of_read(sys._getframe(1))
+        weight: Tensor = super().weight
         return weight
+
+    def _tell_of_read(self, frame: FrameType) -> None:
+        if read_in_a_forward(frame):
+            self._told_of_reads = True
+            warnings.warn(
+                f"{frame.f_code.co_filename}:{frame.f_lineno} computes with the weight of {self.path}, which is adapted, and "
+                "does not call the layer: the adapter has no effect and no gradient there, and merging changes the outputs. Put "
+                "the layer into exclude_modules.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _check_not_routed(self) -> None:
         if self.merged and self._routing.slots is not None:

@@ -11,8 +11,10 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from roadie.errors import ConfigError, UnsupportedLayer
+from roadie.linear import refusals
 from roadie.tuner.injection import base_of, quantization_backend
 from roadie.tuner.layer import linear_features
+from roadie.tuner.targeting import with_names_of_all_linear
 from roadie.tuner.with_lora.layer import LoraLinear
 from roadie.tuner.with_lora.rows import LoraRouting
 
@@ -44,7 +46,13 @@ class LoraTuner(LoraModel):
     tuner_layer_cls = LoraLinear
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; see PEFT's BaseTuner."""
+        """Add an adapter; see PEFT's BaseTuner. Layers that the model does not call are no more for LoRA than for RoAd."""
+        reasons = refusals(model)
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+        with_names_of_all_linear(config, model, reasons)
+        for path, reason in reasons.items():
+            if self._check_target_module_exists(config, path):
+                raise UnsupportedLayer(f"LoRA beside RoAd, at {path!r}: {reason}; put it into exclude_modules")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = self.layers()
         routing = next((layer.lora_routing for layer in layers), LoraRouting())
