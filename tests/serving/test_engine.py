@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.patience import HANG_S
 from tests.serving.harness import SMALL, Collector, prompt, serving
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from roadie import embedded
 from roadie.adapter import Adapter
@@ -401,3 +402,55 @@ def test_an_engine_starts_once(model: Any, root: Path) -> None:
     engine.stop()
     with pytest.raises(RuntimeError, match="started before"):
         engine.start()
+
+
+def test_every_request_has_a_repetition_penalty_of_its_own(model: Any, adapters: Any, root: Path) -> None:
+    """In one batch; each token is the likeliest after transformers' own processor, up to the rounding of the logits."""
+    penalties = (1.0, 1.3, 3.0, 0.7)
+    with serving(model, root) as collector:
+        asked = {
+            collector.submit(prompt(seed, 12), wish, max_tokens=16, repetition_penalty=penalty): (seed, wish, penalty)
+            for seed, penalty in enumerate(penalties)
+            for wish in (None, "a0", {"a1": 0.5})
+        }
+        collector.wait()
+    wide = copy.deepcopy(model).double()
+    texts = {}
+    with AdapterBank(model, 8) as bank, AdapterBank(wide, 8, dtype=torch.float64) as wide_bank:
+        for each in (bank, wide_bank):
+            each.update({name: adapters[name] for name in ("a0", "a1")})
+        for request_id, (seed, wish, penalty) in asked.items():
+            tokens = texts[seed, str(wish)] = collector.tokens(request_id)
+            ids = torch.tensor([[*prompt(seed, 12), *tokens]])
+            with torch.no_grad(), bank.rows([wish]), wide_bank.rows([wish]):
+                narrow, exact = model(ids).logits[0].double(), wide(ids).logits[0]
+            allowed = 2 * max(penalty, 1 / penalty) * float((narrow - exact).abs().max())
+            for place, token in enumerate(tokens, 12):
+                scores = RepetitionPenaltyLogitsProcessor(penalty)(ids[:, :place], exact[None, place - 1].clone())[0]
+                assert float(scores.max() - scores[token]) <= allowed
+    assert len({len(set(tokens)) for tokens in texts.values()}) > 1
+
+
+def test_nothing_ends_a_request_before_its_fewest_tokens(model: Any, root: Path) -> None:
+    """Neither a stop token, nor the model's own end, which is forbidden until then; other rows end when they like."""
+    first = {}
+    with serving(model, root) as collector:
+        for seed in range(4):
+            request_id = collector.submit(prompt(seed, 8), "a0", max_tokens=12)
+            collector.wait()
+            first[seed] = collector.tokens(request_id)
+        stops = {seed: tokens[2] for seed, tokens in first.items()}
+        free = {
+            seed: collector.submit(prompt(seed, 8), "a0", stop_token_ids=(stops[seed],), max_tokens=12)
+            for seed in first
+        }
+        held = {
+            seed: collector.submit(prompt(seed, 8), "a0", stop_token_ids=(stops[seed],), max_tokens=12, min_tokens=6)
+            for seed in first
+        }
+        collector.wait()
+        for seed in first:
+            ended, waited = collector.tokens(free[seed]), collector.tokens(held[seed])
+            assert ended == first[seed][: first[seed].index(stops[seed]) + 1]
+            assert len(waited) >= 7 or collector.last(held[seed]).finish is FinishReason.LENGTH
+            assert stops[seed] not in waited[:6]

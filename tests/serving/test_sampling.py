@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from roadie.errors import ConfigError
 from roadie.serving import Sampling
 from roadie.serving.sampling import RowSampler, choose
 
@@ -88,3 +90,55 @@ def test_values_that_are_not_finite_give_a_token_all_the_same() -> None:
     for value in (math.nan, math.inf):
         row = RowSampler(Sampling(seed=0))
         assert 0 <= choose(torch.full((1, 5), value), [row])[0].token_id < 5
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    """Of the prompt and of what was said, row by row, each row by its own."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, generator=generator) * 4
+    prompts = torch.randint(0, 50, (3, 12), generator=generator)
+    rules = Sampling(temperature=0.0, repetition_penalty=penalty)
+    rows = [RowSampler(rules, prompts[0].tolist()), RowSampler(Sampling(temperature=0.0)), RowSampler(rules, [])]
+    said: list[list[int]] = [prompts[0].tolist(), [], []]
+    for _ in range(8):
+        before = logits.clone()
+        tokens = [chosen.token_id for chosen in choose(logits, rows)]
+        assert torch.equal(logits, before)
+        for place in (0, 2):
+            wanted = logits[place : place + 1]
+            if said[place]:
+                wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([said[place]]), wanted.clone())
+            adjusted = logits[place].clone()
+            other = RowSampler(rules, said[place])
+            other.adjust(adjusted)
+            assert torch.equal(adjusted, wanted[0])
+            assert tokens[place] == int(wanted[0].argmax())
+            said[place].append(tokens[place])
+        assert tokens[1] == int(logits[1].argmax())
+
+
+def test_nothing_ends_before_the_fewest_tokens() -> None:
+    rules = Sampling(temperature=0.0, min_tokens=3, max_tokens=9, repetition_penalty=1.1)
+    row, wanted = RowSampler(rules, ends=(0, 2)), MinNewTokensLengthLogitsProcessor(0, 3, [0, 2], device="cpu")
+    for number in range(5):
+        adjusted = LOGITS[None].clone()
+        row.adjust(adjusted[0])
+        expected = wanted(torch.zeros(1, number, dtype=torch.int64), LOGITS[None].clone())
+        assert (adjusted.isinf() == expected.isinf()).all()
+        token = choose(LOGITS[None], [row])[0].token_id
+        assert (token in (0, 2)) == (number >= 3)
+    drawn_row = RowSampler(Sampling(seed=0, min_tokens=DRAWS, max_tokens=DRAWS, temperature=2.0), ends=(0,))
+    assert 0 not in [choose(LOGITS[None], [drawn_row])[0].token_id for _ in range(500)]
+
+
+def test_rules_out_of_range_are_refused() -> None:
+    bad = (
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.0},
+        {"min_tokens": -1},
+        {"min_tokens": 5, "max_tokens": 4},
+    )
+    for rules in bad:
+        with pytest.raises(ConfigError, match=next(iter(rules))):
+            Sampling(**rules)  # type: ignore[arg-type]

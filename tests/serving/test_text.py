@@ -95,3 +95,18 @@ def test_the_embedded_tokenizer(text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     prompt = tokenizer("Once").input_ids
     assert "".join(streamed(tokenizer, prompt, ids)) == tokenizer.decode(ids)
+
+
+def test_special_tokens_are_shown_where_they_are_wanted() -> None:
+    tokenizer = embedded.load_tokenizer()
+    ids = [*tokenizer("A turtle", add_special_tokens=False)["input_ids"], tokenizer.bos_token_id]
+    assert "".join(streamed(tokenizer, [5], ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(streamed(tokenizer, [5], ids, skip_special=False)).endswith("turtle<s>")
+
+
+def test_stop_strings_count_after_the_fewest_tokens() -> None:
+    """Those that end within the first tokens are text; one that begins later ends it."""
+    ids = list(b"abxabxab")
+    assert "".join(streamed(Bytes(), [], ids, ("ab",), min_tokens=5)) == "abxabx"
+    assert "".join(streamed(Bytes(), [], ids, ("ab",), min_tokens=99)) == "abxabxab"
+    assert "".join(streamed(Bytes(), [], ids, ("ab",))) == ""

@@ -28,6 +28,7 @@ AdapterWish: TypeAlias = "str | Mapping[str, float] | None"
 
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 
 
 class FinishReason(str, Enum):
@@ -73,6 +74,8 @@ class Sampling:
     logits); None draws one. top_k 0: no limit. stop: strings that end the text, and are not part of it unless include_stop.
     stop_token_ids: beside the model's own end-of-sequence tokens, which ignore_eos leaves out. logprobs: None, or how many
     alternatives to report beside the chosen token (0 to 20). logit_bias: added to the logits of tokens, by id.
+    repetition_penalty: see `sampling`; 1: none. min_tokens: before so many, nothing ends the text but max_tokens.
+    skip_special_tokens: leave the tokenizer's special tokens out of the text.
     """
 
     max_tokens: int = 16
@@ -87,6 +90,9 @@ class Sampling:
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
 
@@ -98,6 +104,8 @@ class Sampling:
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             _within("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:

@@ -20,7 +20,6 @@ class Live:
     ) -> None:
         rules = request.sampling
         self.request, self.key, self.on_output = request, key, on_output
-        self.sampler = RowSampler(rules)
         self.lease: Lease | None = None
         self.num_generated = 0
         self.num_cached = 0
@@ -28,10 +27,18 @@ class Live:
         self.finish: FinishReason | None = None
         self.started_s = 0.0
         self._ends = frozenset(rules.stop_token_ids) | (frozenset() if rules.ignore_eos else frozenset(eos_ids))
+        self.sampler = RowSampler(rules, request.prompt_ids, self._ends)
         self._text = (
             None
             if tokenizer is None
-            else TextStream(tokenizer, request.prompt_ids, rules.stop, include_stop=rules.include_stop)
+            else TextStream(
+                tokenizer,
+                request.prompt_ids,
+                rules.stop,
+                include_stop=rules.include_stop,
+                skip_special=rules.skip_special_tokens,
+                min_tokens=rules.min_tokens,
+            )
         )
 
     @property

@@ -1,11 +1,14 @@
 """The next token of each request, by its own rules.
 
-    logits -> + bias, - penalties -> greedy: argmax
+    logits -> + bias -> repetition penalty -> - presence and frequency -> no end yet (min_tokens) -> greedy: argmax
                                      else: / temperature -> top-k, top-p, min-p -> the token at which the cumulated
                                            probability passes u, uniform in [0, 1) from the request's own generator
 
 Tokens are taken in the order of the vocabulary, so that rounding moves a draw only where u lies at a border. A request draws one
 number a token and nobody else draws from its generator: its tokens do not depend on who shares the batch.
+
+The repetition penalty divides the logits of tokens of the prompt and of what was said where they are above 0, and multiplies
+them where they are below (Keskar et al., arXiv 1909.05858, as transformers and vLLM have it).
 
 Legend: N rows, V vocabulary.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +27,13 @@ from roadie.serving.engine import Sampling, TokenLogprob
 
 
 class RowSampler:
-    """One request's rules, its generator, and the tokens it has had."""
+    """One request's rules, its generator, and the tokens it has had. ends: the tokens that would end it."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int] = (), ends: Iterable[int] = ()) -> None:
         self.sampling = sampling
         self.counts: Counter[int] = Counter()
+        self._prompt = dict.fromkeys(prompt_ids) if sampling.repetition_penalty != 1 else {}
+        self._ends = sorted(ends) if sampling.min_tokens else []
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
             seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
@@ -41,9 +46,31 @@ class RowSampler:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether there are biases or penalties."""
+        """Whether there are biases or penalties, or tokens that may not come yet."""
         rules = self.sampling
-        return bool(rules.logit_bias or rules.presence_penalty or rules.frequency_penalty)
+        has_penalty = rules.presence_penalty or rules.frequency_penalty or rules.repetition_penalty != 1
+        return bool(rules.logit_bias or has_penalty or (self._ends and self._is_too_short))
+
+    @property
+    def _is_too_short(self) -> bool:
+        return self.counts.total() < self.sampling.min_tokens
+
+    def adjust(self, logits_V: Tensor) -> None:
+        """Apply biases and penalties, in place."""
+        rules = self.sampling
+        _add(logits_V, rules.logit_bias)
+        if rules.repetition_penalty != 1:
+            ids = torch.tensor(list({**self._prompt, **self.counts}), dtype=torch.int64, device=logits_V.device)
+            said = logits_V[ids]
+            logits_V[ids] = torch.where(said < 0, said * rules.repetition_penalty, said / rules.repetition_penalty)
+        if rules.presence_penalty or rules.frequency_penalty:
+            penalties = {
+                token: -(rules.presence_penalty + rules.frequency_penalty * count)
+                for token, count in self.counts.items()
+            }
+            _add(logits_V, penalties)
+        if self._ends and self._is_too_short:
+            logits_V[self._ends] = -torch.inf
 
     def uniform(self) -> float:
         """The next number of this request's generator."""
@@ -81,13 +108,14 @@ def _adjusted(logits_NV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
         return logits_NV
     logits_NV = logits_NV.clone()
     for place in places:
-        rules, counts = rows[place].sampling, rows[place].counts
-        change = dict.fromkeys(counts, 0.0) | dict(rules.logit_bias)
-        for token, count in counts.items():
-            change[token] -= rules.presence_penalty + rules.frequency_penalty * count
-        ids = torch.tensor(list(change), dtype=torch.int64, device=logits_NV.device)
-        logits_NV[place, ids] += logits_NV.new_tensor(list(change.values()))
+        rows[place].adjust(logits_NV[place])
     return logits_NV
+
+
+def _add(logits_V: Tensor, change: Mapping[int, float]) -> None:
+    if change:
+        ids = torch.tensor(list(change), dtype=torch.int64, device=logits_V.device)
+        logits_V[ids] += logits_V.new_tensor(list(change.values()))
 
 
 def _drawn(logits_NV: Tensor, rows: Sequence[RowSampler]) -> list[int]:

@@ -11,12 +11,23 @@ _HALF = "\ufffd"
 
 
 class TextStream:
-    """The text of one request. tokenizer: anything with ``decode(ids, skip_special_tokens=...)``."""
+    """The text of one request. tokenizer: anything with ``decode(ids, skip_special_tokens=...)``.
+
+    min_tokens: what these say is given as it is: stop strings are looked for after them.
+    """
 
     def __init__(
-        self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str] = (), *, include_stop: bool = False
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer, self._stop, self._include_stop = tokenizer, tuple(stop), include_stop
+        self._skip_special, self._num_free = skip_special, min_tokens
         self._window = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._num_known = len(self._window)  # tokens of the window whose text was given already
         self._known = self._decode(self._window).rstrip(_HALF)
@@ -26,6 +37,10 @@ class TextStream:
         """What can be shown now that a token came, and whether a stop string ended the text."""
         self._window.append(token_id)
         self._held += self._new_text(is_last=False)
+        if self._num_free > 0:
+            self._num_free -= 1
+            shown, self._held = self._held, ""
+            return shown, False
         return self._show()
 
     def end(self) -> str:
@@ -49,7 +64,7 @@ class TextStream:
         return new
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)) if ids else ""
 
     def _show(self) -> tuple[str, bool]:
         found = [(self._held.find(stop), len(stop)) for stop in self._stop if stop in self._held]

@@ -64,18 +64,31 @@ def key_of(request: GenerationRequest, limits: EngineLimits) -> Key:
     return key
 
 
+def check_length(num_prompt_tokens: int, max_tokens: int, limits: EngineLimits) -> None:
+    """Raise `PromptTooLong` for more tokens than the context holds, in the words by which clients of OpenAI's API know it."""
+    most, asked = limits.max_context_tokens, num_prompt_tokens + max_tokens
+    if asked > most:
+        raise PromptTooLong(
+            f"This model's maximum context length is {most} tokens. However, you requested {asked} tokens ({num_prompt_tokens} "
+            f"in the prompt, {max_tokens} for the completion); wanted at most {most} together; shorten the prompt or ask for less"
+        )
+
+
 def check_request(request: GenerationRequest, limits: EngineLimits, has_tokenizer: bool) -> None:
     """Raise `PromptTooLong`, or `ConfigError` for tokens that are not in the vocabulary or stop strings without a tokenizer."""
     rules, size = request.sampling, limits.vocabulary_size
-    if len(request.prompt_ids) + rules.max_tokens > limits.max_context_tokens:
-        raise PromptTooLong(
-            f"got {len(request.prompt_ids)} tokens of prompt and max_tokens={rules.max_tokens}; wanted at most "
-            f"{limits.max_context_tokens} together; shorten the prompt or ask for less"
-        )
-    ids = (*request.prompt_ids, *rules.logit_bias, *rules.stop_token_ids)
-    if not request.prompt_ids or min(ids) < 0 or max(ids) >= size:
-        raise ConfigError(
-            f"got no prompt, or a token that is not in the vocabulary; wanted tokens from 0 to {size - 1}"
-        )
+    check_length(len(request.prompt_ids), rules.max_tokens, limits)
+    if not request.prompt_ids:
+        raise ConfigError("got a prompt without tokens; wanted one of the vocabulary at least")
+    for name, ids in (
+        ("the prompt", request.prompt_ids),
+        ("logit_bias", rules.logit_bias),
+        ("stop_token_ids", rules.stop_token_ids),
+    ):
+        unknown = next((token for token in ids if not 0 <= token < size), None)
+        if unknown is not None:
+            raise ConfigError(
+                f"got token {unknown} in {name}, which is not in the vocabulary; wanted tokens from 0 to {size - 1}"
+            )
     if rules.stop and not has_tokenizer:
         raise ConfigError("got stop strings for an engine without a tokenizer; wanted stop_token_ids")

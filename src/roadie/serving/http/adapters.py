@@ -85,13 +85,13 @@ async def list_adapters(request: Request) -> Any:
 @router.post("/v1/adapters/load", response_model=AdapterAnswer, tags=["adapters"], summary="Load an adapter")
 async def load(body: LoadBody, request: Request) -> Any:
     """Read, check and publish an adapter; requests that run are not held up. With `replace` those that run keep the old one."""
-    return await _load(request, body.name, body.path, body.replace)
+    return await _load(request, body.name, body.path, bool(body.replace))
 
 
 @router.post("/v1/load_lora_adapter", response_model=AdapterAnswer, tags=["adapters"], summary="Load an adapter (vLLM)")
 async def load_lora_adapter(body: LoadLoraBody, request: Request) -> Any:
     """As `/v1/adapters/load`."""
-    return await _load(request, body.lora_name, body.lora_path, body.load_inplace)
+    return await _load(request, body.lora_name, body.lora_path, bool(body.load_inplace))
 
 
 @router.post("/v1/adapters/unload", response_model=AdapterAnswer, tags=["adapters"], summary="Let an adapter go")

@@ -76,15 +76,15 @@ class Completion(Answer):
 
 
 class TopLogprob(Answer):
-    """A token that might have been chosen."""
+    """A token that might have been chosen. bytes: its own, which may be a part of a character; token shows these as \\xe2."""
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class TokenLogprob(TopLogprob):
-    """A token that was chosen. bytes: null for a token that is a part of a character."""
+    """A token that was chosen."""
 
     top_logprobs: list[TopLogprob]
 

@@ -1,58 +1,62 @@
-"""What callers send: OpenAI's requests, the fields that vLLM added to them, and `adapters`. Unknown fields are refused.
+"""What callers send: OpenAI's requests, the fields that vLLM added to them, and `adapters`. Unknown fields are refused, unless
+they are null, and those of messages left alone: clients send back what they were given.
 
-Fields of OpenAI's that change nothing here are taken, and so are those of things that this server lacks, where they ask for
-nothing (``"tools": []``): clients send them unasked. `failures` has the words for those that ask for something.
+`fields` has the kinds of values, and those of things that this server lacks.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag
 
-from roadie.serving.engine import MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Sampling, Unload
-from roadie.serving.http.failures import ApiError
+from roadie.serving.engine import (
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    MIN_REPETITION_PENALTY,
+    Sampling,
+    Unload,
+)
+from roadie.serving.http.failures import ApiError, lacking
+from roadie.serving.http.fields import (
+    LIST,
+    TEXT,
+    Body,
+    NoItems,
+    Off,
+    Text,
+    Unasked,
+    is_list,
+    is_text,
+    one_of,
+    whole_characters,
+)
 from roadie.serving.http.settings import MAX_BLEND, MAX_CHOICES, MAX_STRENGTH
 
 INT64 = 2**63
 MAX_TOKEN_ID = 2**31 - 1
-
-
-def _without_surrogates(text: str) -> str:
-    """JSON can spell halves of characters, as in "\\ud800", which no tokenizer takes."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("got half a surrogate pair; wanted whole characters") from None
-    return text
-
-
-Text: TypeAlias = Annotated[str, AfterValidator(_without_surrogates)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Strength: TypeAlias = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
-Stop: TypeAlias = Annotated[Text, Field(min_length=1, max_length=1000)]
-NoItems: TypeAlias = Annotated[list[Any], Field(max_length=0)]
-Label: TypeAlias = Annotated[Text, Field(max_length=1024)]
-
-
-class Body(BaseModel):
-    """A JSON object with these fields and no others, each of its own type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(whole_characters)]
+Stops: TypeAlias = Annotated[
+    Annotated[Stop, TEXT] | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS), LIST],
+    one_of("a text or a list of texts", text=is_text, list=is_list),
+]
 
 
 class StreamOptions(Body):
     """How a stream is to be."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     """One more event before the end, without choices, with `usage`."""
     include_obfuscation: bool | None = None
     """Taken, and not used."""
+    continuous_usage_stats: Off = None
 
 
-class GenerationBody(Body):
+class GenerationBody(Unasked):
     """What completions and chats have in common."""
 
     model: Annotated[Text, Field(min_length=1, max_length=4096)]
@@ -64,7 +68,7 @@ class GenerationBody(Body):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     """Choices for each prompt."""
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
@@ -78,19 +82,20 @@ class GenerationBody(Body):
         ]
         | None
     ) = None
-    user: Annotated[str, Field(max_length=1024)] | None = None
-    """Taken, and neither used nor logged, as are the five below: requests are counted by their key."""
-    metadata: Annotated[dict[Label, Label], Field(max_length=64)] | None = None
-    store: bool | None = None
-    service_tier: Label | None = None
-    prompt_cache_key: Label | None = None
-    safety_identifier: Label | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = None
-    """0 or -1: no limit. An extra of vLLM, as are the five below."""
+    """0 or -1: no limit. An extra of vLLM, as are those below."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
+    """Above 1: what the prompt and the answer have said is less likely; 1: nothing."""
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = None
+    """Before so many, neither an end token nor a stop string ends the text."""
+    skip_special_tokens: bool | None = None
+    """False: special tokens are part of the text."""
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer puts its own around the prompt: without it, it does for plain text, and not for chat templates."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -100,12 +105,15 @@ class GenerationBody(Body):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(
         self, max_tokens: int, logprobs: int | None, choice: int, extra_stop: tuple[str, ...] = ()
     ) -> Sampling:
-        """How the engine is to draw choice number `choice`."""
+        """How the engine is to draw choice number `choice`. Raises `ApiError`."""
+        if (self.min_tokens or 0) > max_tokens:
+            message = f"got min_tokens={self.min_tokens}; wanted at most max_tokens, which is {max_tokens}"
+            raise ApiError(400, message, "invalid_value", param="min_tokens")
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else float(self.temperature),
@@ -119,26 +127,40 @@ class GenerationBody(Body):
             ignore_eos=bool(self.ignore_eos),
             presence_penalty=float(self.presence_penalty or 0.0),
             frequency_penalty=float(self.frequency_penalty or 0.0),
+            repetition_penalty=1.0 if self.repetition_penalty is None else float(self.repetition_penalty),
+            min_tokens=self.min_tokens or 0,
+            skip_special_tokens=self.skip_special_tokens is not False,
             logit_bias={int(token): float(bias) for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
         )
 
     def check_streaming(self) -> None:
         """Raise `ApiError` for options of a stream where there is none."""
-        if self.stream_options is not None and not self.stream:
+        if self.wants_usage and not self.stream:
             raise ApiError(
                 400, "got stream_options without stream; wanted stream=true", "invalid_value", param="stream_options"
             )
 
 
-Prompt: TypeAlias = Text | Annotated[list[TokenId], Field(min_length=1)]
+def _is_tokens(value: Any) -> bool:
+    return is_list(value) and bool(value) and isinstance(value[0], int)
+
+
+Tokens: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+Prompt: TypeAlias = Annotated[
+    Annotated[Text, TEXT] | Annotated[Tokens, LIST],
+    one_of("a text or a list of token ids", text=is_text, list=is_list),
+]
 Prompts: TypeAlias = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Text | Annotated[list[TokenId], Field(min_length=1)] | Prompts
+    prompt: Annotated[
+        Annotated[Text, TEXT] | Annotated[Tokens, Tag("(tokens)")] | Annotated[Prompts, LIST],
+        one_of("a text, a list of token ids, or a list of either", text=is_text, tokens=_is_tokens, list=is_list),
+    ]
     """Text, token ids, or a list of either."""
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = None
     """16 where it is left out."""
@@ -162,37 +184,47 @@ class CompletionBody(GenerationBody):
             raise ApiError(400, f"got best_of={self.best_of}; wanted n, or none", "invalid_value", param="best_of")
 
 
-class TextPart(Body):
+class Said(BaseModel):
+    """A part of what was said; other fields than these are left alone."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, use_attribute_docstrings=True)
+
+
+class TextPart(Said):
     """A part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(Body):
-    """One message of a conversation; fields of OpenAI's answers are taken where they are null."""
+class Message(Said):
+    """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart] | None
+    content: (
+        Annotated[
+            Annotated[Text, TEXT] | Annotated[list[TextPart], LIST],
+            one_of("a text or a list of parts", text=is_text, list=is_list),
+        ]
+        | None
+    )
     name: Annotated[Text, Field(max_length=64)] | None = None
-    refusal: None = None
+    refusal: Text | None = None
+    """What an assistant said instead of content."""
     tool_calls: NoItems | None = None
+    tool_call_id: None = None
     function_call: None = None
     audio: None = None
-    annotations: NoItems | None = None
+    prefix: Off = None
+    """A beginning of the answer is continued by `continue_final_message`."""
+    partial: Off = None
 
     @property
     def text(self) -> str:
         """Its parts, one after another."""
         if self.content is None:
-            return ""
+            return self.refusal or ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ResponseFormat(Body):
-    """Text is the only one."""
-
-    type: Literal["text"]
 
 
 class ChatBody(GenerationBody):
@@ -204,18 +236,24 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: NoItems | None = None
-    """There are none, as there is nothing of what the fields below are about."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as `enable_thinking`."""
+    add_generation_prompt: bool | None = None
+    """False: the prompt ends with the last message. An extra of vLLM, as is the one below."""
+    continue_final_message: bool | None = None
+    """The answer goes on where the last message ends."""
+    chat_template: None = None
+    echo: Off = None
+    tools: list[dict[str, Any]] | None = None
+    """There are none, as there is nothing of what the fields below are about; with `tool_choice: "none"` they are left out."""
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    functions: NoItems | None = None
+    functions: list[dict[str, Any]] | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     audio: None = None
     prediction: None = None
-    reasoning_effort: None = None
-    verbosity: None = None
+    verbosity: Literal["medium"] | None = None
     web_search_options: None = None
 
     @property
@@ -233,6 +271,18 @@ class ChatBody(GenerationBody):
         self.check_streaming()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "got top_logprobs; wanted logprobs=true with it", "invalid_value", param="top_logprobs")
+        if self.tools and self.tool_choice != "none":
+            raise lacking("tools")
+        if self.functions and self.function_call != "none":
+            raise lacking("functions")
+        if self.continue_final_message and self.add_generation_prompt:
+            message = (
+                "got add_generation_prompt and continue_final_message; wanted one of them: an answer begins, or goes on"
+            )
+            raise ApiError(400, message, "invalid_value", param="add_generation_prompt")
+        if self.continue_final_message and not self.messages[-1].text.strip():
+            message = "got continue_final_message and a last message without text; wanted some text to continue"
+            raise ApiError(400, message, "invalid_value", param="messages")
 
 
 Path: TypeAlias = Annotated[Text, Field(min_length=1, max_length=4096)]
@@ -244,7 +294,7 @@ class LoadLoraBody(Body):
     lora_name: Name
     lora_path: Path
     """A folder within those that adapters may be loaded from; relative paths are within the folder of adapters."""
-    load_inplace: bool = False
+    load_inplace: bool | None = None
     """Replace a loaded adapter of that name."""
 
 
@@ -262,7 +312,7 @@ class LoadBody(Body):
     name: Name
     path: Path | None = None
     """None: the folder of that name in the folder of adapters."""
-    replace: bool = False
+    replace: bool | None = None
 
 
 class UnloadBody(Body):

@@ -13,7 +13,8 @@ from roadie.serving.engine import Output, TokenLogprob
 from roadie.serving.http.answers import Chat
 from roadie.serving.http.bodies import ChatBody
 from roadie.serving.http.flow import Flow
-from roadie.serving.http.prompts import PLAIN_STOP, Prompts, token_bytes
+from roadie.serving.http.pieces import Pieces, alternatives
+from roadie.serving.http.prompts import PLAIN_STOP, ChatForm
 from roadie.serving.http.reply import StreamReply, WholeReply
 from roadie.serving.http.service import Call, Service, service_of
 
@@ -28,21 +29,29 @@ async def chat(body: ChatBody, request: Request) -> Response:
     call = service.begin("chatcmpl", body.model, body.adapters, request)
     num_choices = body.n or 1
     service.check_choices(num_choices)
-    prompt = await service.prompts.encode_chat(body.messages)
+    form = _form(body)
+    prompt = await service.prompts.encode_chat(body.messages, form)
     max_tokens = _max_tokens(body, len(prompt), service)
     service.check_length(len(prompt), max_tokens)
     stop = () if service.prompts.has_template else PLAIN_STOP
+    is_plain = form.opens_answer and not service.prompts.has_template
     rules = [body.sampling(max_tokens, body.num_logprobs, choice, stop) for choice in range(num_choices)]
     flow = service.flow(call, [prompt], rules, whole=not body.stream)
     writer = _Writer(
         call,
         flow,
-        [_Choice(index, body.logprobs is True, not service.prompts.has_template) for index in range(num_choices)],
-        service.prompts,
+        [_Choice(index, body.logprobs is True, is_plain) for index in range(num_choices)],
+        service.prompts.pieces,
     )
     if body.stream:
         return StreamReply(flow, writer.events(body.wants_usage), service.settings.request_timeout_s)
     return WholeReply(flow, writer.whole(), service.settings.request_timeout_s)
+
+
+def _form(body: ChatBody) -> ChatForm:
+    continues = bool(body.continue_final_message)
+    opens = body.add_generation_prompt is not False and not continues
+    return ChatForm(body.chat_template_kwargs or {}, opens, continues, body.add_special_tokens)
 
 
 def _max_tokens(body: ChatBody, num_prompt_tokens: int, service: Service) -> int:
@@ -77,7 +86,7 @@ class _Writer:
     call: Call
     flow: Flow
     choices: list[_Choice]
-    prompts: Prompts
+    pieces: Pieces
 
     def _object(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, object] | None) -> dict[str, Any]:
         head = {"id": self.call.id, "object": kind, "created": self.call.created, "model": self.call.model}
@@ -116,14 +125,13 @@ class _Writer:
         return self._object("chat.completion.chunk", [{**head, "finish_reason": choice.finish}], None)
 
     def _logprobs(self, choice: _Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        return {"content": [_as_json(entry, self.prompts) for entry in logprobs]} if choice.has_logprobs else None
+        return {"content": [_as_json(entry, self.pieces) for entry in logprobs]} if choice.has_logprobs else None
 
 
-def _as_json(entry: TokenLogprob, prompts: Prompts) -> dict[str, Any]:
-    top = [_token(token_id, logprob, prompts) for token_id, logprob in entry.top]
-    return {**_token(entry.token_id, entry.logprob, prompts), "top_logprobs": top}
+def _as_json(entry: TokenLogprob, pieces: Pieces) -> dict[str, Any]:
+    top = [_token(token_id, logprob, pieces) for token_id, logprob in alternatives(entry)] if entry.top else []
+    return {**_token(entry.token_id, entry.logprob, pieces), "top_logprobs": top}
 
 
-def _token(token_id: int, logprob: float, prompts: Prompts) -> dict[str, Any]:
-    text = prompts.token_text(token_id)
-    return {"token": text, "logprob": logprob, "bytes": token_bytes(text)}
+def _token(token_id: int, logprob: float, pieces: Pieces) -> dict[str, Any]:
+    return {"token": pieces.text_of(token_id), "logprob": logprob, "bytes": list(pieces.bytes_of(token_id))}

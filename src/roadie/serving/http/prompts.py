@@ -1,4 +1,4 @@
-"""Prompts to tokens, and tokens to what is shown of them: a tokenizer of the server's own, in a thread of its own.
+"""Prompts to tokens: a tokenizer of the server's own, in a thread of its own.
 
 A conversation goes through the tokenizer's chat template. A tokenizer without one gets plain text:
 
@@ -8,25 +8,44 @@ A conversation goes through the tokenizer's chat template. A tokenizer without o
     Assistant: A robot.
     User: And on land?
     Assistant:                and the model goes on; "\\nUser:" ends its answer
+
+`ChatForm` has what a request may want otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from roadie.errors import PromptTooLong
 from roadie.serving.http.bodies import Message
 from roadie.serving.http.failures import ApiError
+from roadie.serving.http.pieces import Pieces
 
 PLAIN_STOP = ("\nUser:",)
 _SPEAKERS = {"user": "User", "assistant": "Assistant"}
 _SHORT_CHARS = 2000
 """Texts up to here take less than a millisecond, and are not worth a thread."""
-_HALF = "\ufffd"
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """How a conversation becomes a prompt.
+
+    variables: of the chat template. opens_answer: the beginning of an answer follows the last message. continues_last: the
+    prompt ends where the text of the last message does. special: whether the tokenizer puts its own tokens around it;
+    None: around plain text alone, since a template has them.
+    """
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    opens_answer: bool = True
+    continues_last: bool = False
+    special: bool | None = None
 
 
 class Prompts:
@@ -35,8 +54,11 @@ class Prompts:
     def __init__(self, tokenizer: Any, max_prompt_chars: int) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._max_chars = max_prompt_chars
+        self.pieces = Pieces(self._tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="roadie-prompts")
         self.has_template = getattr(tokenizer, "chat_template", None) is not None
+        taken = inspect.signature(tokenizer.apply_chat_template).parameters if self.has_template else ()
+        self._no_variables = frozenset(taken) | {"messages"}
 
     async def encode(self, prompt: str | Sequence[int], *, special: bool = True) -> tuple[int, ...]:
         """The tokens of a prompt, with the tokenizer's own around it where `special`. Raises `PromptTooLong`, `ApiError`."""
@@ -49,7 +71,10 @@ class Prompts:
 
     def _check_length(self, num_chars: int) -> None:
         if num_chars > self._max_chars:
-            raise PromptTooLong(f"got a prompt of {num_chars} characters; wanted at most {self._max_chars}; shorten it")
+            raise PromptTooLong(
+                f"This model's maximum context length is exceeded: the prompt is too long, {num_chars} characters; wanted at "
+                f"most {self._max_chars}; shorten it"
+            )
 
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
         ids = tuple(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
@@ -57,48 +82,63 @@ class Prompts:
             raise ApiError(400, "got a prompt without tokens; wanted some text", "invalid_value", param="prompt")
         return ids
 
-    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    async def encode_chat(self, messages: Sequence[Message], form: ChatForm) -> tuple[int, ...]:
         """The tokens of a conversation, up to where the model goes on."""
         self._check_length(sum(len(message.text) for message in messages))
+        self._check_variables(form.variables)
         if self.has_template:
-            return await self.encode(self._templated(messages), special=False)
-        return await self.encode(plain_chat(messages))
+            return await self.encode(self._templated(messages, form), special=form.special is True)
+        return await self.encode(plain_chat(messages, form), special=form.special is not False)
 
-    def _templated(self, messages: Sequence[Message]) -> str:
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Those of a template, and nothing that would have another conversation or another template rendered."""
+        wrong = [name for name in variables if name in self._no_variables or not self.has_template]
+        if wrong:
+            reason = (
+                "is no variable of a chat template"
+                if self.has_template
+                else "is for a chat template; this model has none"
+            )
+            message = f"got {wrong[0][:40]!r} in chat_template_kwargs, which {reason}; leave it out"
+            raise ApiError(400, message, "invalid_value", param="chat_template_kwargs")
+
+    def _templated(self, messages: Sequence[Message], form: ChatForm) -> str:
         turns = [
             {"role": message.role, "content": message.text} | ({"name": message.name} if message.name else {})
             for message in messages
         ]
         try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            return str(
+                self._tokenizer.apply_chat_template(
+                    turns,
+                    tokenize=False,
+                    add_generation_prompt=form.opens_answer,
+                    continue_final_message=form.continues_last,
+                    **form.variables,
+                )
+            )
         except Exception as error:  # a template may raise what it likes, about roles in a wrong order for instance
-            message = f"the model's chat template takes no such conversation ({type(error).__name__}); check the roles"
+            message = (
+                f"the model's chat template takes no such conversation ({type(error).__name__}); check the roles, and "
+                "chat_template_kwargs"
+            )
             raise ApiError(400, message, "invalid_value", param="messages") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a prompt of token ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def token_text(self, token_id: int) -> str:
-        """One token as text; half a character is shown as U+FFFD."""
-        text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-        piece = self._tokenizer.convert_ids_to_tokens(token_id)
-        starts_a_word = isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ")
-        return f" {text}" if starts_a_word else text
-
     def close(self) -> None:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def token_bytes(text: str) -> list[int] | None:
-    """The UTF-8 of a token's text; None where it is a part of a character."""
-    return None if _HALF in text else list(text.encode())
-
-
-def plain_chat(messages: Sequence[Message]) -> str:
-    """A conversation as plain text, for tokenizers without a chat template."""
+def plain_chat(messages: Sequence[Message], form: ChatForm) -> str:
+    """A conversation as plain text, for tokenizers without a chat template. Raises `ApiError`."""
+    if form.continues_last and messages[-1].role not in _SPEAKERS:
+        message = f"got continue_final_message and a last message of role {messages[-1].role}; wanted one of user or assistant"
+        raise ApiError(400, message, "invalid_value", param="messages")
     system = [message.text for message in messages if message.role not in _SPEAKERS]
     turns = [f"{_SPEAKERS[message.role]}: {message.text}" for message in messages if message.role in _SPEAKERS]
     head = "\n\n".join(system) + "\n\n" if system else ""
-    return head + "\n".join([*turns, "Assistant:"])
+    return head + "\n".join([*turns, "Assistant:"] if form.opens_answer else turns)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from roadie.errors import PromptTooLong, UnknownAdapter
+from roadie.errors import UnknownAdapter
 from roadie.serving.engine import AdapterWish, Engine, GenerationRequest, Sampling
 from roadie.serving.http.failures import ApiError, unknown_model
 from roadie.serving.http.flow import Flow
@@ -19,6 +19,7 @@ from roadie.serving.http.metrics import Metrics
 from roadie.serving.http.naming import ModelNames, shown
 from roadie.serving.http.prompts import Prompts
 from roadie.serving.http.settings import HttpSettings
+from roadie.serving.validation import check_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +72,12 @@ class Service:
 
     def check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Raise `PromptTooLong`, before anything is submitted, and `ApiError` for more tokens than this server gives."""
-        most, limit = self.settings.max_tokens, self.engine.limits.max_context_tokens
+        most = self.settings.max_tokens
         if most is not None and max_tokens > most:
             raise ApiError(
                 400, f"got max_tokens={max_tokens}; wanted at most {most}", "invalid_value", param="max_tokens"
             )
-        if num_prompt_tokens + max_tokens > limit:
-            raise PromptTooLong(
-                f"got {num_prompt_tokens} tokens of prompt and max_tokens={max_tokens}; wanted at most {limit} together; shorten "
-                "the prompt or ask for less"
-            )
+        check_length(num_prompt_tokens, max_tokens, self.engine.limits)
 
 
 @dataclass(frozen=True)
