@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ def folder(tmp_path: Path) -> Path:
 def test_names_are_the_folders_and_what_was_loaded(folder: Path, tmp_path: Path) -> None:
     (folder / "empty").mkdir()
     (folder / "a file").write_text("")
-    (folder / "not.a.name").mkdir()
-    (folder / "not.a.name" / "adapter_config.json").write_text("{}")
+    (folder / "<no name>").mkdir()
+    (folder / "<no name>" / "adapter_config.json").write_text("{}")
     registry = Registry.open(folder, allowed_roots=[tmp_path])
     assert registry.names() == ("good",)
     registry.remember("secret", Entry(str(tmp_path / "secret")))
@@ -60,7 +62,7 @@ def test_an_absolute_path_is_fine_where_it_is_allowed(folder: Path, tmp_path: Pa
     assert allowed == tmp_path / "secret"
 
 
-def test_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
+def test_links_out_of_the_folders_are_not_followed(folder: Path, tmp_path: Path) -> None:
     (folder / "linked").symlink_to(tmp_path / "secret")
     (folder / "inside").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -71,6 +73,170 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
     for path in ("linked", "inside", "deep/secret"):
         with pytest.raises(CheckpointError, match=r"link|Not a directory"):
             registry.read_folder(registry.allowed_path(path))
+
+
+NAMES = (
+    "v1.2",
+    "team/legal",
+    "a@b",
+    "org:tag",
+    "two words",
+    "le\u0301gal",
+    "\u6cd5\u5f8b",
+    "\u0939\u093f\u0928\u094d\u0926\u0940",
+    "c++",
+    "a=1",
+    "deep/er/name",
+)
+BAD_NAMES = {
+    "<b>": "not '<'",
+    "a*": "not '*'",
+    "tab\tname": r"not '\\t'",
+    "-x": "hyphen",
+    "end ": "space",
+    "x" * 129: "128 characters",
+    "__base__": "__base__",
+    "cafe\u0301": "NFC",
+    "emoji \U0001f422": "letters",
+}
+
+
+@pytest.mark.parametrize("name", [unicodedata.normalize("NFC", name) for name in NAMES])
+def test_a_folder_is_served_by_its_name(folder: Path, name: str) -> None:
+    checkpoint.save(small(0.3), folder / name)
+    registry = Registry.open(folder)
+    assert registry.names() == tuple(sorted(("good", name)))
+    assert name in registry
+    assert registry.read(name).content_hash == content_hash(small(0.3))
+    assert registry.left_out() == ()
+    registry.pin(name, True)
+    assert Registry.open(folder).entries[name].is_pinned
+    registry.forget(name)
+    assert Registry.open(folder).names() == ("good",)
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_why_a_folder_is_left_out_is_said(folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    for file in (folder / "good").iterdir():
+        (folder / name / file.name).write_bytes(file.read_bytes())
+    registry = Registry.open(folder)
+    assert registry.names() == ("good",)
+    assert name not in registry
+    (left_out,) = registry.left_out()
+    assert left_out.path == str(folder / name)
+    assert re.search(BAD_NAMES[name], left_out.reason)
+    with pytest.raises(ConfigError, match="adapter name"):
+        registry.remember(name, Entry(is_pinned=True))
+
+
+def test_names_that_are_no_unicode_can_be_shown(folder: Path) -> None:
+    where = os.fsencode(folder) + b"/caf\xe9"
+    os.mkdir(where)
+    Path(os.fsdecode(where), "adapter_config.json").write_text("{}")
+    (left_out,) = Registry.open(folder).left_out()
+    assert left_out.path.encode("utf-8").endswith(rb"caf\udce9")
+
+
+def test_folders_without_an_adapter_and_adapters_within_adapters(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "team" / "notes").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / "a file").write_text("")
+    checkpoint.save(small(), folder / "good" / "checkpoint-5")
+    checkpoint.save(small(), folder / "1" / "2" / "3" / "4")
+    registry = Registry.open(folder)
+    assert registry.names() == ("good",)
+    assert {Path(each.path).name for each in registry.left_out()} == {"1", "empty", "team"}
+    assert {each.reason for each in registry.left_out()} == {"it has no adapter_config.json"}
+    for name in ("good/checkpoint-5", "1/2/3/4", "empty", "team/notes"):
+        assert name not in registry
+
+
+def test_a_volume_of_kubernetes_is_served_and_changes_at_once(tmp_path: Path) -> None:
+    """The files lie in a hidden folder, to which ..data leads, and names lead through it; an update moves ..data."""
+    root = tmp_path / "volume"
+    for number in (1, 2):
+        checkpoint.save(small(number / 4), root / f"..2026_0{number}" / "legal")
+        checkpoint.save(small(number / 8), root / f"..2026_0{number}" / "team" / "terse")
+    (root / "..data").symlink_to("..2026_01")
+    for name in ("legal", "team"):
+        (root / name).symlink_to(f"..data/{name}")
+    registry = Registry.open(root)
+    assert registry.names() == ("legal", "team/terse")
+    assert registry.left_out() == ()
+    first = registry.read("legal")
+    assert first.content_hash == content_hash(small(0.25))
+    (root / "..new").symlink_to("..2026_02")
+    (root / "..new").replace(root / "..data")
+    assert registry.read("legal").content_hash == content_hash(small(0.5))
+    assert registry.read("team/terse").content_hash == content_hash(small(0.25))
+    assert registry.stamp(root / "legal") != first.stamp
+
+
+def test_a_snapshot_of_the_hub_is_served(tmp_path: Path) -> None:
+    """Its files lead to the blobs of its repository, and nowhere else."""
+    repository = tmp_path / "hub" / "models--me--adapters"
+    snapshot = repository / "snapshots" / ("ab" * 20)
+    (repository / "blobs").mkdir(parents=True)
+    checkpoint.save(small(0.3), tmp_path / "made")
+    for name in ("legal", "stolen"):
+        (snapshot / name).mkdir(parents=True)
+        for file in (tmp_path / "made").iterdir():
+            blob = repository / "blobs" / f"{file.name}-hash"
+            blob.write_bytes(file.read_bytes())
+            target = Path("../../../blobs") / blob.name if name == "legal" else tmp_path / "made" / file.name
+            (snapshot / name / file.name).symlink_to(target)
+    registry = Registry.open(snapshot)
+    assert registry.names() == ("legal",)
+    assert registry.read("legal").content_hash == content_hash(small(0.3))
+    (left_out,) = registry.left_out()
+    assert (Path(left_out.path).name, "link out" in left_out.reason) == ("stolen", True)
+    whole = Registry.open(tmp_path / "hub")
+    assert whole.names() == (f"models--me--adapters/snapshots/{'ab' * 20}/legal",)[:0]  # four folders deep
+    one = Registry.open(repository / "snapshots")
+    assert one.names() == (f"{'ab' * 20}/legal",)
+    assert one.read(one.names()[0]).content_hash == content_hash(small(0.3))
+    allowed = Registry.open(snapshot, allowed_roots=[tmp_path / "made"])
+    assert allowed.names() == ("legal", "stolen")
+    assert allowed.read("stolen").content_hash == content_hash(small(0.3))
+
+
+def test_links_that_lead_up_or_nowhere_do_no_harm(folder: Path, tmp_path: Path) -> None:
+    (folder / "self").symlink_to(".")
+    (folder / "dangling").symlink_to("nothing")
+    (folder / "loop").symlink_to("loop")
+    (folder / "alias").symlink_to("good")
+    (folder / "weights").mkdir()
+    (folder / "weights" / "adapter_config.json").symlink_to("../good/adapter_config.json")
+    (folder / "weights" / "adapter_model.safetensors").symlink_to(tmp_path / "secret" / "adapter_model.safetensors")
+    registry = Registry.open(folder)
+    assert registry.names() == ("alias", "good", "weights")
+    assert {Path(each.path).name: each.reason.split()[-1] for each in registry.left_out()} == {
+        "dangling": "nowhere",
+        "loop": "nowhere",
+        "self": "adapter_config.json",
+    }
+    assert registry.read("alias").content_hash == registry.read("good").content_hash
+    with pytest.raises(CheckpointError, match="symbolic link out of"):
+        registry.read("weights")
+
+
+def test_a_link_that_is_put_there_while_an_adapter_is_read_is_not_followed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found to lead inside is opened without following anything that has come since."""
+    registry, real = Registry.open(folder), Registry.stamp
+
+    def swapped(self: Registry, path: Path) -> Any:
+        found = real(self, path)
+        (folder / "good").rename(folder / "moved")
+        (folder / "good").symlink_to(tmp_path / "secret")
+        return found
+
+    monkeypatch.setattr(Registry, "stamp", swapped)
+    with pytest.raises(CheckpointError, match=r"link|Not a directory"):
+        registry.read("good")
 
 
 def test_the_root_itself_may_be_a_link(folder: Path, tmp_path: Path) -> None:

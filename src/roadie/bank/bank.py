@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class AdapterBank:
     dtype: of the tables: float32, or the model's activation dtype for half the memory, at one rounding of direct and cross
     (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element). wait_s: how long `replace` and
     `admit` wait for a slot that is being read. hold: how the bank gets at the layers; by forward hooks, unless layers rotate
-    their own output.
+    their own output. check_name: raises for names that are not allowed; PEFT's rules, unless somebody has others.
 
     One thread may admit, replace and evict while others run the model. `close` (or a with block) takes the bank off the model.
     """
@@ -57,6 +57,7 @@ class AdapterBank:
         dtype: torch.dtype = torch.float32,
         wait_s: float = 10.0,
         hold: Hold | None = None,
+        check_name: Callable[[str], None] = check_adapter_name,
     ) -> None:
         if slots < 1 or not dtype.is_floating_point:
             raise ConfigError(f"got slots={slots}, dtype={dtype}; wanted at least one slot and a floating-point dtype")
@@ -65,7 +66,7 @@ class AdapterBank:
         self._refusals = self._hold.refusals(model)
         if not self._modules:
             raise ConfigError(f"got a {type(model).__name__} without linear layers; wanted a model that RoAd can adapt")
-        self._dtype, self._wait_s = dtype, wait_s
+        self._dtype, self._wait_s, self._check_name = dtype, wait_s, check_name
         self._attached: dict[str, LayerRotation] = {}
         self._detach = ExitStack()
         self._book = SlotBook(slots + 1)  # one to spare, so that a full bank can replace
@@ -89,7 +90,7 @@ class AdapterBank:
         Raises `ConfigError` for a name that is taken or not allowed, `AdapterError` (`CheckpointError`) for an adapter that does
         not fit the model, `BankFull` where every slot is pinned or being read. Nothing is changed then.
         """
-        check_adapter_name(name)
+        self._check_name(name)
         made = self._made({name: source})
         with self._lock:
             if name in self._book:
@@ -101,7 +102,7 @@ class AdapterBank:
 
         Raises what `admit` would raise because of the name or the adapter itself.
         """
-        check_adapter_name(name)
+        self._check_name(name)
         return Prepared(self, self._made({name: source}))
 
     def replace(self, name: str, source: Adapter | Prepared | str | Path | tuple[nn.Module, str]) -> int:
@@ -120,7 +121,7 @@ class AdapterBank:
         Raises as `admit` does; `BankFull` where there are not as many slots free (or to be had from others) as adapters.
         """
         for name in sources:
-            check_adapter_name(name)
+            self._check_name(name)
         made = self._made(sources)
         with self._lock:
             self._publish(list(sources), made)

@@ -48,6 +48,7 @@ from roadie.serving.engine import (
     Unload,
 )
 from roadie.serving.http.failures import unknown_model
+from roadie.serving.places import LeftOut
 from roadie.serving.validation import check_request, key_of
 
 _log = logging.getLogger("roadie")
@@ -313,6 +314,15 @@ class Fleet:
             replace(known[name], state=AdapterState.UNLOADING) if name in retired else known[name]
             for name in sorted(known)
         )
+
+    def has_adapter(self, name: str) -> bool:
+        """See `Engine.has_adapter`."""
+        known = any(status.name == name for status in self._overview.adapters) or name in self._overview.names
+        return (known or name in self._entries) and not self._is_hidden(name)
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """See `Engine.left_out`: shared storage is listed by its names alone."""
+        return ()
 
     def load_adapter(self, name: str, path: str | None = None, *, replace: bool = False) -> Future[AdapterStatus]:
         """See `Engine.load_adapter`: when it is done, every replica has it."""

@@ -34,6 +34,7 @@ from roadie.serving.engine import (
     Unload,
     Usage,
 )
+from roadie.serving.places import LeftOut
 from roadie.serving.validation import check_request, key_of
 from roadie.training.models import ModelSource
 
@@ -290,6 +291,14 @@ class VllmEngine:
     def adapters(self) -> tuple[AdapterStatus, ...]:
         """See `Engine.adapters`: those that were loaded."""
         return tuple(self._status(name) for name in sorted(self._requests))
+
+    def has_adapter(self, name: str) -> bool:
+        """See `Engine.has_adapter`."""
+        return name in self._requests
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """See `Engine.left_out`: what there is comes from the directory."""
+        return ()
 
     def statistics(self) -> Statistics:
         """See `Engine.statistics`; what vLLM alone knows (blocks, steps) is 0, and in its own metrics."""

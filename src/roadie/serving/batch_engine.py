@@ -49,6 +49,7 @@ from roadie.serving.fairness import FairQueue
 from roadie.serving.leases import Asking, Key
 from roadie.serving.live import Live
 from roadie.serving.loader import IDLE_AFTER_S
+from roadie.serving.places import LeftOut, check_served_name
 from roadie.serving.registry import Registry
 from roadie.serving.residency import Residency
 from roadie.serving.sampling import choose
@@ -109,7 +110,7 @@ class ContinuousBatchingEngine:
         """See `Engine.start`."""
         if self._thread is not None:
             raise ServingError("got an engine that was started before; wanted a new one")
-        self._bank = AdapterBank(self._model, self.settings.num_slots, wait_s=0.0)
+        self._bank = AdapterBank(self._model, self.settings.num_slots, wait_s=0.0, check_name=check_served_name)
         try:
             self._batch = ContinuousBatch(self._model, self._bank, self.settings, self._choose)
         except BaseException:
@@ -223,6 +224,15 @@ class ContinuousBatchingEngine:
             running = Counter(name for live in self._running.values() for name in live.names)
             queued = Counter(name for live in self._waiting for name in live.names)
             return tuple(self._counted(status, running, queued) for status in statuses)
+
+    def has_adapter(self, name: str) -> bool:
+        """See `Engine.has_adapter`."""
+        self._check_started()
+        return name in self._residency
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """See `Engine.left_out`."""
+        return self._registry.left_out()
 
     def _counted(self, status: AdapterStatus, running: Mapping[str, int], queued: Mapping[str, int]) -> AdapterStatus:
         counts = self._by_adapter.get(status.name, Counter())

@@ -22,6 +22,7 @@ from enum import Enum
 from typing import Protocol, TypeAlias
 
 from roadie.errors import ConfigError
+from roadie.serving.places import LeftOut
 
 AdapterWish: TypeAlias = "str | Mapping[str, float] | None"
 """An adapter's name, weights by name (a blend, or the strength of one), or None for the base model."""
@@ -305,6 +306,12 @@ class Engine(Protocol):
 
         Whatever a request may ask for is among them, and can be unloaded.
         """
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether there is an adapter of exactly this name."""
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Folders among the adapters that are none, and why."""
 
     def load_adapter(self, name: str, path: str | None = None, *, replace: bool = False) -> Future[AdapterStatus]:
         """Read, check and publish an adapter without holding up the requests that run.

@@ -1,15 +1,16 @@
 """Which adapters there are: a folder of them, those loaded from elsewhere, and a state file that survives a crash.
 
-    adapters/                      the root: each folder in it with an adapter_config.json is an adapter of that name
+    adapters/                      the root: the folders in it with an adapter_config.json are adapters (`places`)
     ├── legal/ ...
     └── .roadie-serving.json       what was loaded from elsewhere, pinned, unloaded; replaced by a rename, after an fsync
 
 A name that is not known is looked up in the root when a request asks for it, so that an adapter can be dropped in while the
 server runs.
 
-**Safe to be pointed at.** A path must lie in an allowed root. It is walked from there, one directory at a time, and no symbolic
-link is followed; only regular files are read, at most so many bytes of each, into a private copy. That copy is what is
-parsed (`roadie.checkpoint`, safetensors only), so that files that change, shrink or are swapped meanwhile do no harm.
+**Safe to be pointed at.** A path must lie in an allowed root, and so must what its links lead to. Where they lead to is found out
+first, and then walked from that root, one directory at a time, without following any link, so that none can be put there
+meanwhile; only regular files are read, at most so many bytes of each, into a private copy. That copy is what is parsed
+(`roadie.checkpoint`, safetensors only), so that files that change, shrink or are swapped meanwhile do no harm.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from typing import Any, TypeAlias
 import torch
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, check_adapter_name
+from roadie.adapter import Adapter
 from roadie.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
-from roadie.errors import CheckpointError, ConfigError, RoadieError, StateNotWritten, UnknownAdapter
+from roadie.errors import CheckpointError, ConfigError, StateNotWritten, UnknownAdapter
+from roadie.serving.places import LeftOut, Places, check_served_name
 
 STATE_NAME = ".roadie-serving.json"
 STATE_FORMAT = 1
@@ -80,6 +82,7 @@ class Registry:
         max_bytes: int,
     ) -> None:
         self.root, self.allowed_roots, self.max_adapter_bytes = root, allowed_roots, max_bytes
+        self._places = Places(root, allowed_roots)
         self._state_file = state_file
         self._entries: Mapping[str, Entry] = MappingProxyType(dict(entries))
         self._lock = threading.Lock()
@@ -110,29 +113,18 @@ class Registry:
     def names(self) -> tuple[str, ...]:
         """The adapters that a request may name, sorted: those of the state, whatever has become of them, and of the root."""
         known = {name for name, entry in self._entries.items() if not entry.is_hidden}
-        try:
-            there = {folder.name for folder in self.root.iterdir() if self._is_there(folder.name)}
-        except OSError:
-            there = set()
+        there = {name for name in self._places.found()[0] if not self._entries.get(name, Entry()).is_hidden}
         return tuple(sorted(known | there))
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """The folders in the root that are no adapters, and why."""
+        return self._places.found()[1]
 
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
         entry = self._entries.get(name)
-        return self._is_there(name) if entry is None else not entry.is_hidden
-
-    def _is_there(self, name: str) -> bool:
-        """Whether the root has an adapter of that name which was not unloaded; nothing of it is opened."""
-        entry = self._entries.get(name)
-        if (entry is not None and entry.is_hidden) or not _is_name(name):
-            return False
-        try:
-            folder = os.lstat(self.root / name)
-            config = os.lstat(self.root / name / CONFIG_NAME)
-        except OSError:
-            return False
-        return stat.S_ISDIR(folder.st_mode) and stat.S_ISREG(config.st_mode)
+        return self._places.has(name) if entry is None else not entry.is_hidden
 
     def path_of(self, name: str) -> Path:
         """Where an adapter's files are, or were."""
@@ -170,25 +162,37 @@ class Registry:
 
     def read_folder(self, path: Path) -> ReadAdapter:
         """Read and check the adapter in an allowed folder."""
-        root = self._root_of(path)
-        if root is None:
+        if self._root_of(path) is None:
             raise CheckpointError(
                 f"got path {str(path)!r}; wanted one within the folders that adapters may be loaded from"
             )
-        stamp = self.stamp(path)
+        real = self._real(path)
+        stamp = self.stamp(real)
         with tempfile.TemporaryDirectory(prefix="roadie-adapter-") as private:
-            with _directory(root, path.relative_to(root).parts) as folder:
-                _copy(folder, CONFIG_NAME, Path(private), MAX_CONFIG_BYTES, path)
-                _copy(folder, WEIGHTS_NAME, Path(private), self.max_adapter_bytes, path)
+            for name, limit in ((CONFIG_NAME, MAX_CONFIG_BYTES), (WEIGHTS_NAME, self.max_adapter_bytes)):
+                file = self._real(real / name)
+                root = self._places.root_of(file)
+                assert root is not None
+                with _directory(root, file.parent.relative_to(root).parts) as folder:
+                    _copy(folder, file.name, Path(private) / name, limit, path / name)
             try:
                 adapter = checkpoint.load(private, max_weights_bytes=self.max_adapter_bytes)
             except CheckpointError as error:
                 raise type(error)(str(error).replace(private, str(path))) from None
         return ReadAdapter(adapter, content_hash(adapter), str(path), stamp)
 
+    def _real(self, path: Path) -> Path:
+        real = self._places.real(path)
+        if real is None:
+            raise CheckpointError(
+                f"{path}: got a symbolic link out of the folders that adapters may be loaded from; wanted a file or folder "
+                "there; copy it, or allow where the link leads to"
+            )
+        return real
+
     def remember(self, name: str, entry: Entry) -> None:
         """Write down an adapter's entry; on an error (a full disk) nothing has changed. Raises `StateNotWritten`."""
-        check_adapter_name(name)
+        check_served_name(name)
         with self._lock:
             entries = {**self._entries, name: entry}
             if entry == Entry():
@@ -227,13 +231,6 @@ def _resolved(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _is_name(name: str) -> bool:
-    with contextlib.suppress(RoadieError):
-        check_adapter_name(name)
-        return True
-    return False
-
-
 @contextlib.contextmanager
 def _directory(root: Path, parts: tuple[str, ...]) -> Iterator[int]:
     """A descriptor of the directory at ``root/parts``, reached without following a link below the root."""
@@ -250,31 +247,27 @@ def _directory(root: Path, parts: tuple[str, ...]) -> Iterator[int]:
         yield current
 
 
-def _copy(folder: int, name: str, private: Path, limit: int, shown: Path) -> None:
+def _copy(folder: int, name: str, copy: Path, limit: int, shown: Path) -> None:
     """Copy a regular file of a directory, of at most `limit` bytes, and no more than it had when it was opened."""
     try:
         source = os.open(name, _FILE, dir_fd=folder)
     except FileNotFoundError:
-        _note_what_is_there(folder, private)
+        _note_what_is_there(folder, copy.parent)
         return  # checkpoint.load says what is missing
     except OSError as error:
-        raise _unreadable(shown / name, error, "a regular file") from None
+        raise _unreadable(shown, error, "a regular file") from None
     with os.fdopen(source, "rb") as stream:
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(
-                f"{shown / name}: got something that is not a regular file; wanted one; copy it there"
-            )
+            raise CheckpointError(f"{shown}: got something that is not a regular file; wanted one; copy it there")
         if status.st_size > limit:
-            raise CheckpointError(
-                f"{shown / name}: got {status.st_size} bytes; wanted at most {limit}; raise the limit"
-            )
+            raise CheckpointError(f"{shown}: got {status.st_size} bytes; wanted at most {limit}; raise the limit")
         try:
-            with (private / name).open("wb") as target:
+            with copy.open("wb") as target:
                 _pour(stream, target, status.st_size)
         except OSError as error:
             raise StateNotWritten(
-                f"{shown / name}: got {error.strerror} when a private copy was made in {private.parent}; nothing has changed; "
+                f"{shown}: got {error.strerror} when a private copy was made in {copy.parent.parent}; nothing has changed; "
                 "make room there"
             ) from None
 
@@ -340,7 +333,7 @@ def _parsed_state(state: Any) -> dict[str, Entry]:
         raise ValueError(f"format {state['format']!r}, not {STATE_FORMAT}")
     entries = {str(name): Entry(**entry) for name, entry in state["adapters"].items()}
     for name, entry in entries.items():
-        check_adapter_name(name)
+        check_served_name(name)
         if not isinstance(entry.path, (str, type(None))) or not isinstance(entry.is_pinned, bool):
             raise TypeError(f"adapter {name!r}: {entry}")
     return entries

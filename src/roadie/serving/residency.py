@@ -27,7 +27,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from roadie.adapter import check_adapter_name
 from roadie.bank import AdapterBank
 from roadie.bank.admission import Prepared
 from roadie.bank.blends import Blend
@@ -36,6 +35,7 @@ from roadie.serving.contention import SlotLine
 from roadie.serving.engine import AdapterState, AdapterStatus
 from roadie.serving.leases import Asking, Counts, Key, Lease, Seen, Version, names_of, on_disk, wish_of
 from roadie.serving.loader import Loader
+from roadie.serving.places import check_served_name
 from roadie.serving.registry import Entry, ReadAdapter, Registry, Stamp, unknown_adapter
 
 _log = logging.getLogger("roadie")
@@ -314,7 +314,7 @@ class Residency:
 
     def load(self, name: str, path: str | None, must_be_new: bool) -> AdapterStatus:
         """`Engine.load_adapter`, in the worker's thread."""
-        check_adapter_name(name)
+        check_served_name(name)
         folder = self._source(name, path, must_be_new)
         try:
             read = self._registry.read_folder(folder)

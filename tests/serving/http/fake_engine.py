@@ -41,6 +41,7 @@ from roadie.serving.engine import (
     Unload,
     Usage,
 )
+from roadie.serving.places import LeftOut
 
 VOCABULARY = 2048
 
@@ -65,6 +66,7 @@ class FakeEngine:
     broken: tuple[str, ...] = ()
     max_context_tokens: int = 512
     failing: BaseException | None = None
+    folders_left_out: tuple[LeftOut, ...] = ()
     _adapters: dict[str, AdapterStatus] = field(default_factory=dict)
     _jobs: dict[str, _Job] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -217,6 +219,12 @@ class FakeEngine:
 
     def adapters(self) -> tuple[AdapterStatus, ...]:
         return tuple(self._adapters[name] for name in sorted(self._adapters))
+
+    def has_adapter(self, name: str) -> bool:
+        return name in self._adapters
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        return self.folders_left_out
 
     def load_adapter(self, name: str, path: str | None = None, *, replace: bool = False) -> Future[AdapterStatus]:
         def load() -> AdapterStatus:

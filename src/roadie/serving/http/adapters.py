@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
 
 from roadie.serving.engine import AdapterStatus, Unload
 from roadie.serving.http.answers import AdapterAnswer, AdaptersAnswer, Model, Models
@@ -14,6 +15,7 @@ from roadie.serving.http.bodies import LoadBody, LoadLoraBody, PinBody, UnloadBo
 from roadie.serving.http.failures import ApiError, unknown_model
 from roadie.serving.http.keys import Caller
 from roadie.serving.http.service import Service, service_of
+from roadie.serving.places import LeftOut, name_problem
 
 router = APIRouter()
 OWNER = "roadie"
@@ -27,13 +29,15 @@ async def list_models(request: Request) -> Any:
     return {"object": "list", "data": [_base_model(service), *(_adapter_model(service, name) for name in names)]}
 
 
-@router.get("/v1/models/{model}", response_model=Model, tags=["models"], summary="One model")
+@router.get("/v1/models/{model:path}", response_model=Model, tags=["models"], summary="One model")
 async def one_model(model: str, request: Request) -> Any:
     """The base model, or an adapter that this key may use."""
     service = service_of(request)
     if model in service.names.base:
         return _base_model(service)
-    if any(status.name == model for status in visible(service, request)):
+    if name_problem(model) is not None:
+        raise HTTPException(404)
+    if service.engine.has_adapter(model) and request.state.caller.may_use(model):
         return _adapter_model(service, model)
     raise unknown_model(model)
 
@@ -53,9 +57,9 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 def visible(service: Service, request: Request) -> list[AdapterStatus]:
-    """The adapters that a caller may use."""
-    caller: Caller = request.state.caller
-    return [status for status in service.engine.adapters() if caller.may_use(status.name)]
+    """The adapters that a caller may use; those that have a name of the base model cannot be asked for."""
+    caller, base = request.state.caller, service.names.base
+    return [status for status in service.engine.adapters() if caller.may_use(status.name) and status.name not in base]
 
 
 def as_json(status: AdapterStatus, caller: Caller) -> dict[str, Any]:
@@ -77,9 +81,21 @@ def as_json(status: AdapterStatus, caller: Caller) -> dict[str, Any]:
 
 @router.get("/v1/adapters", response_model=AdaptersAnswer, tags=["adapters"], summary="Adapters, and where they are")
 async def list_adapters(request: Request) -> Any:
-    """The adapters that this key may use: state, slot, requests."""
-    caller = request.state.caller
-    return {"object": "list", "data": [as_json(status, caller) for status in visible(service_of(request), request)]}
+    """The adapters that this key may use: state, slot, requests. For administrators also the folders that are none, and why."""
+    service, caller = service_of(request), request.state.caller
+    left_out = left_out_of(service) if caller.is_admin else ()
+    return {
+        "object": "list",
+        "data": [as_json(status, caller) for status in visible(service, request)],
+        "left_out": [vars(each) for each in left_out],
+    }
+
+
+def left_out_of(service: Service) -> tuple[LeftOut, ...]:
+    """The folders that are no adapters, and those whose names the base model has."""
+    taken = [status for status in service.engine.adapters() if status.name in service.names.base]
+    reason = "the base model has its name"
+    return (*service.engine.left_out(), *(LeftOut(status.path or status.name, reason) for status in taken))
 
 
 @router.post("/v1/adapters/load", response_model=AdapterAnswer, tags=["adapters"], summary="Load an adapter")

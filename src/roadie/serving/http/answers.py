@@ -185,11 +185,19 @@ class AdapterAnswer(Answer):
     error: str | None
 
 
+class LeftOutAnswer(Answer):
+    """A folder among the adapters that is none, and why."""
+
+    path: str
+    reason: str
+
+
 class AdaptersAnswer(Answer):
-    """`GET /v1/adapters`."""
+    """`GET /v1/adapters`. left_out: for administrators."""
 
     object: Literal["list"]
     data: list[AdapterAnswer]
+    left_out: list[LeftOutAnswer]
 
 
 class Figures(Answer):

@@ -32,7 +32,7 @@ def make_service(engine: Engine, tokenizer: Any, settings: HttpSettings, keys: K
     return Service(
         engine=engine,
         prompts=Prompts(tokenizer, settings.max_prompt_chars),
-        names=ModelNames(tuple(names)),
+        names=ModelNames(tuple(names), engine.has_adapter),
         settings=settings,
         metrics=metrics,
         gate=Gate(settings, keys, metrics),

@@ -33,12 +33,23 @@ from roadie.serving.http.fields import (
     whole_characters,
 )
 from roadie.serving.http.settings import MAX_BLEND, MAX_CHOICES, MAX_STRENGTH
+from roadie.serving.places import MAX_NAME_CHARS, name_problem
 
 INT64 = 2**63
 MAX_TOKEN_ID = 2**31 - 1
+
+
+def served_name(name: str) -> str:
+    """A name that an adapter of a server can have."""
+    problem = name_problem(name)
+    if problem is not None:
+        raise ValueError(f"got a name that no adapter can have: {problem}")
+    return name
+
+
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Strength: TypeAlias = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
-Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(served_name)]
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(whole_characters)]
 Stops: TypeAlias = Annotated[
     Annotated[Stop, TEXT] | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS), LIST],

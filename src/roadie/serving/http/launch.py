@@ -7,8 +7,9 @@ pinned then is forgotten when the server ends.
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,16 @@ from roadie.checkpoint import read_config
 from roadie.errors import ConfigError, RoadieError
 from roadie.serving.batch_engine import ContinuousBatchingEngine
 from roadie.serving.engine import EngineSettings
+from roadie.serving.http.adapters import left_out_of
 from roadie.serving.http.app import make_service
 from roadie.serving.http.keys import read_keys
 from roadie.serving.http.server import LOOPBACK, bind, serve
 from roadie.serving.http.settings import HttpSettings
+from roadie.serving.places import LeftOut, Places
 from roadie.serving.registry import Registry
+
+_log = logging.getLogger("roadie")
+MAX_WARNINGS = 20
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,21 @@ def run(
         engine = ContinuousBatchingEngine(model, tokenizer, registry, launch.engine)
         service = make_service(engine, tokenizer, _with_hosts(launch.http, place), keys)
         engine.start()
-        started = Started(_url(place.host, bound.getsockname()[1]), launch.http.model_name, registry.names())
+        _say_what_is_left_out(left_out_of(service))
+        started = Started(
+            _url(place.host, bound.getsockname()[1]),
+            launch.http.model_name,
+            tuple(name for name in registry.names() if name not in service.names.base),
+        )
         again = partial(read_keys, place.keys_file) if place.keys_file else None
         return serve(service, bound, read_keys_again=again, on_ready=partial(on_started, started))
+
+
+def _say_what_is_left_out(left_out: Sequence[LeftOut]) -> None:
+    for each in left_out[:MAX_WARNINGS]:
+        _log.warning("%s is not served: %s", each.path, each.reason)
+    if len(left_out) > MAX_WARNINGS:
+        _log.warning("%d more folders are not served; GET /v1/adapters says why", len(left_out) - MAX_WARNINGS)
 
 
 def _with_hosts(settings: HttpSettings, place: Place) -> HttpSettings:
@@ -130,9 +148,10 @@ def open_registry(launch: Launch, *, is_embedded: bool) -> Iterator[Registry]:
 
 def recorded_bases(folder: Path) -> list[str]:
     """The base models that the adapters in a folder name; those that name none, or cannot be read, are left out."""
-    found = []
-    for config in sorted(folder.glob("*/adapter_config.json")):
+    found: list[str] = []
+    root = folder.resolve()
+    for path in Places(root, (root,)).found()[0].values():
         with contextlib.suppress(RoadieError):
-            base = read_config(config.parent).get("base_model_name_or_path")
+            base = read_config(path).get("base_model_name_or_path")
             found += [base] if isinstance(base, str) else []
     return found

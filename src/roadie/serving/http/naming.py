@@ -6,45 +6,52 @@
 "legal=0.7+terse=0.3"                    a blend
 "base:legal=0.7+terse=0.3"               the same, with the base model named
 "base" and {"legal": 0.7, "terse": 0.3}  the same, as `model` and `adapters`
+
+Names may have ``= + :`` in them, too. The base model's names go first, then whatever is exactly an adapter's name; within a blend
+a name ends before the first ``=`` that a weight and a ``+``, or the end, follow. What that does not reach, `adapters` does.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from roadie.serving.engine import AdapterWish
 from roadie.serving.http.failures import ApiError, unknown_model
 from roadie.serving.http.keys import Caller
 from roadie.serving.http.settings import MAX_BLEND, MAX_STRENGTH
+from roadie.serving.places import name_problem
 
 BASE = "base"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 _WEIGHT = r"[+-]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:e[+-]?\d{1,3})?"
-_TERM = re.compile(rf"({_NAME.pattern})=({_WEIGHT})(?:\+|$)", re.IGNORECASE | re.ASCII)
+_TERM = re.compile(rf"(.+?)=({_WEIGHT})(?:\+|$)", re.IGNORECASE | re.ASCII | re.DOTALL)
 MAX_MODEL_CHARS = 4096
 
 
 @dataclass(frozen=True)
 class ModelNames:
-    """What the base model of a server answers to, its own name first."""
+    """What the base model of a server answers to, its own name first; has_adapter: whether one is called exactly so."""
 
     base: tuple[str, ...]
+    has_adapter: Callable[[str], bool]
 
     def wish(self, model: str, adapters: Mapping[str, float] | None, caller: Caller) -> AdapterWish:
         """What to ask the engine for. Raises `ApiError`: 404 where a caller may not use an adapter, 400 for bad weights."""
-        wish = self._wish(model, adapters)
+        wish = self._wish(model, adapters, caller)
         names = () if wish is None else (wish,) if isinstance(wish, str) else tuple(wish)
-        if not all(_NAME.fullmatch(name) and caller.may_use(name) for name in names):
+        if not all(name_problem(name) is None and caller.may_use(name) for name in names):
             raise unknown_model(shown(model, adapters))
         return wish
 
-    def _wish(self, model: str, adapters: Mapping[str, float] | None) -> AdapterWish:
+    def _wish(self, model: str, adapters: Mapping[str, float] | None, caller: Caller) -> AdapterWish:
+        if adapters is None and self._is_exact(model, caller):
+            return model
         wanted = self._without_base(model)
         if adapters is None:
-            return None if wanted is None else parse_wish(wanted)
+            is_exact = wanted is not None and self._is_exact(wanted, caller)
+            return wanted if wanted is None or is_exact else parse_wish(wanted)
         if wanted is not None:
             raise ApiError(
                 400,
@@ -54,6 +61,12 @@ class ModelNames:
             )
         check_weights(adapters)
         return dict(adapters) or None
+
+    def _is_exact(self, name: str, caller: Caller) -> bool:
+        """Whether a name that could be read otherwise is that of an adapter, which this caller may use."""
+        if name in self.base or not ("=" in name or ":" in name):
+            return False
+        return name_problem(name) is None and caller.may_use(name) and self.has_adapter(name)
 
     def _without_base(self, model: str) -> str | None:
         """What follows the base model's name; None where nothing does."""
