@@ -35,7 +35,7 @@ class ModelNames:
     """What the base model of a server answers to, its own name first; has_adapter: whether one is called exactly so."""
 
     base: tuple[str, ...]
-    has_adapter: Callable[[str], bool]
+    has_adapter: Callable[[str], bool] = lambda name: False
 
     def wish(self, model: str, adapters: Mapping[str, float] | None, caller: Caller) -> AdapterWish:
         """What to ask the engine for. Raises `ApiError`: 404 where a caller may not use an adapter, 400 for bad weights."""
