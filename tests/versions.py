@@ -22,6 +22,11 @@ needs_a_compiler_of_whole_models = pytest.mark.skipif(
     Version("2.7") > TORCH, reason="torch 2.6 cannot trace the context managers of PEFT's and transformers' forward"
 )
 
+needs_a_compiler_that_recomputes_copies = pytest.mark.skipif(
+    Version("2.13") > TORCH,
+    reason="torch 2.11 keeps a copy of x, in pairs, for the backward of a compiled graph; 2.13 makes it again",
+)
+
 OLD_TYPER = Version("0.20") > Version(version("typer"))
 """The oldest typer imports rich when it is imported itself."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -227,3 +228,7 @@ def check_sums_within_rounding(implementation: Implementation, other: Implementa
 def no_compiled_kernel() -> str | None:
     """Why the compiled implementation is missing, or None."""
     return CpuImplementation().refusal(torch.device("cpu"), torch.float32, torch.float32)
+
+
+needs_compiled_kernel = pytest.mark.skipif(no_compiled_kernel() is not None, reason="there is no compiled kernel")
+CPU_AND_EAGER = (pytest.param("cpu", marks=needs_compiled_kernel), "eager")

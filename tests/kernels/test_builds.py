@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = [
     pytest.mark.skipif(builds.COMPILER is None, reason="there is no C compiler"),
-    pytest.mark.skipif(cases.no_compiled_kernel() is not None, reason="there is no compiled kernel"),
+    cases.needs_compiled_kernel,
 ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from tests.kernels import cases
 from torch import Tensor
 
 from roadie.errors import AdapterError, KernelError, RoutingError
@@ -51,7 +52,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["cpu", "eager"])
+@pytest.mark.parametrize("name", cases.CPU_AND_EAGER)
 @pytest.mark.parametrize("narrow", [False, True], ids=["tables in float32", "tables in x's dtype"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [NESTED, OTHERS, LARGE], ids=["nested", "others", "large"])
@@ -113,6 +114,7 @@ def test_one_slot_for_all_rows_and_a_chain_of_one():
     assert rotate_chain(empty, chain, None).shape == empty.shape
 
 
+@cases.needs_compiled_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prepared_it_is_the_same_and_refuses_what_it_was_not_made_for(dtype):
     chain, slots = chain_of(NESTED, 128), torch.tensor([1, 0, -1, 2])
@@ -132,7 +134,7 @@ def test_prepared_it_is_the_same_and_refuses_what_it_was_not_made_for(dtype):
 
 
 @pytest.mark.parametrize("routed", [False, True])
-@pytest.mark.parametrize("name", ["cpu", "eager"])
+@pytest.mark.parametrize("name", cases.CPU_AND_EAGER)
 def test_gradients_in_float32_are_those_of_float64(name, routed):
     chain = chain_of(NESTED, 128)
     slots = torch.tensor([1, 0, -1, 2, 0, 3]) if routed else None
@@ -177,6 +179,14 @@ def test_bad_arguments_are_refused_before_anything_is_written():
         rotate_chain(x, (*chain, chain_of(NESTED, 64)[0]), torch.tensor([0, 1]))
     with pytest.raises(RoutingError, match="int64"):
         rotate_chain(x, chain, torch.tensor([0, 1], dtype=torch.int32))
+    assert_same_bits(x, before, "x")
+
+
+@cases.needs_compiled_kernel
+def test_the_compiled_kernel_refuses_slots_and_sizes_before_anything_is_written():
+    chain = chain_of(NESTED, 128)
+    x = torch.randn(2, 128)
+    before = x.clone()
     for slots in ([0, 4], [0, -2]):
         with pytest.raises(KernelError, match="a slot is not between"):
             rotate_chain_(x, chain, torch.tensor(slots))

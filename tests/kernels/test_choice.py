@@ -17,7 +17,7 @@ from roadie.kernels.cpu import CpuImplementation
 from roadie.testing.accuracy import assert_same_bits
 
 HERE = torch.device("cpu")
-compiled = pytest.mark.skipif(cases.no_compiled_kernel() is not None, reason="there is no compiled kernel")
+compiled = cases.needs_compiled_kernel
 
 
 @pytest.fixture

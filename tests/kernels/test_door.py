@@ -40,7 +40,7 @@ def one_by_one(x: Tensor, t: RotationTable, slots: Tensor) -> Tensor:
     return z
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "eager"])
+@pytest.mark.parametrize("implementation", cases.CPU_AND_EAGER)
 @settings(max_examples=40)
 @given(st.data())
 def test_rows_are_rotated_one_by_one(implementation: str, data: st.DataObject) -> None:
@@ -59,8 +59,6 @@ def test_rows_are_rotated_one_by_one(implementation: str, data: st.DataObject) -
 
 
 def skipped_without(implementation: str) -> object:
-    if implementation == "cpu" and cases.no_compiled_kernel():
-        pytest.skip("there is no compiled kernel")
     return using(implementation)
 
 
@@ -233,7 +231,7 @@ def test_what_torch_func_computes(keep: str) -> None:
         assert_same_bits(torch.autograd.forward_ad.unpack_dual(dual).tangent, x, "tangent of a dual number")
 
 
-@pytest.mark.parametrize("name", ["cpu", "eager"])
+@pytest.mark.parametrize("name", cases.CPU_AND_EAGER)
 def test_a_singular_slot_that_no_row_uses_gets_a_gradient_of_zero(name: str) -> None:
     direct = torch.tensor([[1.0] * 8, [0.0] * 8], requires_grad=True)
     cross = torch.zeros(2, 8, requires_grad=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels import cases
+from tests.versions import needs_a_compiler_that_recomputes_copies
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -70,7 +71,7 @@ def test_gradcheck(keep: str, slots: str, sizes: str) -> None:
     assert torch.autograd.gradcheck(operation, leaves(torch.float64))
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "eager"])
+@pytest.mark.parametrize("implementation", cases.CPU_AND_EAGER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("slots", SLOTS)
@@ -78,8 +79,6 @@ def test_gradcheck(keep: str, slots: str, sizes: str) -> None:
 def test_gradients_are_the_truth_within_rounding(
     implementation: str, dtype: torch.dtype, keep: str, slots: str, sizes: str
 ) -> None:
-    if implementation == "cpu" and cases.no_compiled_kernel():
-        pytest.skip("there is no compiled kernel")
     tensors = leaves(dtype, torch.float32)
     with using(implementation):
         found = gradients(keep, SLOTS[slots], SIZES[sizes], tensors)
@@ -164,7 +163,7 @@ def kept_of_size(x: Tensor, function) -> tuple[Tensor, list[int]]:
     return z, [tensor.untyped_storage().data_ptr() for tensor in saved if tensor.numel() >= x.numel()]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_a_compiler_that_recomputes_copies)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("keep", KEEPS)
 def test_one_tensor_is_kept(keep: str, dtype: torch.dtype, compiled: bool) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.kernels import cases
+from tests.versions import needs_loops_in_the_interpreter
 
 from roadie.kernels.contract import Implementation, RowRotations
 from roadie.kernels.eager import EagerImplementation
@@ -106,7 +107,10 @@ def test_what_triton_was_imported_as_decides(before: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(c, marks=needs_loops_in_the_interpreter) if c is cases.check_backward else c for c in CHECKS],
+)
 def test_it_is_the_truth_within_rounding(check, shape: str) -> None:
     check(TRITON, cases.batch(**SHAPES[shape]))
     with small_tiles():
@@ -114,6 +118,7 @@ def test_it_is_the_truth_within_rounding(check, shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@needs_loops_in_the_interpreter
 def test_it_turns_as_the_reference_does_bit_for_bit(shape: str) -> None:
     cases.check_same_bits(TRITON, EAGER, cases.batch(**SHAPES[shape]))
 
@@ -140,6 +145,7 @@ def test_sums_become_gradients_as_in_the_reference(shape: str) -> None:
 
 @settings(max_examples=8)
 @given(st.lists(st.sampled_from((2, 4, 6, 8, 12, 24)), min_size=1, max_size=3), st.booleans(), st.data())
+@needs_loops_in_the_interpreter
 def test_any_shape(sizes: list[int], uniform: bool, data: st.DataObject) -> None:
     slots = data.draw(st.none() | st.lists(st.integers(-1, len(sizes) - 1), max_size=6))
     repeat = 1 if slots is None else data.draw(st.integers(1, 3))
@@ -153,6 +159,7 @@ def test_any_shape(sizes: list[int], uniform: bool, data: st.DataObject) -> None
             check(TRITON, b)
 
 
+@needs_loops_in_the_interpreter
 def test_the_widest_layer_of_a_llama() -> None:
     b = cases.batch(2, 11008, 64)
     cases.check_same_bits(TRITON, EAGER, b)
@@ -160,6 +167,7 @@ def test_the_widest_layer_of_a_llama() -> None:
 
 
 @pytest.mark.parametrize("slots", [None, "mixed"])
+@needs_loops_in_the_interpreter
 def test_sums_are_as_accurate_as_the_reference(slots: str | None) -> None:
     routed = None if slots is None else (torch.arange(500) % 3 - 1).tolist()
     b = cases.batch(500, 64, 8, num_slots=2, slots=routed)
@@ -176,6 +184,7 @@ def _in_float64(b: cases.Batch) -> cases.Batch:
 @pytest.mark.parametrize("table_dtype", [torch.float32, None], ids=["float32 table", "narrow table"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", ["one rotation", "neighbours", "sizes"])
+@needs_loops_in_the_interpreter
 def test_half_precision_is_off_by_one_truncation(
     shape: str, dtype: torch.dtype, table_dtype: torch.dtype | None
 ) -> None:
@@ -209,6 +218,7 @@ def _signs(group_size: int, width: int) -> Tensor:
     return torch.where(torch.arange(width) % group_size < group_size // 2, -1.0, 1.0).double()
 
 
+@needs_loops_in_the_interpreter
 def test_rows_of_the_base_keep_what_is_not_finite() -> None:
     b = cases.batch(3, 4, num_slots=1, slots=(-1, 0, 0))
     b.x[0] = torch.tensor([torch.inf, torch.nan, -0.0, -torch.inf])
@@ -219,6 +229,7 @@ def test_rows_of_the_base_keep_what_is_not_finite() -> None:
     assert all(total.isfinite().all() for total in cases.turned_back(TRITON, b)[1:])
 
 
+@needs_loops_in_the_interpreter
 def test_scratch_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch that starts as NaN leaves no trace, also where most of the tasks that there could be do not exist."""
     empty = torch.empty
@@ -228,6 +239,7 @@ def test_scratch_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
             cases.check_backward(TRITON, cases.batch(**SHAPES[shape]))
 
 
+@needs_loops_in_the_interpreter
 def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most own and partner, a row of each for the base, and 8 / N of a float32 batch; none for one task."""
     taken: list[int] = []
@@ -250,6 +262,7 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not taken
 
 
+@needs_loops_in_the_interpreter
 def test_sums_are_the_same_in_every_run() -> None:
     slots = (torch.arange(20) * 7 % 4 - 1).tolist()
     b = cases.batch(40, 12, 6, num_slots=3, slots=slots, repeat=2)
@@ -259,6 +272,7 @@ def test_sums_are_the_same_in_every_run() -> None:
             assert_same_bits(value, expected, "again")
 
 
+@needs_loops_in_the_interpreter
 def test_the_gradient_may_be_written_over() -> None:
     b = cases.batch(**SHAPES["repeat"])
     wanted = cases.turned_back(TRITON, b)[0]
@@ -268,6 +282,7 @@ def test_the_gradient_may_be_written_over() -> None:
 
 
 @pytest.mark.parametrize("slots", [None, (0, 1)])
+@needs_loops_in_the_interpreter
 def test_offsets_beyond_32_bits(slots: Sequence[int] | None) -> None:
     """Two rows 2^31 elements apart: virtual memory that is hardly touched."""
     b = cases.batch(2, 8, 4, num_slots=2, slots=slots, dtype=torch.float16, table_dtype=torch.float32)

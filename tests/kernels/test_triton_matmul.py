@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.kernels import cases
+from tests.versions import needs_loops_in_the_interpreter
 
 from roadie.errors import KernelError
 from roadie.kernels.contract import RowRotations
@@ -95,6 +96,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
+@needs_loops_in_the_interpreter
 def test_it_is_the_product_rotated(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     check(*layer(**LAYERS[name], dtype=dtype))
     monkeypatch.setattr(matmul, "product_tile", lambda *_: SMALL)
@@ -104,6 +106,7 @@ def test_it_is_the_product_rotated(name: str, dtype: torch.dtype, monkeypatch: p
 
 @settings(max_examples=10)
 @given(st.integers(0, 40), st.integers(1, 40), st.sampled_from((2, 4, 6, 10, 16)), st.integers(1, 4), st.booleans())
+@needs_loops_in_the_interpreter
 def test_any_shape(rows: int, in_features: int, group_size: int, groups: int, mixed: bool) -> None:
     slots = [(row * 5) % 4 - 1 for row in range(rows)] if mixed else None
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -111,6 +114,7 @@ def test_any_shape(rows: int, in_features: int, group_size: int, groups: int, mi
         check(*layer(rows, in_features, group_size * groups, group_size, slots=slots, num_slots=3))
 
 
+@needs_loops_in_the_interpreter
 def test_it_is_as_accurate_as_the_layer_and_then_the_reference() -> None:
     """The rival rounds nothing in between in float32; ours sums the products in another order."""
     x, weight, bias, turns = layer(40, 256, 96, 32)
@@ -129,6 +133,7 @@ def test_all_tiles_give_what_they_should_in_every_dtype() -> None:
             assert tile.stages * operands <= 99 * 1024, "the shared memory of compute capability 8.6"
 
 
+@needs_loops_in_the_interpreter
 def test_it_gives_the_same_bits_in_every_run() -> None:
     arguments = layer(20, 40, 24, 8)
     assert_same_bits(linear_rotate(*arguments), linear_rotate(*arguments), "again")
@@ -155,6 +160,7 @@ def test_what_does_not_fit_is_refused(change, reason: str) -> None:
 
 
 @pytest.mark.parametrize("sign", ["-", "+"])
+@needs_loops_in_the_interpreter
 def test_a_wrong_sign_is_caught(sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = layer(5, 20, 24, 8)
     check(*arguments)
