@@ -1,7 +1,8 @@
 # Every target builds what it needs; nothing outside this folder is written, but for pip's own cache.
 #   make demo                                     the demo, in a new environment
 #   make test                                     all tests
-#   make test ARGS="tests/rotation -k compose"    some of them
+#   make test-fast                                the core's tests, in under two minutes
+#   make test ARGS="tests/laws -k compose"        some of them
 #   make bench                                    all benchmarks, 15 minutes on two cores
 #   make test-vllm                                the tests of the vLLM plug-in, in .venv-vllm (3.5 GB)
 #   make test-ray                                 the tests on Ray Serve, in .venv-ray (0.4 GB above .venv)
@@ -21,9 +22,10 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet -c $(CON
 INSTALLED_FROM := pyproject.toml $(CONSTRAINTS) setup.py $(wildcard src/roadie/kernels/cpu/*.[ch])
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 CHECKED := $(wildcard src tests scripts examples benchmarks)
+CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-deepspeed test-vllm test-ray check bench quality quality-quick format build clean
+.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray check bench quality quality-quick format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +35,9 @@ demo: $(VENV)/.runtime ## train three adapters on the embedded model, merge them
 
 test: $(VENV)/.development ## all tests (ARGS="..." goes to pytest)
 	$(RUN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.development ## the core's tests, in under two minutes on two cores (ARGS="..." goes to pytest)
+	$(RUN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(CORE) $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed ## tests of the vLLM plug-in, in an environment of its own (ARGS="..." goes to pytest)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)

@@ -2,7 +2,8 @@
 
 It needs no Python headers and no torch, so that one wheel serves every Python version of a platform. Where there is no C
 compiler, or what it makes cannot be loaded, roadie is installed without it and computes with plain tensor operations.
-ROADIE_COMPILE=0 leaves it out on purpose; ROADIE_COMPILE=1 makes a failure an error.
+ROADIE_COMPILE=0 leaves it out on purpose; ROADIE_COMPILE=1 makes a failure an error. ROADIE_X86_LEVEL=v3 builds it without
+AVX-512, so that a processor which has it computes what others do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 FOLDER = "src/roadie/kernels/cpu"
 HEADERS = [f"{FOLDER}/{name}" for name in ("element.h", "vector.h", "template.h", "spans.h")]
 WISH = os.environ.get("ROADIE_COMPILE", "")
+LEVEL = os.environ.get("ROADIE_X86_LEVEL", "v4")
 
 # Products and sums are rounded one by one, as the reference does.
 GNU = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-g0"]
@@ -42,7 +44,10 @@ def attempts(compiler_type: str) -> list[Attempt]:
     """From the best way to the plainest; the first that gives an object which can be loaded is taken."""
     if compiler_type == "msvc":
         return [Attempt(["/O2", "/std:c11", "/fp:precise"], ["/openmp"], {}), Attempt(["/O2", "/std:c11"], [], {})]
-    levels = GNU_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
+    if LEVEL not in ("v3", "v4"):
+        raise RuntimeError(f"got ROADIE_X86_LEVEL={LEVEL!r}; wanted v3 or v4")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    levels = {name: GNU_LEVELS["spans_v3"] if LEVEL == "v3" else flags for name, flags in GNU_LEVELS.items() if is_x86}
     ways = [(openmp, chosen) for chosen in ([levels, {}] if levels else [{}]) for openmp in (["-fopenmp"], [])]
     return [Attempt(GNU, openmp, chosen) for openmp, chosen in ways]
 

@@ -187,6 +187,7 @@ def test_saving_leaves_other_files_alone_and_nothing_behind(folder):
     assert (folder / "README.md").read_text() == "card"
 
 
+@pytest.mark.slow
 def test_reading_and_writing_need_neither_peft_nor_transformers():
     code = "import sys; from roadie import checkpoint; sys.exit(bool({'peft', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -213,6 +214,7 @@ def test_the_text_is_laid_out_as_pefts():
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1", "2"])
+@pytest.mark.slow
 def test_the_text_does_not_depend_on_the_order_of_sets(hash_seed):
     code = (
         "from roadie.checkpoint import config_text as t; print(t({'target_modules': {'a', 'b', 'c', 'd', 'e', 'f'}}))"

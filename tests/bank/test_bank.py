@@ -383,6 +383,7 @@ def test_no_row_is_wrong_while_another_thread_admits_and_replaces() -> None:
         writer.join()
 
 
+@pytest.mark.slow
 def test_a_plain_model_needs_no_peft() -> None:
     code = (
         "import sys, torch, roadie\n"

@@ -37,6 +37,7 @@ def flags_of_processor() -> set[str]:
 
 
 @pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.slow
 def test_every_build_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     if not flags_of_processor().issuperset(NEEDED.get(name, ())):
         pytest.skip(f"this processor is not {name}")

@@ -196,6 +196,7 @@ def test_the_compiled_kernel_refuses_slots_and_sizes_before_anything_is_written(
     assert_same_bits(x, before, "x")
 
 
+@pytest.mark.slow
 def test_triton_gives_the_same_in_its_interpreter():
     code = (
         "import torch, sys\n"

@@ -259,6 +259,7 @@ for rows, width, size, slots in ((3, 40, 8, None), (300, 1100, 10, None), (260, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is of the GNU C library")
+@pytest.mark.slow
 def test_scratch_memory_is_never_read_before_it_is_written(root: Path) -> None:
     environment = {**os.environ, "MALLOC_PERTURB_": "128"}  # new memory is full of 0x7f: numbers near the largest float
     subprocess.run([sys.executable, "-c", SCRATCH], cwd=root, env=environment, check=True, timeout=HANG_S)

@@ -208,6 +208,7 @@ def test_no_rows_no_gradient() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("slots", ["all rows", "rows"])
 @pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.slow
 def test_compiled_is_eager(backend: str, slots: str, keep: str) -> None:
     counter = CompileCounterWithBackend(backend)
 

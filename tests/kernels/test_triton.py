@@ -100,6 +100,7 @@ print(TritonImplementation().refusal(torch.device("cpu"), torch.float32, torch.f
         ("os.environ['TRITON_INTERPRET'] = '1'", "None"),
     ],
 )
+@pytest.mark.slow
 def test_what_triton_was_imported_as_decides(before: str, reason: str) -> None:
     code = WITHOUT.format(before=before)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -146,6 +147,7 @@ def test_sums_become_gradients_as_in_the_reference(shape: str) -> None:
 @settings(max_examples=8)
 @given(st.lists(st.sampled_from((2, 4, 6, 8, 12, 24)), min_size=1, max_size=3), st.booleans(), st.data())
 @needs_loops_in_the_interpreter
+@pytest.mark.slow
 def test_any_shape(sizes: list[int], uniform: bool, data: st.DataObject) -> None:
     slots = data.draw(st.none() | st.lists(st.integers(-1, len(sizes) - 1), max_size=6))
     repeat = 1 if slots is None else data.draw(st.integers(1, 3))

@@ -132,6 +132,7 @@ def assembly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_they_compile(assembly: dict[str, str]) -> None:
     assert all(assembly.values())
 

@@ -107,6 +107,7 @@ def test_it_is_the_product_rotated(name: str, dtype: torch.dtype, monkeypatch: p
 @settings(max_examples=10)
 @given(st.integers(0, 40), st.integers(1, 40), st.sampled_from((2, 4, 6, 10, 16)), st.integers(1, 4), st.booleans())
 @needs_loops_in_the_interpreter
+@pytest.mark.slow
 def test_any_shape(rows: int, in_features: int, group_size: int, groups: int, mixed: bool) -> None:
     slots = [(row * 5) % 4 - 1 for row in range(rows)] if mixed else None
     with pytest.MonkeyPatch.context() as monkeypatch:

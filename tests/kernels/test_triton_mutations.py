@@ -74,6 +74,7 @@ def plant(mistake: ModuleType, original: ModuleType, monkeypatch: pytest.MonkeyP
         for name, (*_, check, _) in MISTAKES.items()
     ],
 )
+@pytest.mark.slow
 def test_a_planted_mistake_is_caught(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module, before, after, check, shape = MISTAKES[name]
     b = cases.batch(**SHAPES[shape])

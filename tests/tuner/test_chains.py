@@ -105,6 +105,7 @@ def test_stages_may_differ_from_module_to_module() -> None:
 
 @pytest.mark.parametrize("names", [None, ["default", "other", "__base__"]], ids=["plain batch", "mixed batch"])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_gradients_are_those_of_differences_also_of_second_order(variant: str, names: list[str] | None) -> None:
     model = adapted(variant=variant, dtype=torch.float64)
     model.add_adapter("other", roadie.RoadConfig(stages=[16, 4], target_modules=BOTH))
@@ -175,6 +176,7 @@ def test_training_lowers_the_loss_and_a_loaded_adapter_gives_the_same(tmp_path: 
     assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.slow
 def test_stock_peft_refuses_the_file(tmp_path: Path) -> None:
     config = roadie.RoadConfig(stages=[2, 16, 64], target_modules=["q_proj"])
     model = roadie.get_peft_model(tiny_llama(num_hidden_layers=1), config)

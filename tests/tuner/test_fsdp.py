@@ -51,12 +51,14 @@ def _run(folder: Path, use_orig_params: bool) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG_S)
 
 
+@pytest.mark.slow
 def test_gradients_under_fsdp_are_those_of_the_plain_model(tmp_path: Path) -> None:
     done = _run(tmp_path, use_orig_params=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.xfail(strict=True, reason="RoAd's parameters are no modules, so PEFT's policy cannot wrap them apart")
+@pytest.mark.slow
 def test_flattened_parameters(tmp_path: Path) -> None:
     done = _run(tmp_path, use_orig_params=False)
     assert "uniform `requires_grad`" not in done.stderr

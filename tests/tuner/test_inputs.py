@@ -307,6 +307,7 @@ def test_rows_of_a_merged_model_are_refused() -> None:
 @pytest.mark.parametrize("names", [None, ["default", "other", "plain", "__base__"]], ids=["plain batch", "mixed batch"])
 @pytest.mark.parametrize("stages", [[8], [2, 8]], ids=["one", "in a row"])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_gradients_are_those_of_differences_also_of_second_order(
     variant: str, stages: list[int], names: list[str] | None
 ) -> None:
@@ -676,6 +677,7 @@ def test_it_is_loaded_beside_others_and_each_is_saved_alone(tmp_path: Path) -> N
         assert torch.equal(again.eval()(input_ids=IDS, adapter_names=rows).logits, wanted)
 
 
+@pytest.mark.slow
 def test_stock_peft_refuses_the_file(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     code = (

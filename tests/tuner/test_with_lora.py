@@ -636,6 +636,7 @@ torch.save((type(model.base_model).__module__, model(torch.tensor(json.load(sys.
 
 
 @pytest.mark.parametrize("kind", ["road", "lora"])
+@pytest.mark.slow
 def test_stock_peft_loads_each_alone(kind: str, tmp_path: Path, base_folder: Path) -> None:
     torch.manual_seed(0)
     config = road_config(target_modules=TARGETS, group_size=8, task_type="CAUSAL_LM")
