@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+import torch
 from packaging.version import Version
 
 
@@ -60,3 +61,14 @@ needs_loops_in_the_interpreter = pytest.mark.skipif(
     reason="before 3.7 Triton's interpreter makes the bounds of loops of arrays of one element, which numpy 2.4 refuses",
 )
 """For kernels with loops whose number of turns is a tensor of the kernel."""
+
+
+def _multiplies_int8_exactly() -> bool:
+    """Whether torch's products of int8 are right: without VNNI oneDNN adds pairs of them in 16 bits, which overflow."""
+    most = torch.full((32, 128), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most, most.T.contiguous()) == 127 * 127 * 128).all())
+
+
+needs_exact_products_of_int8 = pytest.mark.skipif(
+    not _multiplies_int8_exactly(), reason="torch's products of int8 overflow on this processor, which has no VNNI"
+)
