@@ -19,6 +19,7 @@ from roadie.errors import CheckpointError
 VERBS = (
     "api-key",
     "bench-serve",
+    "chat",
     "combine",
     "compare",
     "demo",
@@ -112,7 +113,7 @@ def test_debug_shows_the_traceback(roadie_cli, tmp_path):
     ("error", "code", "said"),
     [
         (OSError(28, "No space left on device"), 2, "roadie: [Errno 28] No space left on device\n"),
-        (KeyboardInterrupt(), 130, "--resume"),
+        (KeyboardInterrupt(), 130, "roadie: interrupted. Nothing was written.\n"),
     ],
 )
 def test_what_the_system_refuses_is_a_message_too(roadie_cli, monkeypatch, error, code, said):

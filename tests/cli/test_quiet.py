@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -54,6 +56,35 @@ def test_warnings_of_the_future_are_left_out(roadie_logger):
             warnings.warn("now", UserWarning, stacklevel=1)
         warnings.warn("again", FutureWarning, stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["now", "again"]
+
+
+def test_what_libraries_log_when_they_are_imported_is_left_out(roadie_logger, caplog):
+    roadie_logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("torchao", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree")]
+    before = [logger.level for logger in loggers]
+    with quiet_libraries():
+        for logger in loggers:
+            logger.warning("no such library")
+            logger.error("an error")
+        roadie_logger.warning("a warning to the user")
+    assert [record.getMessage() for record in caplog.records] == ["an error"] * 3 + ["a warning to the user"]
+    assert [logger.level for logger in loggers] == before
+
+
+def spoken(*arguments):
+    """What a process of its own writes to standard error."""
+    command = [sys.executable, "-m", "roadie.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_a_verb_says_nothing_before_its_answer(tiny_path, texts, tmp_path):
+    """PEFT and transformers, with all that they import, each in a process that imports them for the first time."""
+    adapter = tmp_path / "adapter"
+    quick = ("--group-size", 16, "--max-steps", 1, "--batch-size", 8, "--no-progress")
+    assert spoken("train", texts, "-m", tiny_path, "-o", adapter, *quick) == ""
+    assert spoken("generate", "07 is ", "-a", adapter, "-n", 2) == ""
 
 
 def test_verbose_leaves_everything_as_it_is(roadie_cli, roadie_logger, verbosity, tmp_path):

@@ -83,7 +83,7 @@ def test_every_option_of_train_reaches_the_recipe(roadie_cli, tiny_path, texts, 
     # All of them but the one that has no option, and what the run adds.
     assert expected.items() <= settings.items()
     added = {"model", "revision", "data_sha256", "evaluation_sha256"}
-    assert settings.keys() - expected.keys() - added == {"max_grad_norm", "stages", "input_stages"}
+    assert settings.keys() - expected.keys() - added == {"max_grad_norm", "stages", "input_stages", "exclude_modules"}
 
 
 @pytest.mark.filterwarnings("ignore:this adapter has")

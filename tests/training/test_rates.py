@@ -13,7 +13,7 @@ from roadie import embedded
 from roadie.cli.find_lr import show
 from roadie.errors import ConfigError
 from roadie.training.encoding import Example, collate
-from roadie.training.rates import FACTOR, RateSearch, Trial, find_learning_rate, following, search
+from roadie.training.rates import FACTOR, RateSearch, Trial, difference, find_learning_rate, following, search
 from roadie.training.recipe import Recipe
 
 MARGIN_NATS = 0.02
@@ -162,3 +162,48 @@ def test_a_search_that_gained_nothing_says_so():
     said = show(RateSearch((Trial(1e-3, 2.0), Trial(1e-2, 2.5)), 1.9, 8))
     assert "no rate made it smaller" in said
     assert "--learning-rate" not in said
+
+
+def parts(*nats, tokens=10):
+    """Losses of batches of so many tokens each."""
+    return tuple((value * tokens, tokens) for value in nats)
+
+
+def searched(*trials, before=(3.0, 4.0, 3.5)):
+    made = [Trial(rate, sum(losses) / len(losses), parts(*losses)) for rate, losses in trials]
+    return RateSearch(tuple(made), sum(before) / len(before), 8, parts(*before))
+
+
+def test_the_error_of_a_difference_is_that_of_a_ratio_of_sums():
+    # gaps of 2 and 0 nats in 2 tokens each: a mean of 0.5 a token, residuals of 1 and -1, sqrt(2 / 1 * 2) / 4
+    assert difference(((10.0, 2), (6.0, 2)), ((8.0, 2), (6.0, 2))) == (0.5, 0.5)
+    # proportional to the tokens, whatever the batches are like
+    assert difference(((10.0, 4), (6.0, 2)), ((8.0, 4), (5.0, 2))) == (0.5, 0.0)
+    assert difference(((10.0, 4),), ((8.0, 4),))[1] == float("inf")
+
+
+def test_a_search_is_trusted_where_the_best_rate_is_better_for_certain():
+    sure = searched((1e-3, (2.5, 3.5, 3.0)), (1e-2, (2.0, 3.0, 2.5)), (1e-1, (2.4, 3.4, 2.9)))
+    assert sure.doubts == ()
+    diverged = Trial(1e-1, float("inf"), ((float("inf"), 1),))
+    assert RateSearch((*sure.trials[:2], diverged), sure.loss_before, 8, sure.parts_before).doubts == ()
+    assert "too short" not in show(sure)
+
+
+@pytest.mark.parametrize(
+    ("trials", "doubt"),
+    [
+        (((1e-3, (2.6, 3.0, 2.2)), (1e-2, (2.0, 3.1, 2.5)), (1e-1, (2.4, 3.4, 2.9))), "0.001 is worse than 0.01 by"),
+        (((1e-3, (2.5, 3.5, 3.0)), (1e-2, (2.0, 3.0, 2.5)), (1e-1, (2.6, 3.0, 2.2))), "0.1 is worse than 0.01 by"),
+        (((1e-3, (2.5, 3.5, 3.0)), (1e-2, (2.0, 3.0, 2.5))), "0.01 is the highest rate that was tried"),
+        (((1e-2, (2.0, 3.0, 2.5)), (1e-1, (2.4, 3.4, 2.9))), "0.01 is the lowest rate that was tried"),
+        (((1e-3, (3.5, 4.5, 4.0)), (1e-2, (3.1, 3.8, 3.5)), (1e-1, (3.5, 4.2, 3.9))), "the loss moved by 0.0333 alone"),
+    ],
+)
+def test_a_search_that_chance_may_have_decided_is_not_trusted(trials, doubt):
+    found = searched(*trials)
+    assert len(found.doubts) == 1
+    assert found.doubts[0].startswith(doubt)
+    said = show(found)
+    assert "use --learning-rate 0.01, but this search was too short to trust" in said
+    assert "--steps 32" in said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +12,7 @@ from typer.core import TyperGroup
 
 from roadie import __version__
 from roadie.cli.bench_serve import bench_serve
+from roadie.cli.chat import chat
 from roadie.cli.combine import combine
 from roadie.cli.compare import compare
 from roadie.cli.demo import demo
@@ -20,31 +23,60 @@ from roadie.cli.generate import generate
 from roadie.cli.info import info
 from roadie.cli.inspect import inspect
 from roadie.cli.merge import merge
+from roadie.cli.refusals import in_options, message_of, options_of
 from roadie.cli.serve import api_key, serve
 from roadie.cli.train import train
 from roadie.cli.train_many import train_many
-from roadie.errors import TOLD_BY_ANOTHER_PROCESS, RoadieError
+from roadie.errors import TOLD_BY_ANOTHER_PROCESS
 
 FAILED = 2
 INTERRUPTED = 130
+WRITTEN = "roadie.written"
 
 
 class Verbs(TyperGroup):
-    """Prints what roadie and the file system refuse as one message; all else is a fault and keeps its traceback."""
+    """Prints what was refused as one line (`roadie.cli.refusals`); all else is a fault and keeps its traceback."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Remember the command as it was written."""
+        written = shlex.join(["roadie", *args])
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[WRITTEN] = written
+        return context
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; exit status 2 with a message where it was refused, 130 where it was interrupted."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("\nroadie: interrupted. A training goes on with the same command and --resume.", err=True)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"\nroadie: interrupted. {_what_is_kept(stop, ctx)}".rstrip(), err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except (RoadieError, OSError) as error:
+        except Exception as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
+            message = message_of(error)
+            if message is None:
+                raise
             if not getattr(error, TOLD_BY_ANOTHER_PROCESS, False):
-                typer.echo(f"roadie: {error}", err=True)
+                typer.echo(f"roadie: {in_options(message, options_of(_running(self, ctx)))}", err=True)
             raise typer.Exit(FAILED) from None
+
+
+def _running(group: Any, ctx: Any) -> Iterator[Any]:
+    """The command that was invoked; where it is a group, all of its commands."""
+    command = group.get_command(ctx, ctx.invoked_subcommand or "")
+    if command is not None:
+        yield from getattr(command, "commands", {"": command}).values()
+
+
+def _what_is_kept(stop: KeyboardInterrupt, ctx: Any) -> str:
+    kept = getattr(stop, "kept", None)
+    if kept is None:
+        return "Nothing was written."
+    if not kept.can_go_on:
+        return str(kept.text)
+    resumed = ctx.meta[WRITTEN].replace(" --overwrite", "")
+    return f"{kept.text}\nGo on with: {resumed}{'' if ' --resume' in resumed else ' --resume'}"
 
 
 app = typer.Typer(
@@ -62,6 +94,7 @@ app.command(short_help="Fine-tune an adapter on texts, with the recipe of the pa
 app.command("find-lr", short_help="Search a learning rate for train, by short runs.")(find_lr)
 app.command(short_help="Train many adapters of one base model at once.")(train_many)
 app.command(short_help="Continue prompts in one batch, each with its own adapter.")(generate)
+app.command(short_help="Talk with a model, switching adapters.")(chat)
 app.command(short_help="Write a whole model with adapters merged into it.")(merge)
 app.command(short_help="Show what is in an adapter file.")(info)
 app.command(short_help="Fit an adapter to a fine-tuned model or a LoRA adapter, without training.")(fit)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from roadie.errors import ConfigError
 
+if TYPE_CHECKING:
+    from roadie.traffic.client import Answer
+
 KEY_VARIABLE = "ROADIE_API_KEY"
 SOME_FAILED = 1
+LINES_OF_A_RUN = 10
 
 
 def bench_serve(
@@ -58,7 +64,11 @@ def bench_serve(
 
     from roadie.traffic import Popularity, Target, Workload, drive, models_of, plan, summarise
     from roadie.traffic.chart import chart
+    from roadie.training.folders import check_file
 
+    for file in (as_json, plot):
+        if file is not None:
+            check_file(file)
     kinds = [kind.value for kind in Popularity]
     if popularity not in kinds:
         raise ConfigError(f"got popularity {popularity!r}; wanted one of {', '.join(kinds)}")
@@ -77,12 +87,25 @@ def bench_serve(
         skew=skew,
         seed=seed,
     )
-    summary = summarise(asyncio.run(drive(target, plan(workload))))
+    summary = summarise(asyncio.run(drive(target, plan(workload), _progress(requests))))
     typer.echo(summary.text())
     title = f"{requests} requests, {popularity}, {len(workload.models)} models"
     if as_json:
+        as_json.parent.mkdir(parents=True, exist_ok=True)
         as_json.write_text(json.dumps(summary.as_json(), indent=2) + "\n", encoding="utf-8")
     if plot:
+        plot.parent.mkdir(parents=True, exist_ok=True)
         plot.write_text(chart(summary, title), encoding="utf-8")
     if summary.num_failed:
         raise typer.Exit(SOME_FAILED)
+
+
+def _progress(requests: int) -> Callable[[Answer], None]:
+    """Says on standard error how many answers have come, every so many."""
+    numbers, between = count(1), max(1, requests // LINES_OF_A_RUN)
+
+    def say(answer: Answer) -> None:
+        if (number := next(numbers)) % between == 0:
+            typer.echo(f"answered {number}/{requests} requests in {answer.end_s:.1f} s", err=True)
+
+    return say

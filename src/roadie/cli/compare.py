@@ -36,10 +36,11 @@ def compare(
       roadie compare adapters/* --output families.html
       roadie compare polite french --json
     """
-    from roadie.training.inspection import find_subjects, gather
+    from roadie.training.inspection import check_outputs, find_subjects, gather
     from roadie.training.models import ModelSource
 
     if len(path) < 2:
         raise typer.BadParameter("wanted two adapters or more; roadie inspect shows one")
+    check_outputs(output, png, overwrite=overwrite)
     gathered = gather(find_subjects(path), model=ModelSource(allow_pickle=allow_pickle))
     present(gathered, output=output, png=png, overwrite=overwrite, as_json=as_json, portraits=False, details=0)

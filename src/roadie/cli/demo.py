@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from roadie.training.demo import DemoResult, DemoSettings
 
 
+LINES_OF_AN_ADAPTER = 4
+
+
 def demo(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep the three adapters in this directory.")
@@ -54,13 +57,16 @@ def run_with_progress(console: Console, settings: DemoSettings, output: Path | N
     from roadie.training.demo import run_demo
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
+        between = max(1, settings.steps // LINES_OF_AN_ADAPTER)
 
         def on_step(kind: str, step: int, loss: float) -> None:
             if kind not in tasks:
                 tasks[kind] = progress.add_task(kind, total=settings.steps)
             progress.update(tasks[kind], completed=step, description=f"training {kind:<10} loss {loss:.2f}")
+            if not console.is_terminal and step % between == 0:
+                console.print(f"training {kind}: {step}/{settings.steps} steps, loss={loss:.2f}")
 
         return run_demo(settings, output, on_step)
 

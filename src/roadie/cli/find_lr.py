@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from roadie.cli.options import AllowPickle, Model, Revision, TrustRemoteCode
+from roadie.cli.options import AdaptGroupSize, AllowPickle, Exclude, Model, Revision, TrustRemoteCode
 from roadie.training.recipe import PRECISIONS, VARIANTS, Recipe
 
 if TYPE_CHECKING:
-    from roadie.training.rates import RateSearch
+    from roadie.training.rates import RateSearch, Trial
 
 DEFAULT = Recipe()
 
@@ -25,10 +25,12 @@ def find_lr(
     model: Model = None,
     variant: Annotated[str, typer.Option(help=f"{', '.join(VARIANTS)}.")] = DEFAULT.variant,
     group_size: Annotated[int, typer.Option(help="As for train.")] = DEFAULT.group_size,
+    adapt_group_size: AdaptGroupSize = DEFAULT.adapt_group_size,
     target: Annotated[
         list[str] | None,
         typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
     ] = None,
+    exclude: Exclude = None,
     first: Annotated[
         float | None, typer.Option(help="The rate to start the search from.", show_default="as for train")
     ] = DEFAULT.learning_rate,
@@ -48,6 +50,7 @@ def find_lr(
 
     Each rate gets STEPS steps with the schedule of the recipe and is measured on examples that were kept apart. From the
     first rate the search goes up and down in factors of about 3 until the best one has a worse one on both sides.
+    It is said where chance may have chosen the rate: where differences lie within the noise between the held-out examples.
 
     \b
     Examples:
@@ -59,7 +62,9 @@ def find_lr(
     recipe = Recipe(
         variant=variant,
         group_size=group_size,
+        adapt_group_size=adapt_group_size,
         target_modules=tuple(target) if target else DEFAULT.target_modules,
+        exclude_modules=tuple(exclude) if exclude else None,
         learning_rate=first,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
@@ -72,8 +77,12 @@ def find_lr(
         from roadie.training.rates import find_learning_rate
 
         source = ModelSource(model, revision, trust_remote_code, allow_pickle)
-        found = find_learning_rate(data, model=source, recipe=recipe, steps=steps)
+        found = find_learning_rate(data, model=source, recipe=recipe, steps=steps, on_trial=_say)
     typer.echo(show(found))
+
+
+def _say(trial: Trial) -> None:
+    typer.echo(f"tried {trial.learning_rate:g}: held-out loss {trial.loss:.4f}", err=True)
 
 
 def show(found: RateSearch) -> str:
@@ -85,4 +94,9 @@ def show(found: RateSearch) -> str:
     lines = table(rows, head=["learning rate", f"held-out loss after {found.steps} steps", ""])
     if not found.improves:
         return f"{lines}\n\nloss before: {found.loss_before:.4f}; no rate made it smaller: give more steps or more data"
-    return f"{lines}\n\nloss before: {found.loss_before:.4f}; use --learning-rate {best:g}"
+    verdict = f"{lines}\n\nloss before: {found.loss_before:.4f}; use --learning-rate {best:g}"
+    if not found.doubts:
+        return verdict
+    doubts = "\n".join(f"  {doubt}" for doubt in found.doubts)
+    advice = f"give more steps (--steps {4 * found.steps}) or more data"
+    return f"{verdict}, but this search was too short to trust:\n{doubts}\n{advice}"

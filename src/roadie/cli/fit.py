@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roadie.cli.options import Model, Overwrite, Revision, TrustRemoteCode
+from roadie.cli.options import AdaptGroupSize, Exclude, Model, Overwrite, Revision, TrustRemoteCode
 
 if TYPE_CHECKING:
     from roadie.fit import Fit, LayerReport
     from roadie.training.fitting import FitWritten
+
+
+LAYERS_A_LINE = 10
 
 
 class FitVariant(str, Enum):
@@ -48,15 +51,14 @@ def fit(
         FitVariant, typer.Option(help="road_2 holds every 2 x 2 block; road_1 is half as large, road_4 twice.")
     ] = FitVariant.ROAD_2,
     group_size: Annotated[int, typer.Option(help="Outputs j and j + half of it are a pair.")] = 64,
-    adapt_group_size: Annotated[
-        bool, typer.Option("--adapt-group-size", help="Where it does not divide a layer, take what does.")
-    ] = False,
+    adapt_group_size: AdaptGroupSize = False,
     target: Annotated[
         list[str] | None,
         typer.Option(
             "--target", "-t", help="Name, or end of the path, of a linear layer; all without it. May be repeated."
         ),
     ] = None,
+    exclude: Exclude = None,
     minimum_share: Annotated[
         float, typer.Option(help="Leave layers out of which a smaller share of the change is explained.")
     ] = 0.0,
@@ -99,7 +101,8 @@ def fit(
         from roadie.training.models import ModelSource
 
         chosen = FitText(tuple(map(str, text)), tokens, inputs.value) if text else None
-        settings: dict[str, Any] = {"target_modules": target} if target else {}
+        named = {"target_modules": target, "exclude_modules": exclude}
+        settings: dict[str, Any] = {key: names for key, names in named.items() if names}
         written = fit_to_disk(
             tuned,
             output,
@@ -121,12 +124,21 @@ def fit(
 
 
 def _progress(silent: bool) -> Any:
-    """Says on a terminal which layer is done; nothing elsewhere."""
+    """Says which layer is done: on a terminal each in the place of the last, elsewhere every so many in a line of its own."""
     import sys
+    from itertools import count
 
-    if silent or not sys.stderr.isatty():
+    numbers = count(1)
+    if silent:
         return None
-    return lambda report: typer.echo(f"\r\x1b[Kfitted {report.path}", nl=False, err=True)
+    if sys.stderr.isatty():
+        return lambda report: typer.echo(f"\r\x1b[Kfitted {report.path}", nl=False, err=True)
+
+    def say(report: LayerReport) -> None:
+        if (number := next(numbers)) % LAYERS_A_LINE == 0:
+            typer.echo(f"fitted {number} layers, the last of them {report.path}", err=True)
+
+    return say
 
 
 def show(written: FitWritten) -> None:

@@ -10,6 +10,9 @@ import typer
 
 from roadie.cli.options import AllowPickle, Model, Revision, TrustRemoteCode
 
+GUTTER = "  \u2502 "
+"""Stands before each line of an answer, which tells it from its prompt."""
+
 
 def generate(
     prompt: Annotated[
@@ -89,4 +92,5 @@ def generate(
             continue
         if len(asked) > 1:
             typer.echo(("\n" if number else "") + f"[{question.adapter or 'base model'}]")
-        typer.echo(question.text + text)
+        typer.echo(question.text)
+        typer.echo("\n".join(GUTTER + line for line in text.split("\n")))

@@ -56,9 +56,10 @@ def inspect(
       roadie inspect road=my-adapter lora=my-lora full=my-model --text notes.txt -o states.html
       roadie inspect my-adapter --json
     """
-    from roadie.training.inspection import TextSettings, find_subjects, gather
+    from roadie.training.inspection import TextSettings, check_outputs, find_subjects, gather
     from roadie.training.models import ModelSource
 
+    check_outputs(output, png, overwrite=overwrite)
     settings = TextSettings(tuple(text), tokens) if text else None
     source = ModelSource(model, revision, trust_remote_code, allow_pickle)
     with _quiet_where_needed(settings is not None):

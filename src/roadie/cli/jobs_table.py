@@ -1,8 +1,8 @@
-"""All jobs of a run at a glance: a table that is drawn again while they are trained."""
+"""All jobs of a run at a glance: a table that is drawn again while they are trained; lines where there is no terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LINES_AROUND = 6
 FEWEST_LINES = 5
+JOBS_OF_A_LINE = 4
 
 
 @dataclass
@@ -100,11 +101,43 @@ def _shown(number: float | None, form: str) -> str:
     return "" if number is None else format(number, form)
 
 
+class JobsLines(Observer):
+    """Listens to a run, and says where it stands in a line now and then: the steps of the run, and the jobs in training."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._between, self._step = 1, 0
+
+    def on_start(self, jobs: Sequence[Job], steps: Mapping[str, int]) -> None:
+        """As many lines as for a training of the longest job."""
+        from roadie.training.progress import steps_between_lines
+
+        self._between = steps_between_lines(max(steps.values(), default=1))
+
+    def on_step(self, reports: Sequence[StepReport], seconds: float) -> None:
+        """The first step, and every so many."""
+        self._step += 1
+        if self._step == 1 or self._step % self._between == 0:
+            jobs = [f"{each.name} {each.step}/{each.steps} loss={each.loss:.4f}" for each in reports[:JOBS_OF_A_LINE]]
+            jobs += [f"and {len(reports) - JOBS_OF_A_LINE:,} more"] if len(reports) > JOBS_OF_A_LINE else []
+            self._say(f"step {self._step}: {', '.join(jobs)}")
+
+    def on_end(self, result: JobResult) -> None:
+        """How a job ended."""
+        losses = "" if result.last_loss is None else f", loss={result.last_loss:.4f}"
+        losses += "" if result.eval_after is None else f", held-out={result.eval_after:.4f}"
+        where = result.reason or result.output
+        self._say(f"job {result.name}: {result.status.value} after {result.steps:,} steps{losses}: {where}")
+
+
 @contextmanager
 def live_table(console: Console, *, shown: bool) -> Iterator[list[Observer]]:
-    """Observers for a run that keep a table on the screen within the block, where it is a person's and `shown`."""
-    if not (shown and console.is_terminal):
+    """Observers for a run that show it within the block, if `shown`: as a table on a terminal, in lines elsewhere."""
+    if not shown:
         yield []
+        return
+    if not console.is_terminal:
+        yield [JobsLines(lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False))]
         return
     from rich.live import Live
 

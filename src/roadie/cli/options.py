@@ -34,4 +34,18 @@ AllowPickle = Annotated[
         "(torch.load with weights_only) and converted on the way.",
     ),
 ]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude", metavar="NAME", help="Name of modules to leave out of the targets; repeatable.", show_default=False
+    ),
+]
+AdaptGroupSize = Annotated[
+    bool,
+    typer.Option(
+        "--adapt-group-size",
+        help="Use a smaller group where the size does not divide a layer. Such an adapter cannot be blended with others in a "
+        "row, and roadie alone reads it.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]

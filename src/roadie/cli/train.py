@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from roadie.cli.config_file import Config
-from roadie.cli.options import AllowPickle, Model, Overwrite, Revision, TrustRemoteCode
+from roadie.cli.options import AdaptGroupSize, AllowPickle, Exclude, Model, Overwrite, Revision, TrustRemoteCode
 from roadie.errors import ConfigError
 from roadie.training.recipe import PRECISIONS, SCHEDULES, VARIANTS, Recipe, default_learning_rate
 
@@ -40,9 +40,7 @@ def train(
     group_size: Annotated[
         int, typer.Option(help="Outputs are paired inside groups of this size.")
     ] = DEFAULT.group_size,
-    adapt_group_size: Annotated[
-        bool, typer.Option("--adapt-group-size", help="Use a smaller group where the size does not divide a layer.")
-    ] = DEFAULT.adapt_group_size,
+    adapt_group_size: AdaptGroupSize = DEFAULT.adapt_group_size,
     stages: Annotated[
         str | None,
         typer.Option(help="Several rotations in a row, by their group sizes: 2,16,64.", show_default="one rotation"),
@@ -57,6 +55,7 @@ def train(
         list[str] | None,
         typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
     ] = None,
+    exclude: Exclude = None,
     share: Annotated[
         str | None,
         typer.Option(
@@ -115,7 +114,7 @@ def train(
     and ShareGPT's {"conversations": [{"from": ..., "value": ...}]} are read too.
 
     The output appears at the end. Checkpoints are kept in OUTPUT.training until then, and --resume goes on from the
-    last one to the same result as without the interruption.
+    last one to the same result as without the interruption. Ctrl-C ends after the step, with one more checkpoint.
 
     The learning rate is that of the paper, more where the model is narrower: 3e-3 * sqrt(4096 / width). A warning says
     when the loss shows that it is far off; roadie find-lr searches a better one.
@@ -128,6 +127,8 @@ def train(
       accelerate launch --num_processes 2 -m roadie.cli train notes.txt --output notes-adapter
     """
     from roadie.cli.quiet import quiet_libraries
+    from roadie.training.checkpoints import kept_in, work_path
+    from roadie.training.interruption import told
 
     recipe = Recipe(
         variant=variant,
@@ -136,6 +137,7 @@ def train(
         stages=_stages("--stages", stages),
         input_stages=_stages("--input-stages", input_stages),
         target_modules=tuple(target) if target else DEFAULT.target_modules,
+        exclude_modules=tuple(exclude) if exclude else None,
         share=share,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -152,7 +154,7 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
-    with quiet_libraries():
+    with told(lambda: kept_in(work_path(output))), quiet_libraries():
         from roadie.distributed.processes import joined
         from roadie.training.models import ModelSource
         from roadie.training.run import train as run

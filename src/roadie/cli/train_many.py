@@ -39,7 +39,7 @@ def train_many(
 
     Each job has its own data, learning rate, schedule, steps, seed, targets and variant, and ends as it would alone. Its
     adapter appears in its output folder as soon as it is done. A job whose data cannot be read or whose loss is not
-    finite fails alone; the exit status is 1 then.
+    finite fails alone; the exit status is 1 then. Ctrl-C ends after the step, with a checkpoint for --resume.
 
     \b
     JOBS.yaml:
@@ -52,7 +52,7 @@ def train_many(
 
     A job may say: name, data, output, steps (or epochs), learning_rate, schedule, warmup_ratio, weight_decay,
     max_grad_norm, batch_size, max_length, seed, variant, group_size, adapt_group_size, stages, input_stages, targets,
-    share, eval_data or eval_share, and eval_steps. What the words mean: see roadie train.
+    exclude, share, eval_data or eval_share, and eval_steps. What the words mean: see roadie train.
 
     \b
     Examples:
@@ -64,8 +64,10 @@ def train_many(
 
     from roadie.cli.jobs_table import live_table
     from roadie.cli.quiet import quiet_libraries
+    from roadie.training.interruption import told
+    from roadie.training.many.kept import kept_in
 
-    with quiet_libraries():
+    with told(lambda: kept_in(work or jobs.with_suffix(".training"))), quiet_libraries():
         from roadie.distributed.processes import joined
         from roadie.training.many.run import train_many as run
         from roadie.training.models import ModelSource

@@ -15,6 +15,7 @@ from roadie.errors import AdapterError, ConfigError
 from roadie.fit.closed_form import Moments, best_rotation
 from roadie.fit.report import Fit, LayerReport, NotFitted
 from roadie.fit.settings import Settings
+from roadie.linear import by_likeness
 from roadie.rotation import to_parameters
 
 OnLayer = Callable[[LayerReport], None]
@@ -119,9 +120,11 @@ def target_names(paths: Iterable[str], modules: Iterable[str]) -> list[str]:
 def check_any(found: Mapping[str, object], settings: Settings, candidates: Iterable[str]) -> None:
     """Raise `ConfigError` where no layer is targeted; candidates: the linear layers there are."""
     if not found:
-        names = sorted({path.rpartition(".")[2] for path in candidates})[:8]
+        targets = settings.target_modules
+        names = by_likeness(targets if isinstance(targets, str) else targets[0], candidates)
+        left_out = f" with exclude_modules={settings.exclude_modules!r}" if settings.exclude_modules else ""
         raise ConfigError(
-            f"got target_modules={settings.target_modules!r}, which no linear layer is; wanted names of linear layers, such as "
+            f"got target_modules={targets!r}{left_out}, which no linear layer is; wanted names of linear layers, such as "
             f"{names}"
         )
 

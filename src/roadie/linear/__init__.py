@@ -6,12 +6,13 @@ call it (`roadie.linear.reads`), and no meaning where the layer gives something 
 """
 
 from roadie.linear.kinds import in_features, is_linear, out_features
-from roadie.linear.names import has_name, unmatched_names
+from roadie.linear.names import by_likeness, has_name, unmatched_names
 from roadie.linear.outputs import check_output
 from roadie.linear.reads import read_in_a_forward, weight_reads
 from roadie.linear.refusals import check_named, refusals, without_refused
 
 __all__ = [
+    "by_likeness",
     "check_named",
     "check_output",
     "has_name",

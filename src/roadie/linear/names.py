@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 _SHOWN = 5
+_OFFERED = 8
 
 
 def has_name(path: str, name: str) -> bool:
@@ -36,6 +37,13 @@ def unmatched_names(
             near = nearest(name, paths)
             found[name] = f"matches no module (nearest: {', '.join(near)})" if near else "matches no module"
     return found
+
+
+def by_likeness(name: str, paths: Iterable[str]) -> list[str]:
+    """Some of the last parts of `paths`, those first that are spelled most like the last part of `name`."""
+    end, ends = name.rpartition(".")[2], {path.rpartition(".")[2] for path in paths}
+    likeness = {one: difflib.SequenceMatcher(None, end, one).ratio() for one in ends}
+    return sorted(ends, key=lambda one: (-likeness[one], one))[:_OFFERED]
 
 
 def stacked_experts(model: nn.Module) -> list[str]:

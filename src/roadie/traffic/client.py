@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,13 +78,21 @@ async def models_of(target: Target) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return base, tuple(model["id"] for model in models if model.get("parent"))
 
 
-async def drive(target: Target, arrivals: Sequence[Arrival]) -> tuple[Answer, ...]:
-    """Send all requests, each at its time, and wait for their answers."""
+async def drive(
+    target: Target, arrivals: Sequence[Arrival], on_answer: Callable[[Answer], None] = lambda answer: None
+) -> tuple[Answer, ...]:
+    """Send all requests, each at its time, and wait for their answers; `on_answer` is told of each when it has come."""
+
+    async def answered(arrival: Arrival) -> Answer:
+        answer = await sender.send(arrival)
+        on_answer(answer)
+        return answer
+
     room = asyncio.Semaphore(target.max_at_once)
     async with target.client() as client:
         began_s = time.perf_counter()
         sender = _Sender(target, client, room, began_s)
-        return tuple(await asyncio.gather(*(sender.send(arrival) for arrival in arrivals)))
+        return tuple(await asyncio.gather(*map(answered, arrivals)))
 
 
 @dataclass

@@ -20,6 +20,7 @@ from roadie import checkpoint
 from roadie.adapter import check_adapter_name
 from roadie.errors import CheckpointError, ConfigError
 from roadie.training.models import ModelSource, as_source, load_model, load_tokenizer
+from roadie.training.places import check_adapter_place, check_model_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from roadie.tuner import PeftModel
 
 PICKLE_NAME = "adapter_model.bin"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,7 @@ def _local_folder(path: str, *, allow_pickle: bool) -> Path:
         return local.parent
     if local.is_dir():
         return local
-    if not _HUB_NAME.fullmatch(path):
-        raise CheckpointError(
-            f"{path}: got no such file or folder; wanted an adapter folder or a hub repository; check the path"
-        )
+    check_adapter_place(path)
     return hub_folder(path, [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, *([PICKLE_NAME] if allow_pickle else [])])
 
 
@@ -166,6 +163,7 @@ def load_adapted(adapters: Sequence[str | NamedAdapter], model: str | ModelSourc
     """
     named = _named(adapters)
     asked = as_source(model)
+    check_model_place(asked.place)
     with ExitStack() as stack:
         folders = {a.name: stack.enter_context(adapter_folder(a.path, allow_pickle=asked.allow_pickle)) for a in named}
         source = asked.for_adapters(base_model_of(folder) for folder in folders.values())

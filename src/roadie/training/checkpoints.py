@@ -18,6 +18,7 @@ from typing import Any
 
 from roadie.errors import ConfigError
 from roadie.training.folders import OutputExists, check_free
+from roadie.training.interruption import NOTHING, Kept
 
 SETTINGS_NAME = "settings.json"
 STATE_NAME = "trainer_state.json"
@@ -79,6 +80,19 @@ def record_start(path: Path, settings: Mapping[str, Any], loss_before: float) ->
     content = {"settings": dict(settings), "loss_before": loss_before}
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path / SETTINGS_NAME)
+
+
+def kept_in(folder: Path) -> Kept:
+    """What an interrupted run leaves in its working folder, which is removed where that is nothing but settings."""
+    checkpoint = last_complete(folder)
+    if checkpoint is not None:
+        return Kept(f"Kept: the checkpoint after step {_steps(checkpoint)} in {folder}.", can_go_on=True)
+    ours = folder.is_dir() and all(
+        path.name.startswith((SETTINGS_NAME, "checkpoint-", "tmp-checkpoint-")) for path in folder.iterdir()
+    )
+    if ours:
+        shutil.rmtree(folder, ignore_errors=True)
+    return NOTHING
 
 
 def last_complete(folder: Path) -> Path | None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 
 from roadie import embedded
 from roadie.errors import RoadieError
+from roadie.training.folders import check_writable
 from roadie.tuner import RoadConfig, get_peft_model
 
 BASE = "base"
@@ -106,6 +107,8 @@ def run_demo(
     started = time.monotonic()
     torch.manual_seed(settings.seed)
     kinds = installed_kinds()
+    if output is not None:
+        check_writable(output / kinds[0])
     tokenizer = embedded.load_tokenizer()
     model = embedded.load_model()
     base_parameters = model.num_parameters()

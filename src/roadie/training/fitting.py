@@ -7,7 +7,6 @@ its module is called can differ; which modules are linear layers, the model's ow
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +20,15 @@ from roadie.linear import is_linear, without_refused
 from roadie.training.adapters import attach, hub_folder
 from roadie.training.encoding import Example, collate, encode
 from roadie.training.folders import check_free, whole_folder
+from roadie.training.group_sizes import tell_of_smaller_groups
 from roadie.training.models import ModelSource, as_source, best_device, context_length, load_model, load_tokenizer
-from roadie.training.text import read
+from roadie.training.places import check_adapter_place, check_model_place
+from roadie.training.text import check_there, read
 
 MOST_ROW_TOKENS = 512
 ROWS_A_BATCH = 8
 OnLayer = Callable[[fit.LayerReport], None]
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 _LORA_FILES = [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME]
 
@@ -82,13 +82,17 @@ def fit_to_disk(
     output = Path(output)
     check_free(output, overwrite=overwrite)
     fit.Settings(**settings)
+    check_there(text.sources if text is not None else ())
     folder = model_folder(str(tuned))
     is_lora = (folder / checkpoint.CONFIG_NAME).is_file()
     source = as_source(model).for_adapters([_base_named_by(folder)] if is_lora else [])
+    check_model_place(source.place)
     if text is not None:
         found = _from_text(folder, is_lora, source, text, on_layer, settings)
     else:
         found = _from_weights(folder, is_lora, source, on_layer, settings)
+    sizes = ((path, layer.group_size) for path, layer in found.layers.items())
+    tell_of_smaller_groups(sizes, fit.Settings(**settings).group_size)
     with whole_folder(output, overwrite=overwrite) as new:
         checkpoint.save(found.adapter, new)
     method = "LoRA adapter" if is_lora else "whole model"
@@ -98,7 +102,8 @@ def fit_to_disk(
 def model_folder(name: str, revision: str | None = None) -> Path:
     """The local folder of a model or adapter: a folder, a file in it, or what the hub (or its local copy) has of that name."""
     place = Path(name)
-    if place.exists() or not _HUB_NAME.fullmatch(name):
+    check_adapter_place(name, "the folder of a model or an adapter", "folder")
+    if place.exists():
         return place.parent if place.is_file() else place
     return hub_folder(name, [*_MODEL_FILES, *_LORA_FILES], revision)
 

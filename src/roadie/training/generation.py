@@ -79,13 +79,17 @@ def generate(
     decoding = decoding or Decoding()
     routing = _routing(model, prompts)
     rows = [_tokens(tokenizer, prompt.text, chat=chat) for prompt in prompts]
-    pad = _pad_token(tokenizer)
+    pad = pad_token(tokenizer)
     input_ids, attention_mask = (part.to(model.device) for part in _padded_left(rows, pad))
     devices = [model.device] if model.device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"), torch.no_grad():
         torch.manual_seed(decoding.seed)
         output = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, pad_token_id=pad, **_arguments(decoding), **routing
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pad_token_id=pad,
+            **generation_arguments(decoding),
+            **routing,
         )
     return [tokenizer.decode(row, skip_special_tokens=True) for row in output[:, input_ids.shape[1] :]]
 
@@ -105,15 +109,24 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> lis
     if chat:
         messages = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    tokens = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
-    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not chat:
+    return text_tokens(tokenizer, text, is_whole=chat)
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, is_whole: bool) -> list[int]:
+    """The tokens of a text to go on with; is_whole: it has all special tokens, as a chat template writes them.
+
+    Raises `ConfigError` where there is none.
+    """
+    tokens = list(tokenizer(text, add_special_tokens=not is_whole)["input_ids"])
+    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not is_whole:
         tokens.pop()
     if not tokens:
         raise ConfigError("got an empty prompt, and the tokenizer has no token to begin with; wanted some text")
     return tokens
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up: the tokenizer's, else its end of text, else 0."""
     tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in tokens if token is not None)
 
@@ -127,7 +140,7 @@ def _padded_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
     return input_ids, attention_mask
 
 
-def _arguments(decoding: Decoding) -> dict[str, Any]:
+def generation_arguments(decoding: Decoding) -> dict[str, Any]:
     """Arguments of transformers' generate; every one that the model's own generation config might set is set here."""
     sampling = decoding.temperature > 0
     return {

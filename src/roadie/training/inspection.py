@@ -26,9 +26,10 @@ from roadie.errors import CheckpointError, ConfigError, UnsafeCheckpointError
 from roadie.inspect import Report, StateChange, change_of_states, check_page, summarise_states, to_pngs, write_html
 from roadie.training.adapters import NamedAdapter, adapter_folder, attach, base_model_of, parse_adapters
 from roadie.training.encoding import encode
-from roadie.training.folders import check_free, whole_folder
+from roadie.training.folders import check_file, check_free, whole_folder
 from roadie.training.models import ModelSource, as_source, best_device, context_length, load_model, load_tokenizer
-from roadie.training.text import read
+from roadie.training.places import check_model_place
+from roadie.training.text import check_there, read
 
 MOST_ROW_TOKENS = 512
 States = Callable[[Tensor], Tensor]
@@ -118,6 +119,8 @@ def gather(
             "show what it does; name one (--text FILE)"
         )
     source = as_source(model)
+    check_model_place(source.place)
+    check_there(text.sources if text is not None else ())
     with ExitStack() as stack:
         folders = {
             each.name: stack.enter_context(adapter_folder(each.path, allow_pickle=source.allow_pickle))
@@ -126,6 +129,15 @@ def gather(
         }
         adapters = {name: checkpoint.load(folder) for name, folder in folders.items()}
         return Gathered(adapters, measure_states(subjects, folders, text, source) if text else ())
+
+
+def check_outputs(page: str | Path | None, pngs: str | Path | None, *, overwrite: bool = False) -> None:
+    """Raise what `write` raises for places that cannot be written, before there is anything to write."""
+    if page is not None:
+        check_page(page)
+        check_file(Path(page))
+    if pngs is not None:
+        check_free(Path(pngs), overwrite=overwrite)
 
 
 def write(
@@ -137,13 +149,11 @@ def write(
     Raises `ConfigError` for a page whose name does not end in .html or that is no plain file, and where matplotlib is
     missing; `OutputExists` for the folder; `OSError` where the disk refuses.
     """
-    if page is not None:
-        check_page(page)
+    check_outputs(page, pngs, overwrite=overwrite)
     if pngs is None:
         if page is not None:
             write_html(report, page)
         return
-    check_free(Path(pngs), overwrite=overwrite)
     with whole_folder(Path(pngs), overwrite=overwrite) as folder:
         for name, content in to_pngs(report).items():
             (folder / name).write_bytes(content)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from roadie import embedded
 from roadie.errors import ConfigError
+from roadie.training.places import check_model_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+MOST_OF_A_REASON = 400
+"""Characters of what a library says."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +68,28 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrai
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    def load() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
             source.place,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             use_safetensors=None if source.allow_pickle else True,
             dtype="auto" if dtype is None else dtype,
         )
-    except (OSError, ValueError) as error:
-        raise _not_loaded("a causal language model", source, error) from error
-    return model.eval()
+
+    return _loaded("a causal language model", source, load).eval()
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The model's tokenizer; raises `ConfigError` where transformers cannot load it."""
     from transformers import AutoTokenizer
 
-    try:
+    def load() -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             source.place, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise _not_loaded("a tokenizer", source, error) from error
+
+    return _loaded("a tokenizer", source, load)
 
 
 def context_length(source: ModelSource) -> int | None:
@@ -100,24 +105,46 @@ def hidden_size(source: ModelSource) -> int | None:
 def _number_in_config(source: ModelSource, name: str) -> int | None:
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(
+    def load() -> Any:
+        return AutoConfig.from_pretrained(
             source.place, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise _not_loaded("a model", source, error) from error
+
+    config = _loaded("a model", source, load)
     number = getattr(config.get_text_config(), name, None)
     return number if isinstance(number, int) and number > 0 else None
 
 
+def _loaded(what: str, source: ModelSource, load: Callable[[], T]) -> T:
+    """What `load` gives; whatever a folder that holds no such thing makes transformers raise is a `ConfigError`.
+
+    Memory that runs out is no fault of the folder.
+    """
+    check_model_place(source.place)
+    try:
+        return load()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # broken files raise KeyError, TypeError, SafetensorError, errors of tokenizers and more
+        raise _not_loaded(what, source, error) from error
+
+
 def _not_loaded(what: str, source: ModelSource, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
+    reason = str(error)
     advice = "check the name"
     if not source.trust_remote_code and "trust_remote_code" in reason:
         advice = "it needs Python code of its own, which runs only with trust_remote_code (--trust-remote-code)"
     elif not source.allow_pickle and "safetensors" in reason:
         advice = "weights that are not safetensors are read only with allow_pickle (--allow-pickle)"
-    return ConfigError(f"got {source.place!r}; wanted {what}; {advice}. transformers says: {reason}")
+    return ConfigError(f"got {source.place!r}; wanted {what}; {advice}. transformers says: {_in_short(error)}")
+
+
+def _in_short(error: Exception) -> str:
+    """An error's text on one line, cut where transformers counts up all kinds of models; with its type where it needs one."""
+    text = " ".join(str(error).split())
+    if len(text) > MOST_OF_A_REASON:
+        text = f"{text[:MOST_OF_A_REASON].rpartition(' ')[0]} ..."
+    return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}"
 
 
 def training_dtype(precision: str) -> torch.dtype:

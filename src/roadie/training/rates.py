@@ -7,6 +7,8 @@ Every trial trains the adapter for `steps` steps with the recipe's schedule, on 
 on examples that no trial learns from; then the adapter is put back. From the first rate the search goes to its neighbours,
 a factor of sqrt(10) apart, until the best rate has a worse one on both sides: 3 to 6 trials as a rule.
 
+`RateSearch.doubts` says when such a search was too short to trust: by the differences between the same held-out examples.
+
 Short runs like high rates: for a training of many epochs take the rate found, or the one below it.
 """
 
@@ -35,35 +37,74 @@ from roadie.training.models import (
 from roadie.training.recipe import Recipe
 from roadie.training.record import Sources
 from roadie.training.run import adapted_model
-from roadie.training.text import read
+from roadie.training.text import check_there, read
 
 FACTOR = math.sqrt(10)
 STEPS = 32
 MOST_TRIALS = 9
 MEASURED_SHARE, MOST_MEASURED = 0.2, 64
 LOWEST, HIGHEST = 1e-6, 0.9
+MEASURED_PARTS = 16
+CERTAIN = 2.0
+"""Standard errors that a difference must have; chance alone reaches them once in twenty times."""
+
+Parts = tuple[tuple[float, int], ...]
+"""The sum of the losses (nats) and the number of learnt tokens of each batch of held-out examples."""
+DIVERGED: Parts = ((math.inf, 1),)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One short training: its learning rate, and the held-out loss after it (nats a token; infinite: it diverged)."""
+    """One short training: its learning rate, and the held-out loss after it (nats a token; infinite: it diverged).
+
+    parts: of that loss, by batches of held-out examples.
+    """
 
     learning_rate: float
     loss: float
+    parts: Parts = ()
 
 
 @dataclass(frozen=True)
 class RateSearch:
-    """What a search found. trials: in the order of their rates; loss_before: of the adapter as it started, nats a token."""
+    """What a search found. trials: in the order of their rates; loss_before: of the adapter as it started, nats a token.
+
+    parts_before: of that loss, by the same batches as those of the trials.
+    """
 
     trials: tuple[Trial, ...]
     loss_before: float
     steps: int
+    parts_before: Parts = ()
+
+    @property
+    def best(self) -> Trial:
+        """The trial of the lowest loss."""
+        return min(self.trials, key=lambda trial: trial.loss)
 
     @property
     def learning_rate(self) -> float:
         """The rate of the lowest loss."""
-        return min(self.trials, key=lambda trial: trial.loss).learning_rate
+        return self.best.learning_rate
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the rate should not be trusted: it is at the edge of what was tried, or chance may have chosen it."""
+        place, best = self.trials.index(self.best), self.best
+        found = []
+        if place in (0, len(self.trials) - 1):
+            edge = "lowest" if place == 0 else "highest"
+            found.append(
+                f"{best.learning_rate:g} is the {edge} rate that was tried, so that a better one may lie beyond"
+            )
+        for other in self.trials[max(0, place - 1) : place + 2]:
+            if other is not best and not _is_certain(other.parts, best.parts):
+                worse = f"{other.learning_rate:g} is worse than {best.learning_rate:g} by {other.loss - best.loss:.4f}"
+                found.append(f"{worse}, which is {_noise(other.parts, best.parts)}")
+        if self.improves and not _is_certain(self.parts_before, best.parts):
+            moved = f"the loss moved by {self.loss_before - best.loss:.4f} alone"
+            found.append(f"{moved}, which is {_noise(self.parts_before, best.parts)}")
+        return tuple(found)
 
     @property
     def improves(self) -> bool:
@@ -71,25 +112,63 @@ class RateSearch:
         return min(trial.loss for trial in self.trials) < self.loss_before
 
 
+def difference(worse: Parts, better: Parts) -> tuple[float, float]:
+    """How much more nats a token the first has than the second, and the standard error of that.
+
+    The same batches of examples are compared, so that what makes some of them harder cancels; the error is that of a ratio
+    of sums (of nats, of tokens) over batches that stand for others. It is infinite for fewer than two.
+    """
+    counts = [count for _, count in better]
+    gaps = [ours[0] - theirs[0] for ours, theirs in zip(worse, better, strict=True)]
+    number, total = len(counts), sum(counts)
+    if number < 2:
+        return math.nan, math.inf
+    mean = sum(gaps) / total
+    squares = sum((gap - mean * count) ** 2 for gap, count in zip(gaps, counts, strict=True))
+    return mean, math.sqrt(number / (number - 1) * squares) / total
+
+
+def _is_certain(worse: Parts, better: Parts) -> bool:
+    """Whether chance does not explain a difference. One that diverged is worse for certain."""
+    if worse and not all(math.isfinite(nats) for nats, _ in worse):
+        return True
+    gap, error = difference(worse, better)
+    return gap > CERTAIN * error
+
+
+def _noise(worse: Parts, better: Parts) -> str:
+    _, error = difference(worse, better)
+    if math.isinf(error):
+        return "of too few held-out examples to tell from chance"
+    return f"within the noise between held-out examples ({CERTAIN * error:.4f})"
+
+
 def find_learning_rate(
-    data: Sources, *, model: str | ModelSource | None = None, recipe: Recipe | None = None, steps: int = STEPS
+    data: Sources,
+    *,
+    model: str | ModelSource | None = None,
+    recipe: Recipe | None = None,
+    steps: int = STEPS,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> RateSearch:
     """Search a peak learning rate for training on `data` (see `roadie.training.text`) with `recipe`; writes nothing.
 
     The search starts at the recipe's own rate, or at the default for the model's width. steps: optimizer steps of a trial,
-    of `recipe.batch_size` examples each.
+    of `recipe.batch_size` examples each. on_trial: is told of each trial when it has ended.
     Raises `RoadieError` for settings, texts and models that cannot be used.
     """
     source = as_source(model)
     if steps < 2:
         raise ConfigError(f"got steps={steps}; wanted at least 2; try {STEPS}")
+    check_there(data)
     recipe, tokenizer = (recipe or Recipe()).for_width(hidden_size(source)), load_tokenizer(source)
     length = min(recipe.max_length, context_length(source) or recipe.max_length)
     examples = encode(read(data), tokenizer, length)
     share = min(MEASURED_SHARE, MOST_MEASURED / len(examples))
     learnt, measured = split(examples, share, recipe.seed)
     adapted = adapted_model(source, recipe).to(best_device())
-    return search(adapted, learnt, measured, recipe, steps=steps, pad_token_id=adapted.config.pad_token_id or 0)
+    pad = adapted.config.pad_token_id or 0
+    return search(adapted, learnt, measured, recipe, steps=steps, pad_token_id=pad, on_trial=on_trial)
 
 
 def search(
@@ -100,20 +179,21 @@ def search(
     *,
     steps: int = STEPS,
     pad_token_id: int = 0,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> RateSearch:
     """The search on an adapted model, whose trainable parameters, mode and random state are as before afterwards."""
     recipe = recipe.for_width(getattr(getattr(model, "config", None), "hidden_size", None))
     bench = _Bench(model, learnt, measured, recipe, steps, pad_token_id)
-    losses: dict[float, float] = {}
+    trials: dict[float, Trial] = {}
     with _put_back(model):
-        before = bench.loss()
+        before = bench.parts()
         rate: float | None = recipe.peak_rate
-        while rate is not None and len(losses) < MOST_TRIALS:
+        while rate is not None and len(trials) < MOST_TRIALS:
             with _put_back(model):
-                losses[rate] = bench.trial(rate)
-            rate = following(losses)
-    trials = tuple(Trial(rate, losses[rate]) for rate in sorted(losses))
-    return RateSearch(trials, before, steps)
+                trials[rate] = bench.trial(rate)
+            on_trial(trials[rate])
+            rate = following({tried: trial.loss for tried, trial in trials.items()})
+    return RateSearch(tuple(trials[rate] for rate in sorted(trials)), _mean(before), steps, before)
 
 
 def following(losses: dict[float, float]) -> float | None:
@@ -140,8 +220,16 @@ class _Bench:
     steps: int
     pad_token_id: int
 
-    def trial(self, rate: float) -> float:
-        """Train at a rate from where the model is; the held-out loss, infinite where training or loss is not finite."""
+    def trial(self, rate: float) -> Trial:
+        """Train at a rate from where the model is; the held-out loss is infinite where training or loss is not finite."""
+        if not self._trained(rate):
+            return Trial(rate, math.inf, DIVERGED)
+        parts = self.parts()
+        loss = _mean(parts)
+        return Trial(rate, loss, parts) if math.isfinite(loss) else Trial(rate, math.inf, DIVERGED)
+
+    def _trained(self, rate: float) -> bool:
+        """Train at a rate; whether all losses were finite."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=self.recipe.weight_decay)
         self.model.train()
@@ -150,23 +238,20 @@ class _Bench:
             share = scheduled_rate(self.recipe, step + 1, self.steps + 1) / self.recipe.peak_rate
             optimizer.param_groups[0]["lr"] = rate * share
             if not self._backward(batch):
-                return math.inf
+                return False
             if self.recipe.max_grad_norm:
                 nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loss = self.loss()
-        return loss if math.isfinite(loss) else math.inf
+        return True
 
-    def loss(self) -> float:
-        """The mean loss over the learnt tokens of the held-out examples."""
+    def parts(self) -> Parts:
+        """The losses of the learnt tokens of the held-out examples, and how many these are, a few examples at a time."""
         self.model.eval()
-        total, count = 0.0, 0
+        size = min(math.ceil(len(self.measured) / MEASURED_PARTS), self.recipe.micro_batch_size or MEASURED_PARTS)
         with torch.no_grad():
-            for part in self._parts(self.measured):
-                loss, learnt = self._summed(part)
-                total, count = total + float(loss), count + learnt
-        return total / count
+            sums = [self._summed(part) for part in _cut(self.measured, size)]
+        return tuple((float(nats), count) for nats, count in sums)
 
     def _backward(self, batch: Sequence[Example]) -> bool:
         """Gradients of the mean loss of a batch, in passes of micro_batch_size; whether the loss is finite."""
@@ -188,8 +273,7 @@ class _Bench:
             return self.model(**batch, use_cache=False).loss * count, count
 
     def _parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-        size = self.recipe.micro_batch_size or self.recipe.batch_size
-        return (examples[start : start + size] for start in range(0, len(examples), size))
+        return _cut(examples, self.recipe.micro_batch_size or self.recipe.batch_size)
 
     def _batches(self) -> Iterator[list[Example]]:
         """Without end, and the same for every trial: each example once before any again."""
@@ -200,6 +284,15 @@ class _Bench:
                 waiting += torch.randperm(len(self.learnt), generator=generator).tolist()
             chosen, waiting = waiting[: self.recipe.batch_size], waiting[self.recipe.batch_size :]
             yield [self.learnt[index] for index in chosen]
+
+
+def _cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    return (examples[start : start + size] for start in range(0, len(examples), size))
+
+
+def _mean(parts: Parts) -> float:
+    """Nats a token."""
+    return sum(nats for nats, _ in parts) / sum(count for _, count in parts)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def default_learning_rate(hidden_size: int | None) -> float:
 class Recipe:
     """A training run's settings; raises `ConfigError` where one is not valid.
 
-    variant, group_size, target_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the output layer.
+    variant, group_size, target_modules, exclude_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the output layer.
     adapt_group_size: where a layer's outputs are no multiple of `group_size`, use their greatest common divisor;
         otherwise such a layer is an error.
     stages: group sizes of several rotations in a row, such as (2, 16, 64), instead of one of `group_size`; None: one.
@@ -67,6 +67,7 @@ class Recipe:
     stages: tuple[int, ...] | None = None
     input_stages: tuple[int, ...] | None = None
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude_modules: str | tuple[str, ...] | None = None
     share: str | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
@@ -87,7 +88,9 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_numbers(self)
-        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+        object.__setattr__(self, "target_modules", _checked_names("target_modules", self.target_modules))
+        if self.exclude_modules is not None:
+            object.__setattr__(self, "exclude_modules", _checked_names("exclude_modules", self.exclude_modules))
         if self.share is not None:
             object.__setattr__(self, "share", str(Share.parse(self.share)))
         if self.stages is not None:
@@ -109,7 +112,7 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """All settings as JSON can hold them; `from_mapping` gives the same recipe back."""
         settings = asdict(self)
-        for name in ("target_modules", "stages", "input_stages"):
+        for name in ("target_modules", "exclude_modules", "stages", "input_stages"):
             if isinstance(settings[name], tuple):
                 settings[name] = list(settings[name])
         return settings
@@ -196,16 +199,17 @@ def _checked_sizes(recipe: Recipe, name: str, advice: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _checked_targets(targets: object) -> str | tuple[str, ...]:
-    advice = f"use {ALL_LINEAR!r}, a regular expression, or a list such as ['q_proj', 'v_proj']"
+def _checked_names(setting: str, targets: object) -> str | tuple[str, ...]:
+    words = f"{ALL_LINEAR!r}, a" if setting == "target_modules" else "a"
+    advice = f"use {words} regular expression, or a list such as ['q_proj', 'v_proj']"
     if isinstance(targets, str):
         names: Sequence[object] = (targets,)
     elif isinstance(targets, Sequence):
         names = tuple(targets)
     else:
-        raise _refused("target_modules", targets, "module names", advice)
+        raise _refused(setting, targets, "module names", advice)
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise _refused("target_modules", targets, "module names", advice)
+        raise _refused(setting, targets, "module names", advice)
     return targets if isinstance(targets, str) else tuple(str(name) for name in names)
 
 

@@ -30,9 +30,20 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from roadie.checkpoint import WEIGHTS_NAME
 from roadie.distributed.processes import Processes, join
 from roadie.errors import ConfigError
-from roadie.training.checkpoints import WorkFolder, check_output, former_rate, open_work, record_start, work_path
+from roadie.training.checkpoints import (
+    WorkFolder,
+    check_output,
+    former_rate,
+    kept_in,
+    open_work,
+    record_start,
+    work_path,
+)
 from roadie.training.encoding import Example, encode, fingerprint, split
 from roadie.training.folders import whole_folder
+from roadie.training.group_sizes import tell_of_smaller_groups
+from roadie.training.interruption import Interrupted, StopRequest
+from roadie.training.many.targets import check_any
 from roadie.training.models import (
     ModelSource,
     as_source,
@@ -42,13 +53,14 @@ from roadie.training.models import (
     load_tokenizer,
     training_dtype,
 )
-from roadie.training.progress import ProgressBar
+from roadie.training.places import check_model_place
+from roadie.training.progress import shown_progress
 from roadie.training.rate_watch import RateWatch
 from roadie.training.recipe import Recipe
 from roadie.training.record import RECORD_NAME, Sources, TrainingResult, history_of, write_record
-from roadie.training.text import read
+from roadie.training.text import check_there, read
 from roadie.training.trainer import GlobalBatchTrainer
-from roadie.tuner import RoadConfig, get_peft_model, train_only
+from roadie.tuner import RoadConfig, RoadInput, RoadLayer, get_peft_model, train_only
 
 if TYPE_CHECKING:
     from roadie.tuner import PeftModel
@@ -100,6 +112,7 @@ def train(
     output, asked = Path(output), recipe or Recipe()
     source, together = as_source(model), join()
     together.first(lambda: check_output(output, overwrite=overwrite, resume=resume))
+    together.each(lambda: _check_places(data, eval_data, source))
     corpus = together.each(lambda: _prepare_corpus(data, eval_data, source, asked))
     former = together.first(lambda: former_rate(output) if resume else None)
     recipe = together.each(lambda: _with_rate(asked, former, source))
@@ -141,6 +154,13 @@ def train(
     return together.first(write)
 
 
+def _check_places(data: Sources, eval_data: Sources | None, source: ModelSource) -> None:
+    """Raise for a folder that is missing before anything is read, or asked of the hub."""
+    check_model_place(source.place)
+    for sources in (data, eval_data or ()):
+        check_there(sources)
+
+
 def _with_rate(asked: Recipe, former: float | None, source: ModelSource) -> Recipe:
     """The recipe with a learning rate: the one asked for, that of the run that goes on, or that of the model's width."""
     if asked.learning_rate is None and former is not None:
@@ -178,7 +198,8 @@ def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
     base.config.use_cache = False
     if recipe.gradient_checkpointing:
         _enable_gradient_checkpointing(base)
-    targets = recipe.target_modules
+    targets, excluded = recipe.target_modules, recipe.exclude_modules
+    check_any(base, targets, "target_modules")
     config = RoadConfig(
         task_type="CAUSAL_LM",
         variant=recipe.variant,
@@ -186,9 +207,14 @@ def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
         adapt_group_size=recipe.adapt_group_size,
         stages=list(recipe.stages) if recipe.stages else None,
         input_stages=list(recipe.input_stages) if recipe.input_stages else None,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        exclude_modules=list(excluded) if isinstance(excluded, tuple) else excluded,
     )
-    return get_peft_model(base, config)
+    adapted = get_peft_model(base, config)
+    layers = (m for m in adapted.named_modules() if isinstance(m[1], RoadLayer) and not isinstance(m[1], RoadInput))
+    sizes = ((path, size) for path, layer in layers for size in layer.group_size.values())
+    tell_of_smaller_groups(sizes, recipe.stages or recipe.group_size)
+    return adapted
 
 
 def _enable_gradient_checkpointing(base: Any) -> None:
@@ -227,7 +253,7 @@ def _build_trainer(
         model=adapted,
         args=_arguments(recipe, corpus, work.path, together),
         eval_dataset=corpus.measured,
-        callbacks=[*callbacks, RateWatch(), *([ProgressBar()] if progress and together.is_first else [])],
+        callbacks=[*callbacks, RateWatch(), *([shown_progress()] if progress and together.is_first else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -285,7 +311,11 @@ def _run(trainer: GlobalBatchTrainer, work: WorkFolder) -> dict[str, Any]:
     start = _Start()
     trainer.add_callback(start)
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(work.checkpoint) if work.checkpoint else None)
+    with StopRequest("after this step", enabled=not trainer.is_shared) as stop:
+        trainer.add_callback(_Stop(stop))
+        trainer.train(resume_from_checkpoint=str(work.checkpoint) if work.checkpoint else None)
+    if stop.asked:
+        raise Interrupted(kept_in(work.path))
     return {
         "steps": trainer.state.global_step,
         "resumed_from_step": start.step,
@@ -304,6 +334,17 @@ class _Start(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step, self.tokens = state.global_step, int(state.num_input_tokens_seen)
+
+
+class _Stop(TrainerCallback):
+    """Ends the training with a checkpoint after the step in which that was asked for."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self._request = request
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._request.asked:
+            control.should_save = control.should_training_stop = True
 
 
 def _share(adapted: PeftModel, recipe: Recipe) -> AbstractContextManager[int | None]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from roadie.training.places import may_be_repository
 from roadie.training.rows import DataError, Record, Text, parse_record
 
 logger = logging.getLogger("roadie")
@@ -47,6 +48,15 @@ def read(sources: str | Path | Sequence[str | Path], *, preferences: bool = Fals
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
         for value, where in _values(source):
             yield value if isinstance(value, Text) else parse_record(value, where, preferences=preferences)
+
+
+def check_there(sources: str | Path | Sequence[str | Path]) -> None:
+    """Raise `DataError` for a source that looks like a path and does not exist, before anything else is looked for."""
+    for source in [sources] if isinstance(sources, (str, Path)) else sources:
+        if not Path(source).exists() and not may_be_repository(str(source).partition(":")[0]):
+            raise DataError(
+                f'{source}: got neither a file nor a folder; wanted a path, or a hub data set "owner/name"; check the spelling'
+            )
 
 
 def _values(source: str | Path) -> Iterator[tuple[object, str]]:
@@ -159,9 +169,8 @@ def _hub_values(source: str) -> Iterator[tuple[object, str]]:
 
 
 def _hub_rows(name: str, config: str | None, source: str) -> Iterable[object]:
+    check_there(source)
     missing = f"{source}: got neither a file nor a folder"
-    if name.count("/") != 1 or not all(name.split("/")):
-        raise DataError(f'{missing}; wanted a path, or a hub data set "owner/name"; check the spelling')
     try:
         import datasets
     except ImportError:

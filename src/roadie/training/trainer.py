@@ -45,6 +45,11 @@ class GlobalBatchTrainer(Trainer):
             )
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several processes share the work."""
+        return self._together.count > 1
+
+    @property
     def _fillers(self) -> int:
         """Examples that fill up an epoch."""
         return -self._examples % (self.args.train_batch_size * self._together.count)

@@ -154,6 +154,8 @@ def test_the_verb_measures_a_server_and_writes_what_it_found(tmp_path: Path) -> 
         done = CliRunner().invoke(app, ["bench-serve", server.url, *options])
         assert done.exit_code == 0, done.output
         assert "12 requests of 1 models" in done.output
+        lines = [line for line in done.stderr.splitlines() if line.startswith("answered ")]
+        assert [line.split()[1] for line in lines] == [f"{number}/12" for number in range(1, 13)]
         found = json.loads((tmp_path / "out.json").read_text())
         assert (found["completion_tokens"], found["time_to_first_token_ms"]["count"]) == (60, 12)
         assert ElementTree.parse(tmp_path / "out.svg")

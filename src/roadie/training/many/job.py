@@ -14,7 +14,7 @@ from typing import Any
 from roadie.errors import ConfigError
 from roadie.training.recipe import PRECISIONS, Recipe
 
-_OWN_WORDS = {"steps": "max_steps", "targets": "target_modules"}
+_OWN_WORDS = {"steps": "max_steps", "targets": "target_modules", "exclude": "exclude_modules"}
 _OF_THE_RUN = ("precision", "micro_batch_size", "checkpoint_steps", "gradient_checkpointing")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DEFAULTS = Recipe()

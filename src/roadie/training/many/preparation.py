@@ -9,7 +9,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from roadie.adapter import is_input
 from roadie.errors import ConfigError, UnsupportedLayer
+from roadie.training.group_sizes import tell_of_smaller_groups
 from roadie.training.many.data import JobData, load_data, steps_of
 from roadie.training.many.job import Job
 from roadie.training.many.jobs_file import Plan
@@ -55,13 +57,15 @@ def _read_data(plan: Plan, source: ModelSource) -> tuple[dict[str, JobData], dic
 
 def _prepare(job: Job, data: JobData, base: Any, targets: dict[Any, Any]) -> PreparedJob:
     """targets: what was found for those of earlier jobs, so that it is found, and what is passed over said, once."""
-    wanted = job.recipe.target_modules
+    wanted = job.recipe.target_modules, job.recipe.exclude_modules
     try:
         if wanted not in targets:
-            targets[wanted] = targeted(base, wanted)
+            targets[wanted] = targeted(base, *wanted)
         layers = adapted_layers(base, job.recipe, targets[wanted])
     except (ConfigError, UnsupportedLayer) as error:
         raise type(error)(f"job {job.name!r}: {error}") from None
+    sizes = ((layer.path, layer.stages) for layer in layers if not is_input(layer.path))
+    tell_of_smaller_groups(sizes, job.recipe.stages or job.recipe.group_size, f"job {job.name}: ")
     return PreparedJob(job, data, layers, steps_of(job, data))
 
 

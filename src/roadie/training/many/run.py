@@ -18,8 +18,10 @@ from typing import Any
 
 from roadie.bank.trainable import TrainableBank
 from roadie.distributed.processes import join
+from roadie.training.interruption import told
 from roadie.training.many.job import Job, RunSettings
 from roadie.training.many.jobs_file import Plan, read_jobs
+from roadie.training.many.kept import kept_in
 from roadie.training.many.logs import Logs, NoLogs
 from roadie.training.many.observer import Observer
 from roadie.training.many.outputs import adapter_config, adapter_of, finished_result, write_output
@@ -30,7 +32,7 @@ from roadie.training.many.session import Session
 from roadie.training.many.sharing import Sharing, Spread
 from roadie.training.many.snapshot import Snapshot, read_snapshot, write_snapshot
 from roadie.training.many.state import ActiveJob
-from roadie.training.many.work import Work, close_work, default_work, former_rates, open_work
+from roadie.training.many.work import Work, check_work, close_work, default_work, former_rates, open_work
 from roadie.training.models import ModelSource, as_source, hidden_size
 from roadie.training.recipe import Recipe
 
@@ -60,12 +62,13 @@ def train_many(
     sharing = Sharing.of(together, spread, plan)
     source = _source(plan, model)
     folder = Path(work) if work is not None else _default_work(jobs, plan)
+    checked = together.first(lambda: check_work(folder, plan.jobs, overwrite=overwrite, resume=resume))
     former = together.first(lambda: former_rates(folder) if resume else {})
     plan = _with_rates(plan, former, together.each(lambda: hidden_size(source)))
     own = sharing.own(plan)
     prepared = together.each(lambda: prepare(own, source))
     description = sharing.described(run_settings(own, source, prepared))
-    opened = together.first(lambda: open_work(folder, description, plan.jobs, overwrite=overwrite, resume=resume))
+    opened = together.first(lambda: open_work(checked, description))
     started = time.perf_counter()
     ended, steps = _Run(own, source, prepared, opened, sharing).through(observers)
     found = {name: result for part in together.gather(ended) for name, result in part.items()}
@@ -133,7 +136,8 @@ class _Run:
             session = self._session(snapshot, ended, logs, [logs, *observers])
             before = session.step
             self._announce(session, ended, logs, observers)
-            session.run()
+            with told(lambda: kept_in(self.work.path)):
+                session.run()
         finally:
             logs.close()
         return {**ended, **session.results}, session.step - before

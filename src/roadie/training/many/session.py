@@ -21,6 +21,7 @@ import torch
 from roadie.bank.trainable import TrainableBank
 from roadie.distributed.processes import Processes
 from roadie.kernels import Keep
+from roadie.training.interruption import StopRequest
 from roadie.training.many import optimiser
 from roadie.training.many.job import RunSettings
 from roadie.training.many.losses import ManyLosses
@@ -76,16 +77,20 @@ class Session:
     def run(self) -> None:
         """Train every job to its end."""
         paths = sorted({layer.path for one in self._all_prepared() for layer in one.layers})
-        with self.bank.attached(self._model, paths):
+        stoppable = self._sum is None
+        with StopRequest("after this step", enabled=stoppable) as stop, self.bank.attached(self._model, paths):
             self._join()
             while self.active:
                 self._step()
                 self._evaluate(job for job in self.active.values() if job.is_due_for_evaluation)
                 self._leave([job for job in self.active.values() if job.is_done])
                 self._join()
-                if self.step % self._settings.checkpoint_steps == 0 and self.active:
+                is_due = stop.asked or self.step % self._settings.checkpoint_steps == 0
+                if is_due and self.active:
                     self._save(self)
                     self._tell("on_checkpoint", self.step)
+                if stop.asked and self.active:
+                    raise KeyboardInterrupt
 
     def _all_prepared(self) -> list[PreparedJob]:
         return [*(job.prepared for job in self.active.values()), *self._waiting]

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from roadie.bank.trainable import TrainableBank
 from roadie.errors import CheckpointError
+from roadie.training.many.kept import SNAPSHOT_NAME
 from roadie.training.many.state import ActiveJob, PreparedJob, Progress
-
-SNAPSHOT_NAME = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,16 @@ from torch import nn
 from roadie.adapter import INPUT_SUFFIX, is_input, resolve_layer, rotates_input
 from roadie.bank.families import AdaptedLayer
 from roadie.errors import ConfigError, UnsupportedLayer
-from roadie.linear import check_named, has_name, in_features, is_linear, out_features, unmatched_names, without_refused
+from roadie.linear import (
+    by_likeness,
+    check_named,
+    has_name,
+    in_features,
+    is_linear,
+    out_features,
+    unmatched_names,
+    without_refused,
+)
 from roadie.share import Share
 from roadie.training.recipe import ALL_LINEAR, Recipe
 
@@ -29,14 +38,14 @@ def adapted_layers(
 ) -> tuple[AdaptedLayer, ...]:
     """The layers that `recipe` adapts, in the order of the model, each followed by its input where that is rotated too.
 
-    modules: what `targeted` gave for the recipe's targets; None: it is asked.
+    modules: what `targeted` gave for what the recipe targets and excludes; None: it is asked.
     Raises what `targeted` raises, and `ConfigError` where a group size does not divide a layer, or the share has no pair;
     `UnsupportedLayer` where something other than a linear layer is targeted.
     """
     config = {key: getattr(recipe, key) for key in _SETTINGS}
     share = None if recipe.share is None else Share.parse(recipe.share)
     if modules is None:
-        modules = targeted(model, recipe.target_modules)
+        modules = targeted(model, recipe.target_modules, recipe.exclude_modules)
     found = []
     for path, module in modules.items():
         widths = {path: _out_features(path, module)}
@@ -64,35 +73,50 @@ def target_names(model: nn.Module, layers: Sequence[AdaptedLayer]) -> list[str]:
     return names if set(_named(model, names)) == paths else sorted(paths)
 
 
-def targeted(model: Any, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:
-    """The modules of `model` that `targets` mean, by path; names that match nothing are warned of.
+def targeted(
+    model: Any, targets: str | tuple[str, ...], excluded: str | tuple[str, ...] | None = None
+) -> dict[str, nn.Module]:
+    """The modules of `model` that `targets` mean and `excluded` does not, by path; names that match nothing are warned of.
 
     Raises `ConfigError` where they mean none, `UnsupportedLayer` where they name a layer that cannot be adapted.
     """
-    found = _targeted(model, targets)
+    check_any(model, targets, "targets")
+    left_out = {} if excluded is None else _chosen(model, excluded)
+    found = _targeted(model, targets, left_out)
     if not found:
-        raise ConfigError(
-            f"got targets={_shown(targets)}, which no module of the model has; wanted names of linear layers, such as "
-            f"{_shown(_some_names(model))}"
-        )
-    unmatched = {} if isinstance(targets, str) else unmatched_names(targets, model)
-    if unmatched:
-        listed = "; ".join(f"{name!r} {instead}" for name, instead in unmatched.items())
-        warnings.warn(f"The following targets were ignored: {listed}.", RuntimeWarning, stacklevel=2)
+        raise ConfigError(f"got exclude={_shown(excluded or ())}, which leaves no target; wanted one at least")
+    for setting, names in (("targets", targets), ("names to exclude", excluded)):
+        unmatched = {} if names is None or isinstance(names, str) else unmatched_names(names, model)
+        if unmatched:
+            listed = "; ".join(f"{name!r} {instead}" for name, instead in unmatched.items())
+            warnings.warn(f"The following {setting} were ignored: {listed}.", RuntimeWarning, stacklevel=2)
     return found
 
 
-def _targeted(model: Any, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:
+def check_any(model: nn.Module, targets: str | tuple[str, ...], setting: str) -> None:
+    """Raise `ConfigError` where `targets` mean no module at all; setting: what they are called where they were given."""
+    if targets != ALL_LINEAR and not _chosen(model, targets):
+        raise ConfigError(
+            f"got {setting}={_shown(targets)}, which no module of the model has; wanted names of linear layers, such as "
+            f"{_shown(_some_names(model, targets if isinstance(targets, str) else targets[0]))}"
+        )
+
+
+def _targeted(model: Any, targets: str | tuple[str, ...], left_out: Collection[str]) -> dict[str, nn.Module]:
     if targets == ALL_LINEAR:
         output = model.get_output_embeddings()
         linear = {path: m for path, m in model.named_modules() if is_linear(m) and m is not output}
-        return {path: linear[path] for path in without_refused(model, linear)}
-    if isinstance(targets, str):
-        found = {path: module for path, module in model.named_modules() if re.fullmatch(targets, path)}
-    else:
-        found = _named(model, targets)
+        return {path: linear[path] for path in without_refused(model, linear) if path not in left_out}
+    found = {path: module for path, module in _chosen(model, targets).items() if path not in left_out}
     check_named(model, found)
     return found
+
+
+def _chosen(model: nn.Module, names: str | tuple[str, ...]) -> dict[str, nn.Module]:
+    """The modules that an expression matches, or that have one of the names."""
+    if isinstance(names, str):
+        return {path: module for path, module in model.named_modules() if re.fullmatch(names, path)}
+    return _named(model, names)
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -109,8 +133,8 @@ def _out_features(path: str, module: nn.Module) -> int:
     return width
 
 
-def _some_names(model: nn.Module) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)})[:8]
+def _some_names(model: nn.Module, meant: str) -> list[str]:
+    return by_likeness(meant, (path for path, module in model.named_modules() if is_linear(module)))
 
 
 def _shown(names: str | Sequence[str]) -> str:

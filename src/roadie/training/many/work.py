@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from roadie.errors import ConfigError
-from roadie.training.folders import OutputExists, check_free
+from roadie.training.folders import OutputExists, check_free, check_writable
 from roadie.training.many.job import Job
+from roadie.training.many.kept import RUN_NAME, SNAPSHOT_NAME
 from roadie.training.many.outputs import finished_result
-from roadie.training.many.snapshot import SNAPSHOT_NAME, sync_folder
-
-RUN_NAME = "run.json"
+from roadie.training.many.snapshot import sync_folder
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,32 @@ def default_work(jobs: Sequence[Job]) -> Path:
     return Path(jobs[0].output).parent / "train-many.training"
 
 
-def open_work(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job], *, overwrite: bool, resume: bool) -> Work:
-    """The working folder: the former one with `resume` (where there is one), else a new one.
+def check_work(path: Path, jobs: Sequence[Job], *, overwrite: bool, resume: bool) -> Work:
+    """The working folder: the former one with `resume` (where there is one), else a new one, which is not made yet.
 
-    Raises `ConfigError` where the former run had other settings, `OutputExists` where something would be overwritten that
-    is not the run's own.
+    Raises `OutputExists` where something would be overwritten that is not the run's own, `OutputRefused` where nothing can
+    be written.
     """
     if overwrite and resume:
         raise ConfigError("got overwrite and resume; wanted one of them: start anew, or go on")
     former = _read(path / RUN_NAME) if resume and (path / RUN_NAME).is_file() else None
     if former is not None:
-        _check_same(former["settings"], settings, path)
         work = Work(path, former["mark"], former["overwrite"], goes_on=True)
     else:
+        check_writable(path / RUN_NAME)
         _check_new(path, overwrite=overwrite)
         work = Work(path, uuid.uuid4().hex, overwrite)
     for job in jobs:  # the run's own outputs may be there
         if finished_result(job, work.mark) is None:
             check_free(Path(job.output), overwrite=work.overwrite)
-    if former is None:
+    return work
+
+
+def open_work(work: Work, settings: Mapping[str, Any]) -> Work:
+    """The folder, ready to be written into; raises `ConfigError` where the former run had other settings."""
+    if work.goes_on:
+        _check_same(_read(work.path / RUN_NAME)["settings"], settings, work.path)
+    else:
         _start(work, settings)
     return work
 
