@@ -18,7 +18,7 @@ from roadie.kernels import RotationTable, rotate_rows, using
 from roadie.rotation import Rotation, condition_number
 from roadie.testing.accuracy import assert_same_bits, assert_within, unit_roundoff
 
-KEEPS = ("input", "output")
+KEEPS = ("input", "output", "copy")
 SLOTS = {
     "all rows": None,
     "rows": torch.tensor([1, -1, 0, 1]),
@@ -65,7 +65,7 @@ def test_gradcheck(keep: str, slots: str, sizes: str) -> None:
     def operation(x: Tensor, direct: Tensor, cross: Tensor) -> Tensor:
         uniform = isinstance(SIZES[sizes], int)
         size = (None, SIZES[sizes]) if uniform else (SIZES[sizes], 0)
-        return torch.ops.roadie.rotate_rows(x, direct, cross, SLOTS[slots], *size, keep == "output")
+        return torch.ops.roadie.rotate_rows(x, direct, cross, SLOTS[slots], *size, keep != "input")
 
     assert torch.autograd.gradcheck(function, leaves(torch.float64))
     assert torch.autograd.gradcheck(operation, leaves(torch.float64))
@@ -82,7 +82,7 @@ def test_gradients_are_the_truth_within_rounding(
     tensors = leaves(dtype, torch.float32)
     with using(implementation):
         found = gradients(keep, SLOTS[slots], SIZES[sizes], tensors)
-    check_gradients(found, tensors, SLOTS[slots], SIZES[sizes], kept_output=keep == "output")
+    check_gradients(found, tensors, SLOTS[slots], SIZES[sizes], kept_output=keep != "input")
 
 
 def check_gradients(
@@ -171,7 +171,7 @@ def test_one_tensor_is_kept(keep: str, dtype: torch.dtype, compiled: bool) -> No
     x = (x * 1).detach().repeat(8, 1, 1).requires_grad_()
     rotation = torch.compile(rotate_rows, backend="aot_eager", fullgraph=True) if compiled else rotate_rows
     z, kept = kept_of_size(x, lambda: rotation(x, RotationTable(direct, cross, 4), None, keep=keep))
-    assert kept == [(z if keep == "output" else x).untyped_storage().data_ptr()]
+    assert kept == [(x if keep == "input" else z).untyped_storage().data_ptr()]
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -224,7 +224,7 @@ def test_compiled_is_eager(backend: str, slots: str, keep: str) -> None:
         assert_same_bits(z, wanted, "z")
         weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
         found = torch.autograd.grad((z * weight).sum(), tensors)
-        check_gradients(found, tensors, values, 4, kept_output=keep == "output")
+        check_gradients(found, tensors, values, 4, kept_output=keep != "input")
     assert counter.frame_count == 1, "compiled again for other values of the slots"
 
 
@@ -262,7 +262,7 @@ def test_an_output_changed_in_place_is_noticed(by: str) -> None:
     def rotated(keep: str) -> Tensor:
         if by == "door":
             return rotate_rows(x, RotationTable(direct, cross, 4), None, keep=keep)
-        return torch.ops.roadie.rotate_rows(x, direct, cross, None, None, 4, keep == "output")
+        return torch.ops.roadie.rotate_rows(x, direct, cross, None, None, 4, keep != "input")
 
     with pytest.raises(InPlaceError, match="set_kept_for_backward"):
         rotated("output").relu_().sum().backward()
@@ -288,7 +288,7 @@ def test_an_input_changed_in_place_is_noticed() -> None:
 def test_a_second_derivative_of_the_operation_is_refused(keep: str, power: int, needed: tuple[int, ...]) -> None:
     tensors = [t.detach().requires_grad_(i in needed) for i, t in enumerate(leaves(torch.float32))]
     x, direct, cross = tensors
-    z = torch.ops.roadie.rotate_rows(x, direct, cross, None, None, 4, keep == "output")
+    z = torch.ops.roadie.rotate_rows(x, direct, cross, None, None, 4, keep != "input")
     wanted = [tensors[i] for i in needed]
     first = torch.autograd.grad((z**power).sum(), wanted, create_graph=True)
     if not any(gradient.requires_grad for gradient in first):

@@ -29,7 +29,17 @@ from roadie.adapter import is_input, layer_of
 from roadie.bank.families import AdaptedLayer, Family, Stack
 from roadie.bank.table import NO_ROTATION
 from roadie.errors import RoutingError
-from roadie.kernels import Chain, Keep, RotationStep, RotationTable, rotate_chain, saved_tensors, takes_kernels
+from roadie.kernels import (
+    Chain,
+    Keep,
+    RotationStep,
+    RotationTable,
+    rotate_chain,
+    saved_tensors,
+    settled,
+    takes_kernels,
+    to_save,
+)
 from roadie.linear import check_output
 from roadie.rotation import Rotation, Variant, from_parameters, identity, parameter_gradients, split_stages
 
@@ -37,8 +47,8 @@ from roadie.rotation import Rotation, Variant, from_parameters, identity, parame
 class TrainableBank:
     """Adapters that are trained together on one frozen model; see the module.
 
-    keep: what the layers keep for backward; None: the output where all adapters of the layer are road_1, else the input.
-    Rotations of inputs keep what they are given, which several layers may be given.
+    keep: what the layers keep for backward; None: the output, in a lazy copy, where all adapters of the layer are road_1, else
+    the input. Rotations of inputs keep what they are given, which several layers may be given.
     """
 
     def __init__(self, device: torch.device, keep: Keep | None = None) -> None:
@@ -203,8 +213,9 @@ class _LayerTable:
         table = self.chain[0]
         if len(self.chain) > 1 or not torch.is_grad_enabled() or not takes_kernels(y, table):
             return rotate_chain(y, self.chain, slots, keep=self.keep)
-        into_y = is_fresh and self.keep is Keep.OUTPUT and not y._is_view()
-        step = RotationStep(table, slots, self.keep)
+        keep = settled(self.keep, y)
+        into_y = is_fresh and keep is not Keep.INPUT and not y._is_view()
+        step = RotationStep(table, slots, keep)
         return _Rotated.apply(y, table.direct, table.cross, step, into_y)
 
     def gradients_into(self, stack: Stack, index: int) -> Tensor:
@@ -232,7 +243,7 @@ def _layer_table(parts: Sequence[tuple[int, Stack, int]], keep: Keep | None) -> 
     begins = tuple(sum(counts[:place]) for place in range(len(counts)))
     chain = tuple(_table(parts, counts, number) for number in range(max(len(stack.stages) for stack in stacks)))
     alike = all(stack.variant is Variant.ROAD_1 for stack in stacks)
-    return _LayerTable(chain, families, stacks, begins, keep or (Keep.OUTPUT if alike else Keep.INPUT))
+    return _LayerTable(chain, families, stacks, begins, keep or (Keep.COPY if alike else Keep.INPUT))
 
 
 def _table(parts: Sequence[tuple[int, Stack, int]], counts: Sequence[int], number: int) -> RotationTable:
@@ -273,11 +284,11 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, direct: Tensor, cross: Tensor, step: RotationStep, into_y: bool) -> Tensor:
-        ctx.step, ctx.keep_output = step, step.keep_output
+        ctx.step = step
         z = step.forward(y, into_y=into_y)
         if into_y:
             ctx.mark_dirty(y)
-        ctx.save_for_backward(z if step.keep_output else y)
+        ctx.save_for_backward(to_save(ctx, y, z, step.keep, into_x=into_y))
         return z
 
     @staticmethod

@@ -1,13 +1,12 @@
 """Fast rotation: one meaning, and three implementations of it (`eager`, `cpu`, `triton`).
 
-`api` is the door, `chain` the one for rotations in a row, `schema` what torch knows of the operations, `contract` what an
-implementation must do, `choice` which one computes. torch only.
+`api` is the door, `chain` the one for rotations in a row, `schema` what torch knows of the operations, `keeping` what backward
+keeps, `contract` what an implementation must do, `choice` which one computes. torch only.
 """
 
 from __future__ import annotations
 
 from roadie.kernels.api import (
-    Keep,
     RotationStep,
     RotationTable,
     can_rotate_in_place,
@@ -23,7 +22,7 @@ from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, RowRotations
 from roadie.kernels.cpu import Watched
 from roadie.kernels.cpu.prepared import PreparedRotation
-from roadie.kernels.schema import saved_tensors
+from roadie.kernels.keeping import Keep, saved_tensors, settled, summed, to_save
 
 __all__ = [
     "Chain",
@@ -46,6 +45,9 @@ __all__ = [
     "rotate_rows",
     "rotate_rows_",
     "saved_tensors",
+    "settled",
+    "summed",
     "takes_kernels",
+    "to_save",
     "using",
 ]

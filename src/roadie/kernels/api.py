@@ -5,7 +5,8 @@
     rotate_(x, rotation), rotate_rows_  the same in place, where no gradient is needed
 
 All four are differentiable in x, direct and cross but for the last two. ``keep`` says what backward remembers: the
-rotation's "input", or its "output", which the next operation often keeps anyway; see `roadie.kernels.schema`.
+rotation's "input", or its "output", which the next operation often keeps anyway, or the output as a lazy "copy", which whoever
+changes the output in place does not reach; see `roadie.kernels.keeping`.
 
 Legend: x ``[..., D]`` of any floating dtype, S slots, B routed rows.
 """
@@ -13,7 +14,6 @@ Legend: x ``[..., D]`` of any floating dtype, S slots, B routed rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -24,14 +24,8 @@ from roadie.errors import AdapterError, ConfigError, RoutingError
 from roadie.kernels import schema
 from roadie.kernels.cpu.prepared import PreparedRotation, prepare
 from roadie.kernels.eager import composed
+from roadie.kernels.keeping import PLAIN, Keep, settled
 from roadie.rotation import Rotation, check_group_size
-
-
-class Keep(str, Enum):
-    """What backward remembers of a rotation's forward: one tensor, in its own dtype."""
-
-    INPUT = "input"
-    OUTPUT = "output"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +53,7 @@ class RotationTable:
 def rotate(x: Tensor, rotation: Rotation, *, keep: Keep | str = Keep.INPUT) -> Tensor:
     """``R x``: x ``[..., D]``, rotation ``[D]``; new memory, x's dtype, one rounding; differentiable.
 
-    keep: "input", or "output" (R must not be singular then, and nobody may change the result in place before backward).
+    keep: "input"; or "output" or "copy" (R must not be singular then); nobody may change an "output" in place before backward.
     Raises `AdapterError` where the shapes do not fit, `ConfigError` for another `keep`.
     """
     return rotate_rows(x, _table_of_one(rotation), None, keep=keep)
@@ -78,14 +72,16 @@ def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: 
     Raises `AdapterError`, `RoutingError` where shapes do not fit, `KernelError` for slots out of range (on CPUs).
     """
     arguments = checked(x, table, slots)
-    keep_output = Keep.OUTPUT is _keep(keep)
+    keep = settled(_keep(keep), x)
     if must_be_seen_through(x):
         return composed(*arguments)
     if is_plain(x, table):
         if needs_gradient(x, table):
-            return schema.EagerRotation.apply(*arguments, keep_output)
+            z, _ = schema.EagerRotation.apply(*arguments, keep)
+            return z
         return schema.forward(*arguments)
-    return torch.ops.roadie.rotate_rows(*arguments, keep_output)
+    z = torch.ops.roadie.rotate_rows(*arguments, keep is not Keep.INPUT)
+    return z._lazy_clone() if keep is Keep.COPY and z.requires_grad else z  # here modes of torch may hold z as well
 
 
 def can_rotate_in_place(x: Tensor, table: RotationTable) -> bool:
@@ -116,12 +112,12 @@ def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tenso
 class RotationStep:
     """Forward and backward of a rotation for an `autograd.Function` that has one inside; only where `takes_kernels`.
 
-    table: ``[S, D]``; slots as in `rotate_rows`; keep: which of y and R y forward's caller saves for backward.
+    table: ``[S, D]``; slots as in `rotate_rows`; keep: what forward's caller saves for backward (`to_save`).
     """
 
     def __init__(self, table: RotationTable, slots: Tensor | None, keep: Keep) -> None:
         self._arguments = table.direct, table.cross, slots, table.sizes, table.uniform_size
-        self.keep_output = keep is Keep.OUTPUT
+        self.keep = keep
 
     def forward(self, y: Tensor, *, into_y: bool) -> Tensor:
         """R y, in new memory or in place of y."""
@@ -129,7 +125,9 @@ class RotationStep:
 
     def backward(self, grad: Tensor, kept: Tensor, *, want_y: bool) -> tuple[Tensor | None, Tensor, Tensor]:
         """Gradients of y (None where not wanted), and of direct and cross ``[S, D]``."""
-        grad_y, grad_direct, grad_cross = schema.gradients(grad, kept, *self._arguments, self.keep_output, want_y)
+        grad_y, grad_direct, grad_cross = schema.gradients(
+            grad, kept, *self._arguments, self.keep is not Keep.INPUT, want_y
+        )
         assert grad_direct is not None
         assert grad_cross is not None
         return grad_y, grad_direct, grad_cross
@@ -161,19 +159,16 @@ def _keep(keep: Keep | str) -> Keep:
     try:
         return Keep(keep)
     except ValueError:
-        raise ConfigError(f"got keep={keep!r}; wanted 'input' or 'output'") from None
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+        raise ConfigError(f"got keep={keep!r}; wanted 'copy', 'input' or 'output'") from None
 
 
 def is_plain(x: Tensor, table: RotationTable) -> bool:
     """Whether all are memory and nothing else, and no mode of torch wants to see what is done with it."""
     return (
         not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and type(table.direct) in _PLAIN
-        and type(table.cross) in _PLAIN
+        and type(x) in PLAIN
+        and type(table.direct) in PLAIN
+        and type(table.cross) in PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
     )
 

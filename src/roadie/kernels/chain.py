@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from roadie.kernels import api, schema
-from roadie.kernels.api import Keep, RotationTable
+from roadie.kernels.api import RotationTable
 from roadie.kernels.choice import chosen
 from roadie.kernels.contract import RowRotations, without_gaps
 from roadie.kernels.cpu.prepared import PreparedRotation, prepare
 from roadie.kernels.eager import composed
+from roadie.kernels.keeping import Keep, saved_tensors, to_save
 
 Chain: TypeAlias = tuple[RotationTable, ...]
 
@@ -135,12 +136,13 @@ class _Chain(torch.autograd.Function):
         ctx: Any, x: Tensor, slots: Tensor | None, group_sizes: tuple[int | Tensor, ...], *vectors: Tensor
     ) -> Tensor:
         ctx.group_sizes = group_sizes
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, slots, *vectors)
+        kept = to_save(ctx, x, x, Keep.INPUT) if any(ctx.needs_input_grad[3:]) else None
+        ctx.save_for_backward(kept, slots, *vectors)
         return _forward(x, torch.empty(x.shape, dtype=x.dtype, device=x.device), _tables(vectors, group_sizes), slots)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, slots, *vectors = ctx.saved_tensors
+        x, slots, *vectors = saved_tensors(ctx)
         chain = _tables(vectors, ctx.group_sizes)
         wide = _wide(grad, chain[0].direct)
         plain = [_without_gaps(table, slots, wide) for table in chain]

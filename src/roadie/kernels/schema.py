@@ -6,10 +6,10 @@
 torch.compile, AOTAutograd, activation checkpointing and FSDP see these two and nothing inside them. One tensor of the
 batch's size is kept for backward, the input or the output, in its own dtype; none where direct and cross need no gradient.
 
-**What is kept** is said by `keep_output`, a constant of the graph. With ``M = sum of g kept^T`` a pair (the sums own and
-partner), the gradient of the block R is M where the input was kept, and ``M R^-T`` where the output was, since
-``output = R input``. The solve costs nothing a row; its error grows with the condition number of R (1 in road_1), and R
-must not be singular.
+**What is kept** is said by `keep_output`, a constant of the graph; how it is kept, by `roadie.kernels.keeping`. With
+``M = sum of g kept^T`` a pair (the sums own and partner), the gradient of the block R is M where the input was kept,
+and ``M R^-T`` where the output was, since ``output = R input``. The solve costs nothing a row; its error grows with the
+condition number of R (1 in road_1), and R must not be singular.
 
 Legend: x ``[..., D]``, T rows of x, S slots.
 """
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from roadie.errors import InPlaceError, KernelError
+from roadie.errors import KernelError
 from roadie.kernels.choice import chosen
 from roadie.kernels.contract import RowRotations
 from roadie.kernels.eager import composed_gradients, of_kept_input, of_kept_output
+from roadie.kernels.keeping import Keep, remember_for_tracers, saved_tensors, summed, to_save, watch, without_lazy_copy
 
 # What is kept alive here stays registered.
 _library = Library("roadie", "DEF")
@@ -36,12 +37,6 @@ _library.define(
 _library.define(
     "rotate_rows_backward(Tensor grad, Tensor? kept, Tensor direct, Tensor cross, Tensor? slots, Tensor? sizes, "
     "int group_size, bool want_x) -> (Tensor, Tensor, Tensor)"
-)
-
-IN_PLACE_ADVICE = (
-    "backward needs the output of this adapted layer, and a later operation has changed it in place (such as "
-    "ReLU(inplace=True), or y += r); let the layer keep its input instead: set_kept_for_backward('input') of the "
-    "RoadModel (model.base_model.set_kept_for_backward('input') of a PeftModel), or keep='input' of roadie.kernels"
 )
 
 
@@ -89,14 +84,12 @@ def backward(
     grad_x, own, partner = _empty_gradients(grad, kept, direct, want_x)
     if grad.numel() and not grad.is_meta:
         turns = row_rotations(grad, direct, cross, slots, sizes, group_size)
-        chosen(grad.device, grad.dtype, direct.dtype).backward(
-            matrix(grad),
-            matrix(kept) if kept is not None else None,
-            matrix(grad_x) if want_x else None,
-            turns,
-            own if kept is not None else None,
-            partner if kept is not None else None,
-        )
+        implementation, into = chosen(grad.device, grad.dtype, direct.dtype), matrix(grad_x) if want_x else None
+        if kept is None:
+            implementation.backward(matrix(grad), None, into, turns, None, None)
+            return grad_x, own, partner
+        with without_lazy_copy(kept):
+            implementation.backward(matrix(grad), matrix(kept), into, turns, own, partner)
         return grad_x, own, partner
     return grad_x, own.zero_(), partner.zero_()
 
@@ -151,6 +144,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     kept = (output if ctx.keep_output else x) if needed else None
     ctx.save_for_backward(kept, direct, cross, slots, sizes)
+    if kept is not None:
+        watch(ctx, kept)
+        remember_for_tracers(ctx, kept, direct, cross, slots, sizes)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,15 +171,31 @@ class EagerRotation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """See `forward` of this module."""
-        z = forward(*inputs)
-        _keep(ctx, inputs, z)
-        return z
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        direct: Tensor,
+        cross: Tensor,
+        slots: Tensor | None,
+        sizes: Tensor | None,
+        group_size: int,
+        keep: Keep,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `forward` of this module; beside the result what is kept of it, if that is a copy."""
+        ctx.group_size, ctx.keep_output = group_size, keep is not Keep.INPUT
+        z = forward(x, direct, cross, slots, sizes, group_size)
+        needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        kept = to_save(ctx, x, z, keep) if needed else None
+        ctx.save_for_backward(kept, direct, cross, slots, sizes)
+        ctx.set_materialize_grads(False)
+        return z, kept if keep is Keep.COPY else None
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
         """See `backward` of this module."""
+        grad = summed(grad, of_kept)
+        if grad is None:
+            return (None,) * 7
         kept, direct, cross, slots, sizes = saved_tensors(ctx)
         table = direct, cross, slots, sizes, ctx.group_size
         return *gradients(grad, kept, *table, ctx.keep_output, ctx.needs_input_grad[0]), *(None,) * 4
@@ -213,16 +225,6 @@ def gradients(
     turns = row_rotations(own, *table)
     chosen(grad.device, grad.dtype, direct.dtype).gradient(own, partner, turns, keep_output)
     return grad_x if want_x else None, own.to(direct.dtype), partner.to(cross.dtype)
-
-
-def saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """`ctx.saved_tensors`; raises `InPlaceError` where the output that was kept has been changed in place."""
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if ctx.keep_output and "modified by an inplace operation" in str(error):
-            raise InPlaceError(f"{error} What happened: {IN_PLACE_ADVICE}.") from None
-        raise
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:

@@ -65,7 +65,6 @@ class RoadModel(BaseTuner):
             config.target_modules = plan.target_modules
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._share_routing(model)
-            self._spare_in_place_modules(model)
             mark_shared_weights(model)
             if is_reference(self.peft_config, adapter_name):
                 make_reference(model)
@@ -78,14 +77,6 @@ class RoadModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, RoadLayer):
                 module._routing = routing
-
-    def _spare_in_place_modules(self, model: nn.Module) -> None:
-        """Where modules such as ReLU(inplace=True) may follow, layers keep what such a module cannot change."""
-        if not any(getattr(module, "inplace", False) is True for module in model.modules()):
-            return
-        for module in model.modules():
-            if isinstance(module, RoadLayer) and module.kept_for_backward is KeptForBackward.AUTO:
-                module.kept_for_backward = KeptForBackward.INPUT
 
     def _create_and_replace(
         self,
@@ -250,10 +241,10 @@ class RoadModel(BaseTuner):
     def set_kept_for_backward(self, kept: KeptForBackward | str) -> None:
         """Say which tensor adapted layers keep for backward: "input", "output" or "auto" (default); see `KeptForBackward`.
 
-        "input" is for models that change a layer's output in place, or whose road_1 adapters may reach alpha = 0; it is what
-        "auto" becomes where the model has modules such as ReLU(inplace=True) when it is adapted. "output" saves the memory
-        for road_2 and road_4 too, at a loss of accuracy that grows with the condition number of the rotations. A rotation of a
-        layer's input keeps what it is given, which "output" alone changes.
+        "input" is for models whose road_1 adapters may reach alpha = 0. "output" saves the memory for road_2 and road_4 too, at a
+        loss of accuracy that grows with the condition number of the rotations; a model that changes a layer's output in place
+        is refused then, by `InPlaceError` in backward. A rotation of a layer's input keeps what it is given, which "output"
+        alone changes.
         """
         for layer in self._layers():
             layer.kept_for_backward = wanted = KeptForBackward(kept)

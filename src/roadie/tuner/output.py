@@ -20,8 +20,9 @@ class KeptForBackward(str, Enum):
 
     OUTPUT is what the layer returns, which the next operation often keeps anyway; it must not be changed in place before
     backward, and no block of the rotation may be singular (alpha = 0). INPUT is the base layer's output, which nobody else
-    keeps. AUTO keeps the output where all adapters in use are road_1, whose gradients lose nothing by it, and the input of
-    road_2 and road_4, whose blocks may be badly conditioned.
+    keeps. AUTO keeps the output where all adapters in use are road_1, whose gradients lose nothing by it, as a lazy copy: a model
+    may change what the layer returned (`roadie.kernels.keeping`). It keeps the input of road_2 and road_4, whose blocks may
+    be badly conditioned.
     """
 
     AUTO = "auto"
@@ -30,10 +31,10 @@ class KeptForBackward(str, Enum):
 
     def of(self, variants: set[str]) -> Keep:
         """What is kept for a table of adapters of these variants."""
-        is_output = self is KeptForBackward.OUTPUT
-        if self is KeptForBackward.AUTO:
-            is_output = variants <= {Variant.ROAD_1.value}
-        return Keep.OUTPUT if is_output else Keep.INPUT  # (torch 2.6 cannot compile a Keep made of a string)
+        if self is KeptForBackward.OUTPUT:
+            return Keep.OUTPUT
+        is_auto = self is KeptForBackward.AUTO
+        return Keep.COPY if is_auto and variants <= {Variant.ROAD_1.value} else Keep.INPUT
 
 
 def one_rotation(chain: Chain) -> Chain:

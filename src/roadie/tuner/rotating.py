@@ -29,6 +29,7 @@ from roadie.kernels import (
     prepare_chain,
     rotate_chain,
     rotate_chain_,
+    settled,
     takes_kernels,
 )
 from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_size, to_dense
@@ -282,12 +283,12 @@ class RoadLayer(BaseTunerLayer):
             assert chain is not None
             return rotate_chain(y, chain, None)
         kept = self._kept_table(slot)
-        keep = self.kept_for_backward.of({slot.variant})
+        keep = settled(self.kept_for_backward.of({slot.variant}), y)
         if kept is None or not takes_kernels(y, kept[0]):
             chain = build_chain([slot], self.out_features)
             assert chain is not None
             return rotate_chain(y, chain, None, keep=keep)
-        into_y = is_fresh and keep is Keep.OUTPUT and not y._is_view()
+        into_y = is_fresh and keep is not Keep.INPUT and not y._is_view()
         return rotated_by_one(y, slot, kept[0], keep, into_y=into_y)
 
     def _kept_table(self, slot: SlotParameters) -> Chain | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roadie.kernels import Chain, Keep, RotationStep, RotationTable, saved_tensors
+from roadie.kernels import Chain, Keep, RotationStep, RotationTable, saved_tensors, summed, to_save
 from roadie.rotation import parameter_gradients
 from roadie.tuner.table import PLAIN, SlotParameters, absent_in, build_table, by_kind, by_stage, stacked
 
@@ -65,31 +65,37 @@ class _TrainedTable(torch.autograd.Function):
 def rotated_by_one(y: Tensor, slot: SlotParameters, table: RotationTable, keep: Keep, *, into_y: bool) -> Tensor:
     """R y for `slot`, of one rotation, whose table ``[1, D]`` is given, on plain tensors; differentiable in y, theta and alpha.
 
-    into_y: in place, for a y that nobody else holds; only where the output is kept.
+    keep: as `settled`; into_y: in place, for a y that nobody else holds; only where the output is kept.
     """
-    return _RotatedByOne.apply(y, slot.theta, slot.alpha, RotationStep(table, None, keep), slot, into_y)
+    z, _ = _RotatedByOne.apply(y, slot.theta, slot.alpha, RotationStep(table, None, keep), slot, into_y)
+    return z
 
 
 class _RotatedByOne(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, theta: Tensor, alpha: Tensor, step: RotationStep, slot: SlotParameters, into_y: bool
-    ) -> Tensor:
-        ctx.step, ctx.variant, ctx.group_size, ctx.keep_output = step, slot.variant, slot.size_of_one, step.keep_output
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.step, ctx.variant, ctx.group_size = step, slot.variant, slot.size_of_one
         z = step.forward(y, into_y=into_y)
         if into_y:
             ctx.mark_dirty(y)
-        ctx.save_for_backward(z if step.keep_output else y, theta, alpha)
-        return z
+        kept = to_save(ctx, y, z, step.keep, into_x=into_y)
+        ctx.save_for_backward(kept, theta, alpha)
+        ctx.set_materialize_grads(False)
+        return z, kept if step.keep is Keep.COPY else None
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = summed(grad, of_kept)
+        if grad is None:
+            return (None,) * 6
         kept, theta, alpha = saved_tensors(ctx)
         step = ctx.step
         if torch.is_grad_enabled():  # create_graph=True: the table must depend on the parameters
             table = build_table([SlotParameters(theta, alpha, ctx.variant, ctx.group_size)], 0)
             assert table is not None
-            step = RotationStep(table, None, Keep.OUTPUT if ctx.keep_output else Keep.INPUT)
+            step = RotationStep(table, None, step.keep)
         grad_y, *of_table = step.backward(grad, kept, want_y=ctx.needs_input_grad[0])
         direct, cross = (gradient[0] for gradient in of_table)
         of_theta, of_alpha = parameter_gradients(direct, cross, theta, alpha, ctx.variant, ctx.group_size)

@@ -116,7 +116,7 @@ class RunSettings:
     max_active_jobs: jobs in a step; further ones wait and join in the order given when others end; None: all.
     checkpoint_steps: steps between checkpoints, of which an interruption loses at most one interval.
     keep: what adapted layers keep for backward: "auto" (the output where all adapters of a layer are road_1, which mostly
-        costs nothing), or "input", for models that change a layer's output in place.
+        costs nothing), or "input", for adapters that may reach alpha = 0.
     """
 
     precision: str = "auto"
