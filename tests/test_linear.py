@@ -70,6 +70,19 @@ class _OnlyWithAnArgument(_Reader):
         return F.linear(query, self.layer.weight)
 
 
+class _UnlessQuantised(_Reader):
+    """As Jamba, with a setting that cannot even be read."""
+
+    @property
+    def broken(self) -> bool:
+        raise RuntimeError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "is_quantised"):
+            return F.linear(x, self.layer.weight)
+        return self.list[0](x) if self.broken else F.linear(x, self.list[1].weight)
+
+
 class _Looks(_Reader):
     """As T5, and as RWKV, which rescales weights in place before it calls."""
 
@@ -124,6 +137,8 @@ class _Part(_Reader):
         (_UnlessPlain(), set()),
         (_UnlessPlain(clip=1.0), {"layer"}),
         (_OnlyWithAnArgument(), set()),
+        (_UnlessQuantised(), {"layer"}),
+        (_UnlessQuantised(is_quantised=True), {"list.0", "list.1"}),
         (_Looks(), set()),
         (_OnlyAtTheStart(), set()),
         (_AsksItsPart(), {"part.layer"}),

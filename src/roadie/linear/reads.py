@@ -16,9 +16,8 @@ from __future__ import annotations
 import ast
 import inspect
 import linecache
-import operator
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FrameType, FunctionType
@@ -26,24 +25,13 @@ from typing import Any
 
 from torch import nn
 
+from roadie.linear.guards import defaults_of, truth
+
 _OF_NO_VALUE = frozenset(
     {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "element_size", "is_meta", "is_cuda", "requires_grad"}
     | {"is_floating_point", "layout", "get_device", "grad", "stride", "is_contiguous"}
 )
 _LOOKS = frozenset({"isinstance", "hasattr", "getattr", "type", "id", "len"})
-_CHANGES = frozenset({"training", "gradient_checkpointing"})  # attributes that are switched while a model lives
-_PLAIN = (bool, int, float, str, type(None))
-_COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-}
-_UNKNOWN = object()
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ class _Read:
     defaults: Mapping[str, Any]
 
     def can_happen_in(self, module: nn.Module) -> bool:
-        return all(_truth(test, module, self.defaults) is not (not wanted) for test, wanted in self.guards)
+        return all(truth(test, module, self.defaults) is not (not wanted) for test, wanted in self.guards)
 
 
 def weight_reads(model: nn.Module) -> dict[str, str]:
@@ -98,11 +86,12 @@ def _is_in_forward(frame: FrameType | None) -> bool:
 def _value_lines(filename: str) -> frozenset[int] | None:
     """Lines of a file on which some ``.weight`` is read for its value; None where there is no source."""
     source = "".join(linecache.getlines(filename))
-    if not source:
-        return None
     finder = _Finder("")
-    finder.visit(ast.parse(source))
-    return frozenset(finder.lines)
+    try:
+        finder.visit(ast.parse(source))
+    except SyntaxError:
+        return None
+    return frozenset(finder.lines) if source else None
 
 
 def _is_adapters_own(name: str) -> bool:
@@ -191,7 +180,7 @@ class _Finder(ast.NodeVisitor):
         self._defaults: dict[str, Any] = {}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        outer, self._defaults = self._defaults, _defaults_of(node)
+        outer, self._defaults = self._defaults, defaults_of(node)
         self._visit_block(node.body)
         self._defaults = outer
 
@@ -283,64 +272,3 @@ def _children(module: nn.Module, path: Sequence[str | None]) -> Iterator[str]:
         child = module._modules.get(name)
         if child is not None:
             yield from (f"{name}.{below}" if below else name for below in _children(child, rest))
-
-
-def _defaults_of(function: ast.FunctionDef) -> dict[str, Any]:
-    """The arguments with plain defaults that the function does not set anew."""
-    arguments = function.args
-    positional = [*arguments.posonlyargs, *arguments.args]
-    pairs = list(zip(reversed(positional), reversed(arguments.defaults), strict=False))
-    pairs += [(a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is not None]
-    written = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return {a.arg: d.value for a, d in pairs if isinstance(d, ast.Constant) and a.arg not in written}
-
-
-def _truth(test: ast.expr, module: nn.Module, defaults: Mapping[str, Any]) -> bool | None:
-    """What a test comes to in `module`, as far as its settings and the defaults say; None: that cannot be told."""
-    if isinstance(test, ast.BoolOp):
-        parts = {_truth(part, module, defaults) for part in test.values}
-        decides = isinstance(test.op, ast.Or)  # one true part decides an "or", one false part an "and"
-        if decides in parts:
-            return decides
-        return None if None in parts else not decides
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        truth = _truth(test.operand, module, defaults)
-        return None if truth is None else not truth
-    value = _value(test, module, defaults)
-    return bool(value) if isinstance(value, _PLAIN) else None
-
-
-def _value(node: ast.expr, module: nn.Module, defaults: Mapping[str, Any]) -> Any:
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return module if node.id == "self" else defaults.get(node.id, _UNKNOWN)
-    if isinstance(node, ast.Attribute):
-        of = _value(node.value, module, defaults)
-        return _UNKNOWN if of is _UNKNOWN or node.attr in _CHANGES else getattr(of, node.attr, _UNKNOWN)
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        return _compared(node, module, defaults)
-    if isinstance(node, ast.Call):
-        return _has_attribute(node, module, defaults)
-    return _UNKNOWN
-
-
-def _compared(node: ast.Compare, module: nn.Module, defaults: Mapping[str, Any]) -> Any:
-    left, right = (_value(each, module, defaults) for each in (node.left, node.comparators[0]))
-    compare = _COMPARISONS.get(type(node.ops[0]))
-    is_identity = compare in (operator.is_, operator.is_not)
-    if compare is None or left is _UNKNOWN or right is _UNKNOWN:
-        return _UNKNOWN
-    if not is_identity and not (isinstance(left, _PLAIN) and isinstance(right, _PLAIN)):
-        return _UNKNOWN
-    try:
-        return compare(left, right)
-    except TypeError:
-        return _UNKNOWN
-
-
-def _has_attribute(node: ast.Call, module: nn.Module, defaults: Mapping[str, Any]) -> Any:
-    if not (isinstance(node.func, ast.Name) and node.func.id == "hasattr" and len(node.args) == 2):
-        return _UNKNOWN
-    of, name = (_value(argument, module, defaults) for argument in node.args)
-    return hasattr(of, name) if of is not _UNKNOWN and isinstance(name, str) else _UNKNOWN
