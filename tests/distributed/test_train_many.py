@@ -21,14 +21,14 @@ from roadie.training.many.snapshot import read_snapshot
 
 FOLDER = Path(__file__).parent
 TINY = runpy.run_path(str(FOLDER.parent / "training" / "tiny.py"))
-SETTINGS_OF = runpy.run_path(str(FOLDER.parent / "training" / "many" / "conftest.py"))["settings_of"]
+SHARED = runpy.run_path(str(FOLDER.parent / "training" / "many" / "conftest.py"))
+SETTINGS_OF, OF_LOSSES = SHARED["settings_of"], SHARED["OF_LOSSES"]
 PROGRAM = FOLDER / "program_train_many.py"
 NAMES = [f"job{number}" for number in range(5)]
 
 # A gradient is a sum over fewer than 2^9 tokens, of products that end chains of inner products, together of fewer than 2^12
 # terms (14 layers of at most 128 inputs there and back). In float32, another order changes it by at most that many roundoffs.
 OF_A_GRADIENT = (2**9 + 2**12) * unit_roundoff(torch.float32)
-OF_LOSSES = 1e-4  # float32, over tens of steps: as jobs differ from themselves alone (tests/training/many)
 
 
 def write_jobs(folder: Path, base: Path) -> Path:

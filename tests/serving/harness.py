@@ -26,7 +26,6 @@ from roadie.serving import (
 )
 from roadie.testing import random_adapter
 
-PATIENCE_S = HANG_S
 KINDS = (("road_1", 16), ("road_2", 8), ("road_4", 4))
 SMALL = EngineSettings(num_slots=4, page_size=8, num_blocks=128, max_batch_tokens=128, max_running=16)
 

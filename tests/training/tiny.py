@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from roadie.testing.accuracy import two_orders
+
 SPECIAL = ("<s>", "</s>", "<pad>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
@@ -38,6 +40,16 @@ def model(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     }
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+def of_losses(num_tokens: int) -> float:
+    """How far apart, relative to their size, losses over so many tokens may be where sums are taken in another order.
+
+    A loss ends a chain of sums: in each of two layers over 64 inputs, as many tokens, 64, 64 and 128 inputs, then over 64 of the
+    head, 259 tokens of the vocabulary, and the tokens. After steps it holds as well: where a gradient is nearly 0 AdamW may step
+    otherwise, but there the loss does not move either.
+    """
+    return two_orders(2 * (64 + num_tokens + 64 + 64 + 128) + 64 + 259 + num_tokens, torch.float32)
 
 
 def build(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:

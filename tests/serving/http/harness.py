@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 import openai
-from tests.patience import HANG_S, until
+from tests.patience import HANG_S
 from tests.serving.http.fake_engine import FakeEngine
 
 from roadie import embedded
@@ -30,19 +30,6 @@ KEYS = Keys(
         (hash_key(LEGAL_KEY), Caller("lawyer", ("legal", "law-*"))),
     )
 )
-PATIENCE_S = HANG_S
-__all__ = [
-    "ADMIN_KEY",
-    "HANG_S",
-    "KEYS",
-    "LEGAL_KEY",
-    "PATIENCE_S",
-    "USER_KEY",
-    "Running",
-    "free_port",
-    "running",
-    "until",
-]
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
+
+OF_LOSSES = runpy.run_path(str(Path(__file__).parents[1] / "tiny.py"))["of_losses"](3 * 96)
+"""How far apart losses of a job may be, relative to their size: a batch has at most 3 rows of 96 tokens."""
 
 KINDS = (
     {"variant": "road_1", "targets": "all-linear"},
