@@ -17,6 +17,7 @@ from roadie.tuner.pair_training import train_only
 from roadie.tuner.registry import is_registered, register, unregister
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import rows
+from roadie.tuner.snapshot import unchanged_if_raised
 from roadie.tuner.with_lora import add_lora, load_together, lora_rows, save_together
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ __all__ = [
 
 
 def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's `get_peft_model`, with ROAD routed to roadie; same arguments, same result."""
+    """PEFT's `get_peft_model`, with ROAD routed to roadie; same arguments, same result. If it raises, nothing was changed."""
     register()
-    return peft.get_peft_model(model, peft_config, *args, **kwargs)
+    with unchanged_if_raised(model, peft_config):
+        return peft.get_peft_model(model, peft_config, *args, **kwargs)
 
 
 def __getattr__(name: str) -> Any:

@@ -82,6 +82,15 @@ class RoadConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Regex of modules -> input_stages."}
     )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Note what is done with a config that was read: PEFT sets inference_mode before it loads the weights beside it.
+
+        Before it makes a new adapter it sets base_model_name_or_path, or nothing.
+        """
+        super().__setattr__(name, value)
+        if name in ("inference_mode", "base_model_name_or_path") and self.__dict__.get("_source") is not None:
+            self.__dict__["_is_for_loading"] = name == "inference_mode"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _register()
@@ -163,6 +172,8 @@ class RoadConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds, as a mapping: extra keys at their defaults left out; see `save_pretrained`."""
         content = super().to_dict()
+        if content["modules_to_save"] is not None:  # to which PEFT adds the head of a task each time
+            content["modules_to_save"] = list(dict.fromkeys(content["modules_to_save"]))
         extra = {name for name, default in checkpoint.EXTRA_DEFAULTS.items() if content[name] != default}
         content = {name: v for name, v in content.items() if name in extra or name not in checkpoint.EXTRA_DEFAULTS}
         return {**content, "variant": checkpoint.prefix_for(extra) + self.variant} if extra else content
@@ -173,14 +184,18 @@ class RoadConfig(PeftConfig):
     ) -> RoadConfig:
         """Read adapter_config.json from a folder or a hub repository.
 
-        The config remembers where it came from, so that loading checks the weights beside it before it touches a model.
+        The config remembers where it came from, so that loading checks the weights beside it before it touches a model. It will
+        also do for a new adapter of any model (`get_peft_model`, `add_adapter`): that one is trained, whatever the file says
+        of inference, and belongs to the model that it is added to.
         allow_pickle=True lets PEFT read the weights from a pickle file, which can run code; the default refuses.
         """
         allow_pickle = bool(kwargs.pop("allow_pickle", False))
         config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         if isinstance(config, cls):
             hub, _, _ = cls._split_kwargs(kwargs)
-            config._source = WeightsSource(str(pretrained_model_name_or_path), subfolder, hub, allow_pickle)
+            config._source = WeightsSource(
+                str(pretrained_model_name_or_path), subfolder, hub, allow_pickle, config.base_model_name_or_path
+            )
         return config
 
 
@@ -192,6 +207,7 @@ class WeightsSource:
     subfolder: str | None
     hub_arguments: Mapping[str, Any]
     allow_pickle: bool
+    base_model: str | None
 
 
 def _parsed_variant(variant: Any) -> str:

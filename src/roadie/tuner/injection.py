@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +28,17 @@ from roadie.errors import ConfigError, UnsupportedLayer
 from roadie.linear import refusals
 from roadie.tuner.layer import check_sizes, linear_features
 from roadie.tuner.rotating import RoadLayer
-from roadie.tuner.targeting import PATTERNS, warn_of_what_matches_nothing, with_names_of_all_linear
+from roadie.tuner.snapshot import Snapshot
+from roadie.tuner.targeting import (
+    PATTERNS,
+    warn_of_layers_beyond,
+    warn_of_what_matches_nothing,
+    with_names_of_all_linear,
+)
 
 logger = logging.getLogger("roadie")
 
-_BOOKS = ("variant", "group_size", "_keys", "_adapters")  # of RoAd layers, ParameterDicts and PEFT's wrappers
+TakesBack = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,18 @@ class Plan:
                 targets.append(_target(model, path, module, trial, reasons.get(path)))
         return cls(model, trial.target_modules, tuple(targets))
 
-    def warn_of_what_matches_nothing(self, config: Any) -> None:
-        """Warn of names, layers and patterns of `config` that the model does not have."""
-        warn_of_what_matches_nothing(config, self.model, [target.path for target in self.targets])
+    def warn(self, config: Any, *, was_read: bool) -> None:
+        """Warn of names, layers and patterns of `config` that the model does not have, and of modules of several names.
 
-    def warn_of_aliases(self) -> None:
+        was_read: the config names the layers of a model that was adapted before; then of layers that it knows nothing of.
+        """
+        paths = [target.path for target in self.targets]
+        self._warn_of_aliases()
+        warn_of_what_matches_nothing(config, self.model, paths)
+        if was_read:
+            warn_of_layers_beyond(config, self.model, paths)
+
+    def _warn_of_aliases(self) -> None:
         """Say where one module has several targeted names: PEFT replaces it under the first alone."""
         first_names: dict[int, str] = {}
         for target in self.targets:
@@ -173,47 +186,25 @@ def quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBac
 
 
 @contextmanager
-def all_or_nothing(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[None]:
+def all_or_nothing(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[TakesBack]:
     """If the block raises, put the model, its parameters' requires_grad and the tuner's books back as they were.
 
-    If not, parameters of a model that had adapters before stay trainable or frozen, whatever their names.
+    If not, parameters of a model that had adapters before stay trainable or frozen, whatever their names. Gives what would still
+    take the adapter back.
     """
-    before = _Snapshot.of(tuner, model, adapter_name)
+    before = Snapshot.of(model, tuner.peft_config[adapter_name].__dict__, tuner.__dict__)
     had_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+    def take_back() -> None:
+        before.restore()
+        tuner.peft_config.pop(adapter_name, None)
+        if not hasattr(model, "peft_config"):
+            model.__dict__.pop("_hf_peft_config_loaded", None)  # transformers' add_adapter sets it before it adds one
+
     try:
-        yield
+        yield take_back
         if had_adapters:
             before.restore_trainable()
     except BaseException:
-        before.restore(tuner, adapter_name)
+        take_back()
         raise
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """What an injection may change, module by module: children, parameters, buffers and the adapters' books."""
-
-    contents: list[tuple[dict[Any, Any], dict[Any, Any]]]  # (a live dictionary, what it held)
-    trainable: list[tuple[nn.Parameter, bool]]
-
-    @classmethod
-    def of(cls, tuner: BaseTuner, model: nn.Module, adapter_name: str) -> _Snapshot:
-        live = [tuner.peft_config[adapter_name].__dict__, tuner.__dict__]
-        for module in model.modules():
-            live += [module.__dict__, module._modules, module._parameters, module._buffers]
-            live += [value for name, value in module.__dict__.items() if name in _BOOKS and isinstance(value, dict)]
-        return cls([(d, dict(d)) for d in live], [(p, p.requires_grad) for p in model.parameters()])
-
-    def restore(self, tuner: BaseTuner, adapter_name: str) -> None:
-        for dictionary, before in self.contents:
-            dictionary.clear()
-            dictionary.update(before)
-        self.restore_trainable()
-        tuner.peft_config.pop(adapter_name, None)
-        model = getattr(tuner, "model", None)
-        if model is not None and not hasattr(model, "peft_config"):
-            model.__dict__.pop("_hf_peft_config_loaded", None)  # transformers' add_adapter sets it before it adds one
-
-    def restore_trainable(self) -> None:
-        for parameter, trainable in self.trainable:
-            parameter.requires_grad_(trainable)

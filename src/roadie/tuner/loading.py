@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from roadie import checkpoint
@@ -37,17 +40,43 @@ def allow_pickle() -> Iterator[None]:
         _pickle_allowed.reset(token)
 
 
-def check_weights_source(config: Any, plan: Plan) -> None:
-    """Raise `CheckpointError` if the weights beside a config that was read from disk cannot be loaded into the plan.
+def source_of_load(config: Any) -> WeightsSource | None:
+    """Where PEFT is about to read the weights of the adapter that this config is for; None for a new adapter."""
+    return getattr(config, "_source", None) if getattr(config, "_is_for_loading", False) else None
 
-    Nothing happens for configs that were not read, or that have no weights beside them.
+
+def make_new(config: Any, model: nn.Module) -> bool:
+    """Of a config that was read, for a new adapter: what the file says of another adapter's use and base model is left out.
+
+    Gives whether it was read.
     """
     source = getattr(config, "_source", None)
-    folder = _folder(source) if source is not None else None
+    if source is None:
+        return False
+    config._source = None
+    config.inference_mode = False
+    config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    if config.base_model_name_or_path != source.base_model:
+        config.revision = None
+    return True
+
+
+def check_weights_source(source: WeightsSource, plan: Plan, *, is_certain: bool) -> None:
+    """Raise `CheckpointError` if the weights that are to be loaded cannot be, or not into the plan.
+
+    is_certain: False where the config may be meant for a new adapter all the same; sizes are then looked at when values come.
+    """
+    folder = _folder(source)
     if folder is None:
+        place = Path(source.name_or_path, source.subfolder or "")
+        if is_certain and place.is_dir() and not any(place.glob("adapter_model.*")):
+            raise CheckpointError(
+                f"Can't find weights for {source.name_or_path} in {place}. Wanted {checkpoint.WEIGHTS_NAME} beside "
+                f"{checkpoint.CONFIG_NAME}; save the adapter again. The model was not changed."
+            )
         return
     adapter = checkpoint.load(folder)
-    for target in plan.targets:
+    for target in plan.targets if is_certain else ():
         for path, stages, width in _sites(target):
             stored = adapter.layers.get(path)
             wanted = len(stages) * parameter_size(target.config.variant, width)
@@ -58,6 +87,29 @@ def check_weights_source(config: Any, plan: Plan) -> None:
                     f"{target.config.variant} on {name}={width}; the adapter belongs to another base "
                     "model or variant. The model was not changed."
                 )
+
+
+def check_whole_modules(source: WeightsSource, model: nn.Module, adapter_name: str) -> None:
+    """Raise `CheckpointError` if a file has too few tensors for what an adapter of the model trains whole; PEFT asks for each."""
+    folder = _folder(source)
+    wrappers = [(path, m) for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    wanted = {
+        f"base_model.model.{path}.{key}"
+        for path, wrapper in wrappers
+        if adapter_name in wrapper._adapters
+        for key in wrapper.adapter_state_dict_load_map(adapter_name)
+    }
+    if folder is None or not wanted:
+        return
+    with safe_open(folder / checkpoint.WEIGHTS_NAME, framework="pt") as file:
+        there = {key for key in file.keys() if ".road_" not in key}  # noqa: SIM118 - no mapping
+    missing = sorted(wanted - there)
+    if len(missing) > len(there - wanted):  # others may be renamed on their way, by a key_mapping
+        raise CheckpointError(
+            f"got no {missing[0]} in {folder}; wanted the tensors of all modules that the adapter trains whole ("
+            f"modules_to_save, the head of the task, trainable_token_indices); it was saved by another task or version. "
+            "The model was not changed."
+        )
 
 
 def _sites(target: Target) -> list[tuple[str, tuple[int, ...], int]]:
@@ -100,6 +152,78 @@ def _download(source: WeightsSource) -> Path | None:
             f"got no {checkpoint.WEIGHTS_NAME} in {source.name_or_path}; wanted safetensors: what PEFT would read instead "
             "is a pickle, which can run code; convert it, or pass allow_pickle=True if you trust its author"
         ) from error
+
+
+def placed(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], remap: Callable[[Any], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A file's tensors under their names in the model; `remap` is PEFT's way there, for names of the model's layout.
+
+    Keys of an older layout of the model are renamed as transformers renames those of its weights. Raises `CheckpointError` where
+    tensors of RoAd find no place; warns of others that find none.
+    """
+    names = set(model.state_dict())
+
+    def lost(tensors: Mapping[str, Tensor]) -> list[str]:
+        return [key for key in tensors if key not in names and key.removeprefix(_PREFIX) not in names]
+
+    found = remap(state_dict)
+    if lost(found):
+        known = {id(tensor) for key, tensor in found.items() if key in set(lost(found))}
+        to_rename = [key for key, tensor in state_dict.items() if id(tensor) in known]
+        new_names = _in_todays_layout(model, to_rename)
+        found = remap({new_names.get(key, key): tensor for key, tensor in state_dict.items()})
+    nowhere = lost(found)
+    of_road = [key for key in nowhere if ".road_theta" in key or ".road_alpha" in key]
+    if of_road:
+        raise CheckpointError(
+            f"got {len(of_road)} tensors that no adapted layer of the model has a place for, such as {of_road[0]}; wanted those "
+            f"of the layers that {adapter_name!r} adapts here; it was saved for another model, or another layout of this one: "
+            "load it with the versions that saved it, or pass key_mapping={pattern: replacement}. Nothing was loaded."
+        )
+    if nowhere:
+        warnings.warn(
+            f"Tensors of adapter {adapter_name!r} that the model has no place for were not loaded: {nowhere}.",
+            stacklevel=2,
+        )
+    return found
+
+
+def warn_of_missing(model: nn.Module, adapter_name: str, found: Collection[str]) -> None:
+    """Warn, as PEFT's from_pretrained does, of layers that an adapter has in the model and not in its file: the identity."""
+    missing = [name for name, _ in model.named_parameters() if _is_road_key(name, adapter_name) and name not in found]
+    if missing:
+        warnings.warn(f"Found missing adapter keys while loading the checkpoint: {missing}.", stacklevel=2)
+
+
+_PREFIX = "base_model.model."
+
+
+def _in_todays_layout(model: Any, keys: list[str]) -> dict[str, str]:
+    """The keys as transformers names them in today's layout of a model, where that is another one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
+    new = {key: rename_source_key(key.removeprefix(_PREFIX), renamings, [])[0] for key in keys}
+    return {key: _PREFIX + name for key, name in new.items()}
+
+
+class _WrongSize(CheckpointError, RuntimeError):
+    """torch raises a RuntimeError for a size that does not fit."""
+
+
+def check_sizes_of_values(module: nn.Module, prefix: str, state_dict: Mapping[str, Any]) -> None:
+    """Raise, as torch does, where a state dict has a tensor of another size than the module; changes nothing."""
+    for name, parameter in module.named_parameters():
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and type(parameter.data) is Tensor and value.shape != parameter.shape:
+            raise _WrongSize(
+                f"Error(s) in loading state_dict: size mismatch for {prefix}{name}: got {tuple(value.shape)}; wanted "
+                f"{tuple(parameter.shape)}; the adapter was trained for another task or base model (ignore_mismatched_sizes=True "
+                "leaves such tensors out). The model was not changed."
+            )
 
 
 def check_new_values(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.injection import (
     Plan,
+    TakesBack,
     all_or_nothing,
     base_of,
     layer_config,
@@ -22,14 +24,24 @@ from roadie.tuner.injection import (
     quantization_backend,
 )
 from roadie.tuner.layer import Linear, linear_features
-from roadie.tuner.loading import check_new_values, check_weights_source
+from roadie.tuner.loading import (
+    check_new_values,
+    check_sizes_of_values,
+    check_weights_source,
+    check_whole_modules,
+    make_new,
+    placed,
+    source_of_load,
+    warn_of_missing,
+)
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.names import check_name, check_names_in
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.reference import is_reference, make_reference
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import adapter_rows, shared_routing
-from roadie.tuner.targeting import is_target
+from roadie.tuner.snapshot import unchanged_if_raised
+from roadie.tuner.targeting import add_head_of_task, is_target
 from roadie.tuner.weighted import CombinationType, add_adapter, weighted_adapter
 
 
@@ -44,7 +56,17 @@ class RoadModel(BaseTuner):
     peft_config: dict[str, Any]
     tuner_layer_cls = RoadLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
+    _is_in_peft_model: bool = False
+    _awaited: tuple[str, TakesBack] | None = None  # an adapter that PEFT is about to load the values of
     _before_off: tuple[list[tuple[nn.Parameter, bool]], list[str]] | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_is_in_peft_model"] = isinstance(peft_config, dict)  # as PEFT's own model classes give it
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else None
+        with unchanged_if_raised(model, config):
+            if config is not None:
+                add_head_of_task(config)
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(
         self,
@@ -56,12 +78,15 @@ class RoadModel(BaseTuner):
     ) -> None:
         """Add the adapter `adapter_name` to `model`, or leave the model as it was and raise; see PEFT's BaseTuner."""
         config = self.peft_config[adapter_name]
-        with all_or_nothing(self, model, adapter_name):
+        is_shared = any(other is config for name, other in self.peft_config.items() if name != adapter_name)
+        source = None if is_shared else source_of_load(config)
+        with all_or_nothing(self, model, adapter_name) as take_back:
             check_name(adapter_name)
+            was_read = source is None and not is_shared and make_new(config, model)
             plan = Plan.make(self, model, config, adapter_name, state_dict)
-            plan.warn_of_aliases()
-            plan.warn_of_what_matches_nothing(config)
-            check_weights_source(config, plan)
+            plan.warn(config, was_read=was_read)
+            if source is not None:
+                check_weights_source(source, plan, is_certain=self._is_load_certain(config))
             config.target_modules = plan.target_modules
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._share_routing(model)
@@ -69,8 +94,15 @@ class RoadModel(BaseTuner):
             if is_reference(self.peft_config, adapter_name):
                 make_reference(model)
             check_names_in(model, self.peft_config, adapter_name)
+            if source is not None:
+                check_whole_modules(source, model, adapter_name)
+        self._awaited = (adapter_name, take_back) if source is not None and self._is_in_peft_model else None
         if type(self.peft_config) is dict:
             self.peft_config = Configs(self.peft_config)
+
+    def _is_load_certain(self, config: Any) -> bool:
+        """False where PEFT's load_adapter of an adapter to be trained cannot be told from a new one of a config that was read."""
+        return config.inference_mode or len(self.peft_config) == 1 or not self._is_in_peft_model
 
     def _share_routing(self, model: nn.Module) -> None:
         routing = shared_routing(model)
@@ -117,6 +149,7 @@ class RoadModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this around every forward and generate, with the arguments of the call."""
+        self._awaited = None
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -163,6 +196,29 @@ class RoadModel(BaseTuner):
         if remaining:
             _set_adapter(self.model, remaining)
         self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones; see PEFT's BaseTuner."""
+        self._awaited = None
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As torch does; values of an adapter that PEFT has just added are looked at first, or the adapter goes again."""
+        with self._taken_back_if_raised():
+            if self._awaited is not None:
+                check_sizes_of_values(self, prefix, state_dict)
+        self._awaited = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @contextmanager
+    def _taken_back_if_raised(self) -> Iterator[None]:
+        """Take an adapter back whose values PEFT was about to load, if the block raises."""
+        try:
+            yield
+        except BaseException:
+            if self._awaited is not None:
+                self._awaited[1]()
+            raise
 
     def _layers(self) -> list[Linear]:
         return [module for module in self.model.modules() if isinstance(module, Linear)]
@@ -286,9 +342,21 @@ class RoadModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_new_values(model, adapter_name, remapped)
+        remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
+        awaiting = _awaiting(model, adapter_name)
+        with awaiting._taken_back_if_raised() if awaiting is not None else nullcontext():
+            remapped = placed(model, adapter_name, state_dict, remap)
+            check_new_values(model, adapter_name, remapped)
+        if awaiting is not None and len(awaiting.peft_config) > 1:
+            warn_of_missing(model, adapter_name, remapped)
         return remapped
+
+
+def _awaiting(model: Any, adapter_name: str) -> RoadModel | None:
+    """The tuner of a PeftModel that was just given this adapter, whose values PEFT is about to load."""
+    tuner = getattr(model, "base_model", None)
+    awaited = tuner._awaited if isinstance(tuner, RoadModel) else None
+    return tuner if awaited is not None and awaited[0] == adapter_name else None
 
 
 class Configs(dict[str, Any]):

@@ -17,7 +17,20 @@ from roadie.linear import has_name, unmatched_names, without_refused
 
 PATTERNS = ("variant_pattern", "group_size_pattern", "stages_pattern", "input_stages_pattern")
 
-_HEADS = frozenset({"classifier", "score", "qa_outputs"})  # heads that PEFT adds to modules_to_save, there or not
+# Heads that PEFT adds to modules_to_save, there or not; of SEQ_CLS before it adapts a model, of the others afterwards.
+_HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_HEADS = frozenset(head for heads in _HEADS_OF_TASKS.values() for head in heads)
+
+
+def add_head_of_task(config: Any) -> None:
+    """Put the head of the config's task into its modules_to_save, so that the head is trained whole and is no target."""
+    heads = _HEADS_OF_TASKS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    if heads:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
 
 
 def with_names_of_all_linear(config: Any, model: nn.Module, reasons: Mapping[str, str]) -> Any:
@@ -80,6 +93,29 @@ def warn_of_what_matches_nothing(config: Any, model: nn.Module, targeted: Collec
     if targeted:
         for said in (*_unmatched_names(config, model), *_unmatched_layers(config, model), *_patterns(config, targeted)):
             warnings.warn(said, RuntimeWarning, stacklevel=2)
+
+
+def warn_of_layers_beyond(config: Any, model: nn.Module, targeted: Collection[str]) -> None:
+    """Warn of linear layers that differ from targeted ones in numbers of their paths alone, unless `config` chooses layers."""
+    if isinstance(config.target_modules, str) or _layers(config) is not None:
+        return
+    kinds = {_without_numbers(path) for path in targeted}
+    beyond = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path not in targeted and _without_numbers(path) in kinds
+    ]
+    if beyond:
+        warnings.warn(
+            f"The config names the layers of another model: {len(targeted)} layers are adapted, and {len(beyond)} of the same "
+            f"kinds are not, such as {beyond[0]!r}. For all of them set its target_modules to ends of paths, or 'all-linear'.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _without_numbers(path: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
 def _unmatched_names(config: Any, model: nn.Module) -> Iterator[str]:
