@@ -83,11 +83,29 @@ def test_the_variants_are_those_of_the_rotation():
         ("share", "3/2"),
         ("share", 0.5),
         ("share", ""),
+        ("method", "kto"),
+        ("patience", 0),
+        ("packing", "yes"),
+        ("load_in_4bit", 1),
     ],
 )
 def test_what_is_not_valid_is_refused_with_its_name(name, value):
     with pytest.raises(ConfigError, match=rf"got {'batch_size' if name == 'micro_batch_size' else name}.*; .*wanted"):
         Recipe(**{name: value})
+
+
+@pytest.mark.parametrize("beta", [0, -1, math.inf, math.nan, "0.1"])
+def test_beta_is_of_dpo_and_above_0(beta):
+    with pytest.raises(ConfigError, match=f"got beta={beta!r}; wanted a number above 0"):
+        Recipe(method="dpo", beta=beta)
+
+
+def test_a_setting_that_the_method_makes_void_is_refused():
+    with pytest.raises(ConfigError, match=r"got beta=0\.1; wanted none with method='sft'"):
+        Recipe(beta=0.1)
+    with pytest.raises(ConfigError, match="got packing=True; wanted none with method='dpo'"):
+        Recipe(method="dpo", packing=True)
+    assert (Recipe().beta, Recipe(method="dpo").beta) == (None, 0.1)
 
 
 def test_unknown_settings_are_refused():
@@ -96,7 +114,8 @@ def test_unknown_settings_are_refused():
 
 
 @pytest.mark.parametrize(
-    "recipe", [Recipe(), Recipe(target_modules=["q_proj", "v_proj"], max_steps=3, variant="road_4")]
+    "recipe",
+    [Recipe(), Recipe(target_modules=["q_proj", "v_proj"], max_steps=3, variant="road_4"), Recipe(method="dpo")],
 )
 def test_a_recipe_survives_json(recipe):
     assert Recipe.from_mapping(json.loads(json.dumps(recipe.to_mapping()))) == recipe

@@ -40,6 +40,7 @@ def find_lr(
         int | None, typer.Option(help="Examples a forward pass, to save memory.", show_default="batch size")
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = DEFAULT.max_length,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="As for train.")] = DEFAULT.load_in_4bit,
     precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = DEFAULT.precision,
     seed: Annotated[int, typer.Option(help="Of the data's order and the held-out share.")] = DEFAULT.seed,
     revision: Revision = None,
@@ -70,6 +71,7 @@ def find_lr(
         micro_batch_size=micro_batch_size,
         max_length=max_length,
         precision=precision,
+        load_in_4bit=load_in_4bit,
         seed=seed,
     )
     with quiet_libraries():

@@ -10,7 +10,7 @@ import typer
 from roadie.cli.config_file import Config
 from roadie.cli.options import AdaptGroupSize, AllowPickle, Exclude, Model, Overwrite, Revision, TrustRemoteCode
 from roadie.errors import ConfigError
-from roadie.training.recipe import PRECISIONS, SCHEDULES, VARIANTS, Recipe, default_learning_rate
+from roadie.training.recipe import DEFAULT_BETA, PRECISIONS, SCHEDULES, VARIANTS, Recipe, default_learning_rate
 
 if TYPE_CHECKING:
     from roadie.training.record import TrainingResult
@@ -34,6 +34,19 @@ def train(
         ),
     ] = None,
     eval_share: Annotated[float, typer.Option(help="Hold out this share of the data instead.")] = DEFAULT.eval_share,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="End after so many evaluations without a better held-out loss.", show_default="no early end"),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="sft: learn what the rows say; dpo: learn which of two answers is preferred, by TRL.")
+    ] = DEFAULT.method,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="Of dpo: how much a change of an answer's likelihood counts.", show_default=f"{DEFAULT_BETA:g}"
+        ),
+    ] = None,
     variant: Annotated[
         str, typer.Option(help=f"{', '.join(VARIANTS)}: 1, 2 or 4 parameters an output.")
     ] = DEFAULT.variant,
@@ -86,6 +99,13 @@ def train(
         int | None, typer.Option(help="Examples a forward pass, to save memory.", show_default="batch size")
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = DEFAULT.max_length,
+    packing: Annotated[
+        bool,
+        typer.Option("--packing", help="Lay several examples into a row, apart from each other; batches count rows."),
+    ] = DEFAULT.packing,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="The base model in 4 bits (bitsandbytes, nf4), to save memory.")
+    ] = DEFAULT.load_in_4bit,
     precision: Annotated[
         str, typer.Option(help=f"{', '.join(PRECISIONS)}; auto is bfloat16 on accelerators that have it.")
     ] = DEFAULT.precision,
@@ -100,6 +120,19 @@ def train(
         bool, typer.Option("--resume", help="Go on with an interrupted training, or start where there is none.")
     ] = False,
     overwrite: Overwrite = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Report losses to tensorboard, wandb, ... while training. Repeatable.", show_default=False),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload the adapter to this repository at the end.", show_default=False
+        ),
+    ] = None,
+    hub_public: Annotated[
+        bool, typer.Option("--hub-public", help="Where that repository is new: make it public, not private.")
+    ] = False,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a progress bar.")] = True,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -111,7 +144,8 @@ def train(
     Plain text is cut into blocks. A .jsonl file holds one object a line: {"text": ...}; or {"prompt": ...,
     "completion": ...}, of which the completion is learnt; or {"messages": [...]}, of which the assistant's turns are
     learnt, written with the chat template of the model. Alpaca's rows {"instruction": ..., "input": ..., "output": ...}
-    and ShareGPT's {"conversations": [{"from": ..., "value": ...}]} are read too.
+    and ShareGPT's {"conversations": [{"from": ..., "value": ...}]} are read too. With --method dpo rows are preferences:
+    {"prompt": ..., "chosen": ..., "rejected": ...}, texts or lists of messages. docs/training.md has all of it.
 
     The output appears at the end. Checkpoints are kept in OUTPUT.training until then, and --resume goes on from the
     last one to the same result as without the interruption. Ctrl-C ends after the step, with one more checkpoint.
@@ -130,7 +164,11 @@ def train(
     from roadie.training.checkpoints import kept_in, work_path
     from roadie.training.interruption import told
 
+    if hub_public and not push_to_hub:
+        raise ConfigError("got --hub-public without --push-to-hub; wanted a repository that it is said of; name it")
     recipe = Recipe(
+        method=method,
+        beta=beta,
         variant=variant,
         group_size=group_size,
         adapt_group_size=adapt_group_size,
@@ -151,11 +189,15 @@ def train(
         precision=precision,
         eval_share=eval_share,
         checkpoint_steps=checkpoint_steps,
+        patience=patience,
+        packing=packing,
+        load_in_4bit=load_in_4bit,
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
     with told(lambda: kept_in(work_path(output))), quiet_libraries():
         from roadie.distributed.processes import joined
+        from roadie.training.hub import HubPlace
         from roadie.training.models import ModelSource
         from roadie.training.run import train as run
 
@@ -169,6 +211,8 @@ def train(
                 overwrite=overwrite,
                 resume=resume,
                 progress=progress,
+                report_to=report_to or (),
+                push_to_hub=HubPlace(push_to_hub, private=not hub_public) if push_to_hub else None,
             )
     if together.is_first:
         typer.echo(show(result))

@@ -101,6 +101,12 @@ def last_complete(folder: Path) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
+def logged(checkpoint: Path) -> list[dict[str, Any]]:
+    """What Trainer had logged when it wrote a whole checkpoint."""
+    history: list[dict[str, Any]] = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+    return history
+
+
 def _steps(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 

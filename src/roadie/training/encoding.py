@@ -14,10 +14,10 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from roadie.errors import ConfigError
-from roadie.training.rows import Chat, Completion, DataError, Instruction, Preference, Record, Text
+from roadie.training.rows import Chat, Completion, DataError, Instruction, Preference, Record, Text, Turns
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +27,25 @@ logger = logging.getLogger("roadie")
 
 IGNORED = -100
 
+Row = TypeVar("Row")
+
 
 @dataclass(frozen=True)
 class Example:
-    """Token numbers and labels of one example; equal lengths, at least two tokens."""
+    """Token numbers and labels of one example; equal lengths, at least two tokens.
+
+    starts: where each of several examples begins that lie in one row (`roadie.training.packing`); one begins at 0.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The position of each token in its own example."""
+        ends = (*self.starts[1:], len(self.input_ids))
+        return tuple(place for start, end in zip(self.starts, ends, strict=True) for place in range(end - start))
 
 
 def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
@@ -46,7 +58,7 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, max_le
     cut = 0
     for record in records:
         if isinstance(record, Text) and record.packed:
-            packed += _ended(_tokens(tokenizer, record.text), tokenizer)
+            packed += ended(tokens_of(tokenizer, record.text), tokenizer)
             continue
         example, was_cut = _one_example(record, tokenizer, max_length)
         examples.append(example)
@@ -90,11 +102,11 @@ def _pieces(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tuple[li
     if isinstance(record, Instruction):
         return _pieces(record.as_chat if tokenizer.chat_template else record.as_completion, tokenizer)
     if isinstance(record, Text):
-        return [(_ended(_tokens(tokenizer, record.text), tokenizer), True)]
+        return [(ended(tokens_of(tokenizer, record.text), tokenizer), True)]
     if isinstance(record, Completion):
-        completion = _ended(_tokens(tokenizer, record.completion, special=False), tokenizer)
-        return [(_unended(_tokens(tokenizer, record.prompt), tokenizer), False), (completion, True)]
-    return [(_tokens(tokenizer, text, special=False), learnt) for text, learnt in _chat_pieces(record, tokenizer)]
+        completion = ended(tokens_of(tokenizer, record.completion, special=False), tokenizer)
+        return [(unended(tokens_of(tokenizer, record.prompt), tokenizer), False), (completion, True)]
+    return [(tokens_of(tokenizer, text, special=False), learnt) for text, learnt in _chat_pieces(record, tokenizer)]
 
 
 def _chat_pieces(record: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
@@ -103,20 +115,14 @@ def _chat_pieces(record: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple
     A template that rewrites earlier turns (some drop former reasoning) is followed as it would be at inference: only
     those turns are learnt whose rendering is still a part of the whole.
     """
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{record.where}: got messages, but the tokenizer of this model has no chat template; "
-            'use "prompt" and "completion", or a model that has one'
-        )
-    messages = [{"role": role, "content": content} for role, content in record.turns]
-    render = partial(_render, tokenizer, record.where)
-    whole = render(messages)
+    render = partial(rendered, tokenizer, record.where)
+    whole = render(record.turns)
     pieces: list[tuple[str, bool]] = []
     done = 0
     for number, (role, _) in enumerate(record.turns):
         if role != "assistant":
             continue
-        opening, upto = render(messages[:number], opening=True), render(messages[: number + 1])
+        opening, upto = render(record.turns[:number], opening=True), render(record.turns[: number + 1])
         if done <= len(opening) < len(upto) and whole.startswith(upto) and upto.startswith(opening):
             pieces += [(whole[done : len(opening)], False), (whole[len(opening) : len(upto)], True)]
             done = len(upto)
@@ -127,32 +133,42 @@ def _chat_pieces(record: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple
     return pieces
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, where: str, messages: list[dict[str, str]], *, opening: bool = False
-) -> str:
+def rendered(tokenizer: PreTrainedTokenizerBase, where: str, turns: Turns, *, opening: bool = False) -> str:
+    """The turns as the chat template writes them; opening: and the beginning of an assistant's turn after them.
+
+    Raises `DataError`, naming `where`, for a tokenizer without a template, and for turns that the template refuses.
+    """
     import jinja2
 
-    if not messages:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where}: got messages, but the tokenizer of this model has no chat template; "
+            'use "prompt" and "completion", or a model that has one'
+        )
+    if not turns:
         return ""
+    messages = [{"role": role, "content": content} for role, content in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening))
     except jinja2.TemplateError as error:
         raise DataError(
-            f"{where}: got turns {', '.join(message['role'] for message in messages)}; the chat template of this model takes "
-            f"others ({error}); change the row, or leave it out"
+            f"{where}: got turns {', '.join(role for role, _ in turns)}; the chat template of this model takes others "
+            f"({error}); change the row, or leave it out"
         ) from None
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """The tokens of a text, with those that the tokenizer puts around every text (special) or without."""
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _ended(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ended(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """With an end-of-text token, where the tokenizer has one."""
     end = tokenizer.eos_token_id
     return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
 
 
-def _unended(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def unended(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Without the end-of-text token that some tokenizers add to everything, and that a prompt must not have."""
     end = tokenizer.eos_token_id
     return tokens[:-1] if len(tokens) > 1 and tokens[-1] == end else tokens
@@ -166,7 +182,7 @@ def _blocks(tokens: list[int], length: int) -> Iterator[Example]:
             yield Example(block, block)
 
 
-def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Examples to train on and to evaluate on, chosen by `seed`; at least one each where share > 0."""
     if not share:
         return list(examples), []
@@ -192,14 +208,20 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
-    """A batch ``[B, T]`` of input_ids, attention_mask and labels (int64), padded on the right."""
+    """A batch ``[B, T]`` of input_ids, attention_mask and labels (int64), padded on the right.
+
+    With position_ids too where a row holds several examples.
+    """
     import torch
 
     width = max(len(example.input_ids) for example in examples)
     fill = [width - len(example.input_ids) for example in examples]
     rows = list(zip(examples, fill, strict=True))
-    return {
+    batch = {
         "input_ids": torch.tensor([[*e.input_ids, *[pad_token_id] * n] for e, n in rows]),
         "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * n for e, n in rows]),
         "labels": torch.tensor([[*e.labels, *[IGNORED] * n] for e, n in rows]),
     }
+    if any(len(example.starts) > 1 for example in examples):
+        batch["position_ids"] = torch.tensor([[*e.positions, *range(n)] for e, n in rows])
+    return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -61,12 +62,15 @@ def as_source(model: str | ModelSource | None) -> ModelSource:
     return model if isinstance(model, ModelSource) else ModelSource(model)
 
 
-def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(source: ModelSource, dtype: torch.dtype | None = None, *, in_4bit: bool = False) -> PreTrainedModel:
     """The causal language model, in evaluation mode on the CPU; `dtype` None keeps the one it is stored in.
 
+    in_4bit: its linear layers in 4 bits, by bitsandbytes, on the accelerator where there is one; `dtype` computes.
     Raises `ConfigError` where transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM
+
+    quantised = {"quantization_config": _four_bits(dtype)} if in_4bit else {}
 
     def load() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
@@ -75,9 +79,21 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrai
             trust_remote_code=source.trust_remote_code,
             use_safetensors=None if source.allow_pickle else True,
             dtype="auto" if dtype is None else dtype,
+            **quantised,
         )
 
     return _loaded("a causal language model", source, load).eval()
+
+
+def _four_bits(dtype: torch.dtype | None) -> Any:
+    """nf4, computed with in `dtype`; raises `ConfigError` without bitsandbytes."""
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("got load_in_4bit without bitsandbytes; run: pip install 'roadie[quant]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.float32
+    )
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

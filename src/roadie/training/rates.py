@@ -158,6 +158,7 @@ def find_learning_rate(
     Raises `RoadieError` for settings, texts and models that cannot be used.
     """
     source = as_source(model)
+    _check_plain(recipe or Recipe())
     if steps < 2:
         raise ConfigError(f"got steps={steps}; wanted at least 2; try {STEPS}")
     check_there(data)
@@ -169,6 +170,16 @@ def find_learning_rate(
     adapted = adapted_model(source, recipe).to(best_device())
     pad = adapted.config.pad_token_id or 0
     return search(adapted, learnt, measured, recipe, steps=steps, pad_token_id=pad, on_trial=on_trial)
+
+
+def _check_plain(recipe: Recipe) -> None:
+    """Raise `ConfigError` for settings that a search has no use for, and whose rate it would not find."""
+    for name in ("method", "packing", "patience"):
+        value = getattr(recipe, name)
+        if value != getattr(Recipe(), name):
+            raise ConfigError(
+                f"got {name}={value!r}; wanted none in a search of a rate, which cannot have it; leave it out"
+            )
 
 
 def search(

@@ -22,6 +22,8 @@ from roadie.share import Share
 VARIANTS = ("road_1", "road_2", "road_4")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16")
+METHODS = ("sft", "dpo")
+DEFAULT_BETA = 0.1
 ALL_LINEAR = "all-linear"
 
 PAPER_RATE, PAPER_WIDTH = 3e-3, 4096
@@ -44,6 +46,8 @@ def default_learning_rate(hidden_size: int | None) -> float:
 class Recipe:
     """A training run's settings; raises `ConfigError` where one is not valid.
 
+    method: "sft" learns what the rows say; "dpo" learns which of two answers is preferred, by TRL (extra "trl").
+    beta: of DPO: how much a change of an answer's likelihood counts; None: 0.1 with dpo.
     variant, group_size, target_modules, exclude_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the output layer.
     adapt_group_size: where a layer's outputs are no multiple of `group_size`, use their greatest common divisor;
         otherwise such a layer is an error.
@@ -58,9 +62,14 @@ class Recipe:
     precision: "auto" is bfloat16 on an accelerator that supports it and float32 elsewhere.
     eval_share: share of the data held out for evaluation, in [0, 1); checkpoint_steps: steps between checkpoints (and
         evaluations); None: one an epoch.
+    patience: evaluations in a row that may pass without a better held-out loss before the training ends; None: no end.
+    packing: examples are laid into rows of max_length tokens, in which none sees another; batch_size then counts rows.
+    load_in_4bit: the base model in 4 bits (bitsandbytes, nf4), prepared as PEFT prepares such models for training.
     gradient_checkpointing: recompute activations in backward; seed: of data order and held-out split.
     """
 
+    method: str = "sft"
+    beta: float | None = None
     variant: str = "road_1"
     group_size: int = 64
     adapt_group_size: bool = False
@@ -82,12 +91,18 @@ class Recipe:
     precision: str = "auto"
     eval_share: float = 0.0
     checkpoint_steps: int | None = None
+    patience: int | None = None
+    packing: bool = False
+    load_in_4bit: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_numbers(self)
+        _check_method(self)
+        if self.method == "dpo" and self.beta is None:
+            object.__setattr__(self, "beta", DEFAULT_BETA)
         object.__setattr__(self, "target_modules", _checked_names("target_modules", self.target_modules))
         if self.exclude_modules is not None:
             object.__setattr__(self, "exclude_modules", _checked_names("exclude_modules", self.exclude_modules))
@@ -148,7 +163,12 @@ class Recipe:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    for name, choices in (("variant", VARIANTS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+    for name, choices in (
+        ("method", METHODS),
+        ("variant", VARIANTS),
+        ("schedule", SCHEDULES),
+        ("precision", PRECISIONS),
+    ):
         value = getattr(recipe, name)
         if value not in choices:
             raise _refused(name, value, f"one of {', '.join(choices)}", f"try {name}={choices[0]!r}")
@@ -160,9 +180,12 @@ def _check_numbers(recipe: Recipe) -> None:
         raise _refused("group_size", recipe.group_size, "an even number", "try group_size=64")
     _whole("batch_size", recipe.batch_size, 1, "the paper used 32")
     _whole("max_length", recipe.max_length, 2, "the paper used 512")
-    for name in ("max_steps", "micro_batch_size", "checkpoint_steps"):
+    for name in ("max_steps", "micro_batch_size", "checkpoint_steps", "patience"):
         _whole(name, getattr(recipe, name), 1, f"try {name}=8, or leave it out", optional=True)
     _whole("seed", recipe.seed, 0, "try seed=0")
+    for name in ("adapt_group_size", "packing", "load_in_4bit", "gradient_checkpointing"):
+        if not isinstance(getattr(recipe, name), bool):
+            raise _refused(name, getattr(recipe, name), "True or False", f"try {name}=True")
     if recipe.learning_rate is not None:
         advice = "the paper used 3e-3 for LLaMA; None: by the model's width"
         _between("learning_rate", recipe.learning_rate, 0.0, 1.0, open_low=True, advice=advice)
@@ -172,6 +195,16 @@ def _check_numbers(recipe: Recipe) -> None:
     _between("max_grad_norm", recipe.max_grad_norm, 0.0, float("inf"), advice="1.0 is usual, 0 switches clipping off")
     _between("epochs", recipe.epochs, 0.0, 1e6, open_low=True, advice="the paper used 6 to 20")
     recipe.accumulation_steps()
+
+
+def _check_method(recipe: Recipe) -> None:
+    """Raise where a setting means nothing with the method."""
+    if recipe.beta is not None:
+        if recipe.method != "dpo":
+            raise _refused("beta", recipe.beta, "none with method='sft', which has no beta", "train with method='dpo'")
+        _between("beta", recipe.beta, 0.0, float("inf"), open_low=True, advice="0.1 is usual")
+    if recipe.packing and recipe.method == "dpo":
+        raise _refused("packing", True, "none with method='dpo', whose rows are pairs of answers", "leave it out")
 
 
 def _checked_stages(recipe: Recipe) -> tuple[int, ...]:

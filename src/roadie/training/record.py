@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from roadie import __version__
 Sources = str | Path | Sequence[str | Path]
 
 RECORD_NAME = "training.json"
+_REWARDS = ("accuracies", "margins")
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,19 @@ class TrainingResult:
 
 
 def history_of(trainer: Trainer) -> list[dict[str, float]]:
-    """Loss and learning rate of every step and the losses of evaluations, resumed sessions included."""
+    """Loss and learning rate of every step and the losses of evaluations, resumed sessions included.
+
+    Of preferences also the share of pairs that are told apart, and by how much.
+    """
+    wanted = (
+        "step",
+        "loss",
+        "eval_loss",
+        "learning_rate",
+        *(f"{of}rewards/{what}" for of in ("", "eval_") for what in _REWARDS),
+    )
     return [
-        {key: entry[key] for key in ("step", "loss", "eval_loss", "learning_rate") if key in entry}
+        {key: entry[key] for key in wanted if key in entry}
         for entry in trainer.state.log_history
         if "loss" in entry or "eval_loss" in entry
     ]
@@ -71,17 +82,28 @@ def write_record(
     history: list[dict[str, float]],
     data: Sources,
     eval_data: Sources | None,
+    places: Mapping[str, Any],
 ) -> None:
-    """Write training.json: the data, the settings, the result, the versions and the losses of all steps."""
+    """Write training.json: the data, the settings, the result, the versions and the losses of all steps.
+
+    places: where losses and adapter went, beside the output.
+    """
     record = {
         "data": _names(data),
         "evaluation_data": _names(eval_data),
         "settings": settings,
+        **places,
         "result": {key: value for key, value in asdict(result).items() if key != "output"},
-        "versions": {"roadie": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
+        "versions": {"roadie": __version__, **{name: version(name) for name in _libraries(settings)}},
         "history": history,
     }
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _libraries(settings: Mapping[str, Any]) -> list[str]:
+    """The libraries that took part in a training with these settings."""
+    more = {"trl": settings["method"] == "dpo", "bitsandbytes": settings["load_in_4bit"]}
+    return ["torch", "transformers", "peft", *(name for name, used in more.items() if used)]
 
 
 def _names(sources: Sources | None) -> list[str]:

@@ -13,14 +13,13 @@ accelerators it sees.
 
 from __future__ import annotations
 
-import logging
-import math
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,64 +29,46 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from roadie.checkpoint import WEIGHTS_NAME
 from roadie.distributed.processes import Processes, join
 from roadie.errors import ConfigError
+from roadie.training.arguments import trainer_arguments
 from roadie.training.checkpoints import (
     WorkFolder,
     check_output,
     former_rate,
     kept_in,
+    logged,
     open_work,
     record_start,
     work_path,
 )
-from roadie.training.encoding import Example, encode, fingerprint, split
+from roadie.training.corpus import Corpus, prepare_corpus
 from roadie.training.folders import whole_folder
 from roadie.training.group_sizes import tell_of_smaller_groups
+from roadie.training.hub import HubPlace
 from roadie.training.interruption import Interrupted, StopRequest
 from roadie.training.many.targets import check_any
 from roadie.training.models import (
     ModelSource,
     as_source,
-    context_length,
     hidden_size,
     load_model,
     load_tokenizer,
     training_dtype,
 )
+from roadie.training.packing import check_packable
 from roadie.training.places import check_model_place
 from roadie.training.progress import shown_progress
 from roadie.training.rate_watch import RateWatch
 from roadie.training.recipe import Recipe
 from roadie.training.record import RECORD_NAME, Sources, TrainingResult, history_of, write_record
-from roadie.training.text import check_there, read
+from roadie.training.reports import check_reports, kept_reports
+from roadie.training.stopping import EarlyStop, step_of_end
+from roadie.training.text import check_there
 from roadie.training.trainer import GlobalBatchTrainer
-from roadie.tuner import RoadConfig, RoadInput, RoadLayer, get_peft_model, train_only
+from roadie.tuner import RoadConfig, RoadInput, RoadLayer, get_peft_model, prepare_quantised, train_only
 
 if TYPE_CHECKING:
+    from roadie.training.preference_trainer import PreferenceTrainer
     from roadie.tuner import PeftModel
-
-logger = logging.getLogger("roadie")
-
-SAMPLE_SIZE = 128
-"""Training examples whose loss is reported where no evaluation data are given."""
-
-
-@dataclass(frozen=True)
-class _Corpus:
-    """What is trained on, and what the loss is measured on."""
-
-    train: list[Example]
-    held_out: list[Example]
-    max_length: int
-
-    @property
-    def measured(self) -> list[Example]:
-        return self.held_out or self.train[:SAMPLE_SIZE]
-
-    @property
-    def measured_name(self) -> str:
-        if self.held_out:
-            return "held-out data"
-        return "training data" if len(self.train) <= SAMPLE_SIZE else f"first {SAMPLE_SIZE} training examples"
 
 
 def train(
@@ -100,35 +81,44 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
+    report_to: Sequence[str] = (),
+    push_to_hub: HubPlace | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Train a RoAd adapter on texts (see `roadie.training.text`) and write it to the folder `output`.
 
     model: folder or hub name of a causal language model; None: the embedded one. eval_data: held-out texts; with them
     (or with `Recipe.eval_share`) the adapter of the best checkpoint is kept. overwrite: replace what is in `output`;
-    resume: go on with an interrupted run, or start it where there is none. callbacks: further ones for Trainer.
+    resume: go on with an interrupted run, or start it where there is none. report_to: integrations of transformers, such
+    as "tensorboard"; push_to_hub: where the finished adapter goes too. callbacks: further ones for Trainer.
     Raises `RoadieError` for settings, texts and models that cannot be used, before anything is written.
     """
     output, asked = Path(output), recipe or Recipe()
     source, together = as_source(model), join()
     together.first(lambda: check_output(output, overwrite=overwrite, resume=resume))
+    together.each(lambda: _check_surroundings(asked, report_to, together))
     together.each(lambda: _check_places(data, eval_data, source))
-    corpus = together.each(lambda: _prepare_corpus(data, eval_data, source, asked))
+    corpus = together.each(lambda: prepare_corpus(data, eval_data, source, asked))
     former = together.first(lambda: former_rate(output) if resume else None)
     recipe = together.each(lambda: _with_rate(asked, former, source))
+    if push_to_hub is not None:
+        together.first(push_to_hub.prepare)
     adapted = together.each(lambda: adapted_model(source, recipe))
     settings = _settings(source, recipe, corpus)
+    places = {"report_to": list(report_to), "push_to_hub": push_to_hub.repository if push_to_hub else None}
     _check_same_everywhere(together, settings)
     work = together.first(lambda: open_work(output, settings, resume=resume))
-    trainer = _build_trainer(adapted, corpus, recipe, work, callbacks, together, progress=progress)
+    observers = [*callbacks, *_observers(recipe, shown=progress and together.is_first)]
     loss_before = work.loss_before
-    if loss_before is None:
-        loss_before = _loss(trainer)
-        together.first(partial(record_start, work.path, settings, loss_before))
-    with _share(adapted, recipe) as trained:
-        session = _run(trainer, work)
-    history = history_of(trainer)
-    loss_after = _loss(trainer)
+    with kept_reports(report_to, output):
+        trainer = _build_trainer(adapted, corpus, recipe, work, observers, together, source, report_to)
+        if loss_before is None:
+            loss_before = _loss(trainer)
+            together.first(partial(record_start, work.path, settings, loss_before))
+        with _share(adapted, recipe) as trained:
+            session = _run(trainer, work, recipe)
+        history = history_of(trainer)
+        loss_after = _loss(trainer)
 
     def write() -> TrainingResult:
         with whole_folder(output, overwrite=overwrite) as folder:
@@ -142,16 +132,35 @@ def train(
                 loss_before=loss_before,
                 loss_after=loss_after,
                 best_step=trainer.state.best_global_step if corpus.held_out else None,
-                train_examples=len(corpus.train),
+                train_examples=len(corpus.learnt),
                 evaluation_examples=len(corpus.held_out),
                 **_sizes(adapted, folder, trained),
                 **session,
             )
-            write_record(folder / RECORD_NAME, result, settings, history, data, eval_data)
+            write_record(folder / RECORD_NAME, result, settings, history, data, eval_data, places)
         shutil.rmtree(work_path(output), ignore_errors=True)
         return result
 
-    return together.first(write)
+    result = together.first(write)
+    if push_to_hub is not None:
+        together.first(partial(push_to_hub.push, output))
+    return result
+
+
+def _check_surroundings(recipe: Recipe, report_to: Sequence[str], together: Processes) -> None:
+    """Raise `ConfigError` unless what the settings ask for, beside data and model, is here."""
+    check_reports(report_to)
+    if recipe.method != "dpo":
+        return
+    devices = max(together.count, torch.cuda.device_count())
+    if devices > 1:
+        raise ConfigError(
+            f"got {devices} processes or GPUs for method='dpo'; wanted one, since TRL's batches depend on their number; start "
+            "one process, and make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
+        )
+    missing = [name for name in ("trl", "datasets") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"got method='dpo' without {' and '.join(missing)}; run: pip install 'roadie[trl]'")
 
 
 def _check_places(data: Sources, eval_data: Sources | None, source: ModelSource) -> None:
@@ -179,23 +188,12 @@ def _check_same_everywhere(together: Processes, settings: dict[str, Any]) -> Non
         )
 
 
-def _prepare_corpus(data: Sources, eval_data: Sources | None, source: ModelSource, recipe: Recipe) -> _Corpus:
-    tokenizer = load_tokenizer(source)
-    max_length = min(recipe.max_length, context_length(source) or recipe.max_length)
-    if max_length < recipe.max_length:
-        logger.info("examples have at most %d tokens, the context length of %s", max_length, source.place)
-    examples = encode(read(data), tokenizer, max_length)
-    if eval_data is None:
-        return _Corpus(*split(examples, recipe.eval_share, recipe.seed), max_length)
-    if recipe.eval_share:
-        raise ConfigError("got evaluation data and eval_share; wanted one of them; leave one out")
-    return _Corpus(examples, encode(read(eval_data), tokenizer, max_length), max_length)
-
-
 def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
     """The base model with a fresh adapter of the recipe, on the CPU."""
-    base = load_model(source, training_dtype(recipe.precision))
+    base = load_model(source, training_dtype(recipe.precision), in_4bit=recipe.load_in_4bit)
     base.config.use_cache = False
+    if recipe.load_in_4bit:
+        base = prepare_quantised(base)
     if recipe.gradient_checkpointing:
         _enable_gradient_checkpointing(base)
     targets, excluded = recipe.target_modules, recipe.exclude_modules
@@ -214,6 +212,8 @@ def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
     layers = (m for m in adapted.named_modules() if isinstance(m[1], RoadLayer) and not isinstance(m[1], RoadInput))
     sizes = ((path, size) for path, layer in layers for size in layer.group_size.values())
     tell_of_smaller_groups(sizes, recipe.stages or recipe.group_size)
+    if recipe.packing:
+        check_packable(adapted)
     return adapted
 
 
@@ -224,90 +224,88 @@ def _enable_gradient_checkpointing(base: Any) -> None:
     base.enable_input_require_grads()
 
 
-def _settings(source: ModelSource, recipe: Recipe, corpus: _Corpus) -> dict[str, Any]:
+def _settings(source: ModelSource, recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     """What must be equal for two runs to be the same run; plain JSON values."""
     return {
         "model": source.place,
         "revision": source.revision,
         **recipe.to_mapping(),
         "max_length": corpus.max_length,
-        "data_sha256": fingerprint(corpus.train),
-        "evaluation_sha256": fingerprint(corpus.held_out) if corpus.held_out else None,
+        **corpus.fingerprints,
     }
+
+
+def _observers(recipe: Recipe, *, shown: bool) -> list[TrainerCallback]:
+    stop = [] if recipe.patience is None else [EarlyStop(recipe.patience)]
+    return [*stop, RateWatch(), *([shown_progress()] if shown else [])]
 
 
 def _build_trainer(
     adapted: PeftModel,
-    corpus: _Corpus,
+    corpus: Corpus,
     recipe: Recipe,
     work: WorkFolder,
     callbacks: Sequence[TrainerCallback],
     together: Processes,
-    *,
-    progress: bool,
-) -> GlobalBatchTrainer:
-    trainer = GlobalBatchTrainer(
-        together,
-        corpus.train,
-        pad_token_id=adapted.config.pad_token_id or 0,
-        model=adapted,
-        args=_arguments(recipe, corpus, work.path, together),
-        eval_dataset=corpus.measured,
-        callbacks=[*callbacks, RateWatch(), *([shown_progress()] if progress and together.is_first else [])],
-    )
+    source: ModelSource,
+    report_to: Sequence[str],
+) -> GlobalBatchTrainer | PreferenceTrainer:
+    told = {
+        **trainer_arguments(recipe, corpus, together),
+        "output_dir": str(work.path),
+        "report_to": list(report_to) or "none",
+    }
+    trainer: GlobalBatchTrainer | PreferenceTrainer
+    if recipe.method == "dpo":
+        trainer = _preference_trainer(adapted, corpus, recipe, callbacks, source, told)
+    else:
+        trainer = GlobalBatchTrainer(
+            together,
+            corpus.rows,
+            pad_token_id=adapted.config.pad_token_id or 0,
+            model=adapted,
+            args=TrainingArguments(**told),
+            eval_dataset=corpus.measured,
+            callbacks=list(callbacks),
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _arguments(recipe: Recipe, corpus: _Corpus, folder: Path, together: Processes) -> TrainingArguments:
-    steps_per_epoch = math.ceil(len(corpus.train) / recipe.batch_size)
-    steps = recipe.max_steps or math.ceil(recipe.epochs * steps_per_epoch)
-    interval = recipe.checkpoint_steps or steps_per_epoch
-    several, has_accelerator = together.count > 1, torch.accelerator.is_available()
-    devices = together.count if several else max(1, torch.cuda.device_count())
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=recipe.per_device_batch_size(devices),
-        per_device_eval_batch_size=recipe.per_device_batch_size(devices),
-        gradient_accumulation_steps=recipe.accumulation_steps(devices),
-        max_steps=steps,
-        optim="adamw_torch",
-        learning_rate=recipe.peak_rate,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-        warmup_steps=min(math.ceil(recipe.warmup_ratio * steps), steps - 1),  # a first warm-up step has a rate of 0
-        bf16=training_dtype(recipe.precision) is torch.bfloat16,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=interval,
-        save_total_limit=2,
-        eval_strategy="steps" if corpus.held_out else "no",
-        eval_steps=interval,
-        load_best_model_at_end=bool(corpus.held_out),
-        metric_for_best_model="eval_loss" if corpus.held_out else None,
-        greater_is_better=False if corpus.held_out else None,
-        include_num_input_tokens_seen="non_padding",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=has_accelerator,
-        use_cpu=several and not has_accelerator,
-        ddp_find_unused_parameters=several,  # experts that no token of a batch went to
-        ddp_broadcast_buffers=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
+def _preference_trainer(
+    adapted: PeftModel,
+    corpus: Corpus,
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback],
+    source: ModelSource,
+    told: dict[str, Any],
+) -> PreferenceTrainer:
+    from roadie.training.preference_trainer import PreferenceTrainer
+
+    assert recipe.beta is not None
+    try:
+        return PreferenceTrainer(
+            corpus.rows,
+            corpus.measured,
+            model=adapted,
+            tokenizer=load_tokenizer(source),
+            beta=recipe.beta,
+            arguments=told,
+            callbacks=callbacks,
+        )
+    except ValueError as error:
+        raise ConfigError(f"got method='dpo' with settings that TRL's trainer does not take: {error}") from error
 
 
 def _loss(trainer: Trainer) -> float:
     return float(trainer.evaluate()["eval_loss"])
 
 
-def _run(trainer: GlobalBatchTrainer, work: WorkFolder) -> dict[str, Any]:
+def _run(trainer: GlobalBatchTrainer | PreferenceTrainer, work: WorkFolder, recipe: Recipe) -> dict[str, Any]:
     """Train to the end; what this session did."""
+    ended = work.checkpoint and recipe.patience and step_of_end(logged(work.checkpoint), recipe.patience)
+    if ended:  # interrupted between its early end and the writing of its output
+        trainer.args.max_steps = ended
     start = _Start()
     trainer.add_callback(start)
     begin = time.perf_counter()

@@ -99,6 +99,17 @@ class GlobalBatchTrainer(Trainer):
         self.model.train(was_training)
         return total, count
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Rows that hold several examples without a mask and a cache: else transformers does not keep them apart.
+
+        Padding needs no mask, since it comes after all that is learnt; until here the mask is what tokens are counted by.
+        """
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if "position_ids" in prepared:
+            prepared.pop("attention_mask")
+            prepared["use_cache"] = False
+        return prepared
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._together.wait()

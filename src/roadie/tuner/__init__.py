@@ -14,6 +14,7 @@ from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.model import RoadModel
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.pair_training import train_only
+from roadie.tuner.quantised_base import prepare_quantised
 from roadie.tuner.registry import is_registered, register, unregister
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import rows
@@ -38,6 +39,7 @@ __all__ = [
     "is_registered",
     "load_together",
     "lora_rows",
+    "prepare_quantised",
     "register",
     "rows",
     "save_together",

@@ -16,6 +16,8 @@ from roadie.training.recipe import PRECISIONS, Recipe
 
 _OWN_WORDS = {"steps": "max_steps", "targets": "target_modules", "exclude": "exclude_modules"}
 _OF_THE_RUN = ("precision", "micro_batch_size", "checkpoint_steps", "gradient_checkpointing")
+_OF_ONE_TRAINING = ("method", "beta", "patience", "packing", "load_in_4bit")
+_NOT_OF_A_JOB = (*_OF_THE_RUN, *_OF_ONE_TRAINING)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DEFAULTS = Recipe()
 
@@ -26,7 +28,8 @@ class Job:
 
     name: names its logs: 1 to 128 characters A-Z a-z 0-9 _ . -; data, eval_data: as in `roadie.training.text`;
     output: the folder that appears when the job is done; recipe: everything a training is told, but for
-    precision, micro_batch_size, checkpoint_steps and gradient_checkpointing, which hold for all jobs (`RunSettings`);
+    precision, micro_batch_size, checkpoint_steps and gradient_checkpointing, which hold for all jobs (`RunSettings`), and
+    method, beta, patience, packing and load_in_4bit, which jobs that are trained together cannot have;
     eval_steps: steps between evaluations on held-out data (eval_data, or the recipe's eval_share); None: at the start and
     at the end.
     """
@@ -52,11 +55,13 @@ class Job:
         self._check_recipe()
 
     def _check_recipe(self) -> None:
-        for key in _OF_THE_RUN:
+        for key in _NOT_OF_A_JOB:
             if getattr(self.recipe, key) != getattr(_DEFAULTS, key):
+                why = "it holds for all jobs; see RunSettings"
+                if key in _OF_ONE_TRAINING:
+                    why = "jobs that are trained together cannot have it; train this one with roadie train"
                 raise ConfigError(
-                    f"job {self.name!r}: got {key}={getattr(self.recipe, key)!r}; wanted it left out, since it holds for "
-                    "all jobs; see RunSettings"
+                    f"job {self.name!r}: got {key}={getattr(self.recipe, key)!r}; wanted it left out, since {why}"
                 )
         if self.eval_data is not None and self.recipe.eval_share:
             raise ConfigError(f"job {self.name!r}: got eval_data and eval_share; wanted one of them; leave one out")
@@ -87,7 +92,7 @@ class Job:
 
     def to_mapping(self) -> dict[str, Any]:
         """All settings as JSON can hold them; `from_mapping` gives the same job back."""
-        recipe = {key: value for key, value in self.recipe.to_mapping().items() if key not in _OF_THE_RUN}
+        recipe = {key: value for key, value in self.recipe.to_mapping().items() if key not in _NOT_OF_A_JOB}
         words = {theirs: ours for ours, theirs in _OWN_WORDS.items()}
         return {
             "name": self.name,
@@ -102,7 +107,7 @@ class Job:
 def job_keys() -> list[str]:
     """The keys of a job in a jobs file."""
     words = {theirs: ours for ours, theirs in _OWN_WORDS.items()}
-    recipe = [words.get(f.name, f.name) for f in fields(Recipe) if f.name not in _OF_THE_RUN]
+    recipe = [words.get(f.name, f.name) for f in fields(Recipe) if f.name not in _NOT_OF_A_JOB]
     return [*(f.name for f in fields(Job) if f.name != "recipe"), *recipe]
 
 

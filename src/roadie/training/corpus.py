@@ -1,0 +1,84 @@
+"""What a training learns from and what its loss is measured on: texts as tokens, split, and packed where asked for."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from roadie.errors import ConfigError
+from roadie.training.encoding import Example, encode, fingerprint, split
+from roadie.training.models import ModelSource, context_length, load_tokenizer
+from roadie.training.packing import pack
+from roadie.training.preferences import Pair, encode_pairs
+from roadie.training.recipe import Recipe
+from roadie.training.record import Sources
+from roadie.training.text import read
+
+logger = logging.getLogger("roadie")
+
+SAMPLE_SIZE = 128
+"""Training examples whose loss is reported where no evaluation data are given."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Examples, or pairs of answers: those of the data, those held out, and the rows that a step takes its batch from."""
+
+    learnt: list[Any]
+    held_out: list[Any]
+    rows: list[Any]
+    max_length: int
+
+    @property
+    def measured(self) -> list[Any]:
+        """Those whose loss is reported."""
+        return self.held_out or self.learnt[:SAMPLE_SIZE]
+
+    @property
+    def measured_name(self) -> str:
+        """What the reported losses are losses of."""
+        if self.held_out:
+            return "held-out data"
+        return "training data" if len(self.learnt) <= SAMPLE_SIZE else f"first {SAMPLE_SIZE} training examples"
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """SHA-256 of what is learnt and of what is held out (None: nothing)."""
+        return {
+            "data_sha256": fingerprint(_examples(self.learnt)),
+            "evaluation_sha256": fingerprint(_examples(self.held_out)) if self.held_out else None,
+        }
+
+
+def _examples(items: list[Any]) -> list[Example]:
+    return [example for item in items for example in (item.examples if isinstance(item, Pair) else (item,))]
+
+
+def prepare_corpus(data: Sources, eval_data: Sources | None, source: ModelSource, recipe: Recipe) -> Corpus:
+    """Read, encode and split the data; raises `RoadieError` for data, and settings of them, that cannot be used."""
+    _check_evaluation(eval_data, recipe)
+    tokenizer = load_tokenizer(source)
+    max_length = min(recipe.max_length, context_length(source) or recipe.max_length)
+    if max_length < recipe.max_length:
+        logger.info("examples have at most %d tokens, the context length of %s", max_length, source.place)
+    preferences = recipe.method == "dpo"
+
+    def encoded(sources: Sources) -> list[Any]:
+        records = read(sources, preferences=preferences)
+        return (encode_pairs if preferences else encode)(records, tokenizer, max_length)
+
+    learnt, held_out = split(encoded(data), recipe.eval_share, recipe.seed)
+    if eval_data is not None:
+        held_out = encoded(eval_data)
+    return Corpus(learnt, held_out, pack(learnt, max_length) if recipe.packing else learnt, max_length)
+
+
+def _check_evaluation(eval_data: Sources | None, recipe: Recipe) -> None:
+    if eval_data is not None and recipe.eval_share:
+        raise ConfigError("got evaluation data and eval_share; wanted one of them; leave one out")
+    if recipe.patience is not None and eval_data is None and not recipe.eval_share:
+        raise ConfigError(
+            f"got patience={recipe.patience} and nothing held out; wanted a loss to wait for; give evaluation data "
+            "(--eval-data) or a share of the data (--eval-share)"
+        )
