@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from benchmarks.harness import Budget, Rounds, measure, orders
 from benchmarks.statistics import median_ratio, summarise
+from tests.patience import HANG_S
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
@@ -28,7 +30,7 @@ def test_a_cycle_of_orders_holds_every_place_and_every_successor_equally_often(c
 def test_every_round_calls_every_rival_once_in_another_order() -> None:
     calls: list[str] = []
     rivals = {name: lambda name=name: calls.append(name) for name in "abc"}
-    budget = Budget(seconds=10, max_rounds=6, warm_up_calls=1, shortest_sample_s=0)
+    budget = Budget(seconds=HANG_S, max_rounds=6, warm_up_calls=1, shortest_sample_s=0)
     rounds = measure(rivals, budget)
     assert rounds.count == 6
     timed = [calls[start : start + 3] for start in range(3, len(calls), 3)]  # after one warm-up of each
@@ -49,14 +51,20 @@ def test_the_garbage_collector_rests_while_the_clock_runs_and_works_again_afterw
 
 def test_the_time_is_kept_but_there_are_a_few_rounds_at_least_and_not_endlessly_many() -> None:
     assert measure({"a": lambda: None}, Budget(0, min_rounds=4)).count == 4
-    assert measure({"a": lambda: None}, Budget(10, max_rounds=7)).count == 7
+    assert measure({"a": lambda: None}, Budget(HANG_S, max_rounds=7)).count == 7
 
 
-def test_short_calls_are_repeated_and_reported_by_the_call() -> None:
-    rounds = measure({"a": lambda: None}, Budget(0, min_rounds=3, shortest_sample_s=1e-3))
-    assert rounds.calls > 100
-    # A sample takes a millisecond or so; a call of nothing a microsecond at the most.
-    assert min(rounds.times_s["a"]) < 1e-6
+def test_short_calls_are_repeated_and_reported_by_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves with the calls alone: two microseconds each."""
+    now_s = [0.0]
+
+    def run() -> None:
+        now_s[0] += 2e-6
+
+    monkeypatch.setattr("benchmarks.harness.time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    rounds = measure({"a": run}, Budget(0, min_rounds=3, shortest_sample_s=1e-3))
+    assert rounds.calls in (500, 501)  # of a millisecond in all
+    assert rounds.times_s["a"] == pytest.approx([2e-6] * 3)
 
 
 def test_what_is_waited_for_is_waited_for_before_and_after_each_sample() -> None:
