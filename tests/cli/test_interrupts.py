@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-STEPS = 100
+STEPS = 60
 SETTINGS = ("--group-size", 16, "--lr", 0.01, "--batch-size", 4, "--max-steps", STEPS, "--checkpoint-steps", 1000)
 
 
