@@ -326,6 +326,22 @@ def test_under_a_compiler_nothing_is_changed_in_place() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("keep", Keep)
+def test_under_a_compiler_tables_that_are_changed_in_place_are_what_they_were(keep: Keep) -> None:
+    (table,) = tables()
+
+    def rotate(x: Tensor, *, in_place: bool) -> Tensor:
+        direct = table.direct * 1.0
+        z = rotate_rows(x, RotationTable(direct, table.cross, 4), None, keep=keep)
+        return z * (direct.mul_(2.0) if in_place else direct * 2.0)
+
+    compiled = torch.compile(rotate, backend="aot_eager")
+    leaves = [table.direct, table.cross]
+    wanted = gradients(_Way(lambda x: rotate(x, in_place=False), leaves), torch.sin)
+    assert_close(gradients(_Way(lambda x: compiled(x, in_place=True), leaves), torch.sin), wanted)
+    torch._dynamo.reset()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("hooks", [nullcontext, save_on_cpu])
 def test_on_a_gpu_a_change_does_not_reach_a_copy(hooks: Callable[[], AbstractContextManager[Any]]) -> None:

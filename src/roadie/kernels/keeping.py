@@ -89,13 +89,13 @@ def watch(ctx: Any, kept: Tensor, coming: int = 0) -> None:
         setattr(storage, _MARK, None)
 
 
-def remember_for_tracers(ctx: Any, kept: Tensor, *others: Tensor | None) -> None:
+def remember_for_tracers(ctx: Any, *saved: Tensor | None) -> None:
     """Where a compiler traces forward and backward, remember what is saved as values, which no later operation changes.
 
-    Used for what is changed in place in the graph, where both values are needed; else the compiler leaves the clone out.
+    Used for what is changed in place in the graph, where both values are needed; else the compiler leaves the clones out.
     """
-    if torch.compiler.is_compiling() and type(kept) not in PLAIN:
-        ctx.traced = kept.clone(), *others
+    if torch.compiler.is_compiling() and type(saved[0]) not in PLAIN:
+        ctx.traced = tuple(None if tensor is None else tensor.clone() for tensor in saved)
 
 
 def _with_lazy_copy(z: Tensor) -> Tensor:
@@ -119,9 +119,11 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     try:
         kept, *others = ctx.saved_tensors
     except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
         if hasattr(ctx, "traced"):
-            return ctx.traced
-        if ctx.keep_output and "modified by an inplace operation" in str(error):
+            return ctx.traced  # type: ignore[no-any-return]
+        if ctx.keep_output:
             raise InPlaceError(f"{error} What happened: {IN_PLACE_ADVICE}.") from None
         raise
     return None if kept is None else _as_it_was(ctx, kept), *others
