@@ -255,6 +255,13 @@ def test_what_of_a_config_matches_nothing_is_named(settings: dict[str, Any], say
         roadie.get_peft_model(tiny_llama(), roadie.RoadConfig(**{"target_modules": ["q_proj", "k_proj"], **settings}))
 
 
+def test_names_that_experts_had_elsewhere_are_told() -> None:
+    mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, **MOE))
+    (said,) = _said(mixtral, target_modules=["q_proj", "w1", "w2"], group_size=2)
+    assert "'w1' matches no module; 'w2' matches no module." in said
+    assert "The experts of this model are parameters (model.layers.0.mlp.experts." in said
+
+
 def test_names_of_experts_that_are_parameters_are_told() -> None:
     config = transformers.Qwen2MoeConfig(
         **SMALL, **{**MOE, "num_experts": 4}, moe_intermediate_size=16, shared_expert_intermediate_size=16

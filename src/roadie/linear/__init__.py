@@ -6,7 +6,7 @@ call it (`roadie.linear.reads`), and no meaning where the layer gives something 
 """
 
 from roadie.linear.kinds import in_features, is_linear, out_features
-from roadie.linear.names import by_likeness, has_name, unmatched_names
+from roadie.linear.names import by_likeness, has_name, ignored_names
 from roadie.linear.outputs import check_output
 from roadie.linear.reads import read_in_a_forward, weight_reads
 from roadie.linear.refusals import check_named, refusals, without_refused
@@ -16,12 +16,12 @@ __all__ = [
     "check_named",
     "check_output",
     "has_name",
+    "ignored_names",
     "in_features",
     "is_linear",
     "out_features",
     "read_in_a_forward",
     "refusals",
-    "unmatched_names",
     "weight_reads",
     "without_refused",
 ]

@@ -20,23 +20,33 @@ def has_name(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def unmatched_names(
-    names: Iterable[str], model: nn.Module, matches: Callable[[str, str], bool] = has_name
-) -> dict[str, str]:
-    """Those of `names` that no module of `model` has, or that parameters of experts have too, with what is there instead."""
+def ignored_names(
+    setting: str, names: Iterable[str], model: nn.Module, matches: Callable[[str, str], bool] = has_name
+) -> str | None:
+    """What to say of those of `names`, given for `setting`, that mean nothing in `model`; None where all mean something.
+
+    Named are those that no module has, with the nearest names there are, and those that parameters of experts have.
+    """
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     stacked = stacked_experts(model)
-    found = {}
-    for name in names:
-        is_module = any(matches(path, name) for path in paths)
-        of_experts = [path for path in stacked if has_name(path, name)]
-        if of_experts:
-            also = "also names" if is_module else "is no module, but"
-            found[name] = f"{also} a parameter of many experts ({of_experts[0]}), which is not adapted"
-        elif not is_module:
-            near = nearest(name, paths)
-            found[name] = f"matches no module (nearest: {', '.join(near)})" if near else "matches no module"
-    return found
+    found = [_said_of(name, any(matches(path, name) for path in paths), paths, stacked) for name in names]
+    said = "; ".join(part for part in found if part)
+    if not said:
+        return None
+    experts = f" The experts of this model are parameters ({stacked[0]}), which are not adapted." if stacked else ""
+    return f"The following {setting} were ignored: {said}.{experts}"
+
+
+def _said_of(name: str, is_module: bool, paths: Iterable[str], stacked: Iterable[str]) -> str | None:
+    of_experts = next((path for path in stacked if has_name(path, name)), None)
+    if of_experts is not None:
+        return (
+            f"{name!r} {'also names' if is_module else 'is no module, but'} a parameter of many experts ({of_experts})"
+        )
+    if is_module:
+        return None
+    near = nearest(name, paths)
+    return f"{name!r} matches no module" + (f" (nearest: {', '.join(near)})" if near else "")
 
 
 def by_likeness(name: str, paths: Iterable[str]) -> list[str]:
@@ -54,5 +64,5 @@ def stacked_experts(model: nn.Module) -> list[str]:
 def nearest(name: str, paths: Iterable[str]) -> list[str]:
     """The ends of `paths`, of as many parts as `name` has, that look most like it."""
     parts = name.count(".") + 1
-    ends = {".".join(path.split(".")[-parts:]) for path in paths if path}
+    ends = {".".join(path.split(".")[-parts:]) for path in paths if not path.rpartition(".")[2].isdigit()} - {""}
     return difflib.get_close_matches(name, sorted(ends), n=_SHOWN, cutoff=0.5)

@@ -13,7 +13,7 @@ from torch import nn
 
 from roadie.adapter import matches_end
 from roadie.errors import ConfigError
-from roadie.linear import has_name, unmatched_names, without_refused
+from roadie.linear import has_name, ignored_names, without_refused
 
 PATTERNS = ("variant_pattern", "group_size_pattern", "stages_pattern", "input_stages_pattern")
 
@@ -128,10 +128,9 @@ def _unmatched_names(config: Any, model: nn.Module) -> Iterator[str]:
         if names is None or isinstance(names, str):
             continue
         own = set(names) - (_HEADS if key == "modules_to_save" else set())
-        unmatched = unmatched_names(sorted(own), model, matches)
-        if unmatched:
-            listed = "; ".join(f"{name!r} {instead}" for name, instead in unmatched.items())
-            yield f"The following {key} were ignored: {listed}."
+        said = ignored_names(key, sorted(own), model, matches)
+        if said is not None:
+            yield said
 
 
 def _unmatched_layers(config: Any, model: nn.Module) -> Iterator[str]:

@@ -21,10 +21,10 @@ from roadie.linear import (
     by_likeness,
     check_named,
     has_name,
+    ignored_names,
     in_features,
     is_linear,
     out_features,
-    unmatched_names,
     without_refused,
 )
 from roadie.share import Share
@@ -86,10 +86,9 @@ def targeted(
     if not found:
         raise ConfigError(f"got exclude={_shown(excluded or ())}, which leaves no target; wanted one at least")
     for setting, names in (("targets", targets), ("names to exclude", excluded)):
-        unmatched = {} if names is None or isinstance(names, str) else unmatched_names(names, model)
-        if unmatched:
-            listed = "; ".join(f"{name!r} {instead}" for name, instead in unmatched.items())
-            warnings.warn(f"The following {setting} were ignored: {listed}.", RuntimeWarning, stacklevel=2)
+        said = None if names is None or isinstance(names, str) else ignored_names(setting, names, model)
+        if said is not None:
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
     return found
 
 
