@@ -117,10 +117,15 @@ def save_all(adapters: Mapping[str, Adapter], root: Path) -> None:
 
 @contextmanager
 def serving(
-    model: Any, root: Path, settings: EngineSettings = SMALL, tokenizer: Any = None, **registry: Any
+    model: Any,
+    root: Path,
+    settings: EngineSettings = SMALL,
+    tokenizer: Any = None,
+    names: Sequence[str] = (),
+    **registry: Any,
 ) -> Iterator[Collector]:
     """A running engine, which is stopped afterwards and must have given everything back."""
-    engine = ContinuousBatchingEngine(model, tokenizer, Registry.open(root, **registry), settings)
+    engine = ContinuousBatchingEngine(model, tokenizer, Registry.open(root, **registry), settings, names)
     engine.start()
     try:
         yield Collector(engine)

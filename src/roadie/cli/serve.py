@@ -73,6 +73,9 @@ def serve(
     open_metrics: Annotated[
         bool, typer.Option("--open-metrics", help="Name adapters in /metrics without an administrator's key, too.")
     ] = False,
+    adapter_templates: Annotated[
+        bool, typer.Option(help="Use the chat template that an adapter brings for its chats.")
+    ] = True,
     share_prefixes: Annotated[bool, typer.Option(help="Compute beginnings that prompts have in common once.")] = True,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -137,6 +140,7 @@ def serve(
                 allowed_hosts=tuple(allowed_host or ()),
                 allowed_origins=tuple(allowed_origin or ()),
                 is_metrics_open=open_metrics,
+                use_adapter_templates=adapter_templates,
             ),
         )
 

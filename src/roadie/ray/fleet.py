@@ -36,6 +36,7 @@ from roadie.ray.catalogue import Entry
 from roadie.ray.membership import Orders, Outcome, Overview, Task
 from roadie.ray.overview import summed
 from roadie.ray.routing import names_of
+from roadie.serving.belongings import OwnChat
 from roadie.serving.engine import (
     AdapterState,
     AdapterStatus,
@@ -319,6 +320,10 @@ class Fleet:
         """See `Engine.has_adapter`."""
         known = any(status.name == name for status in self._overview.adapters) or name in self._overview.names
         return (known or name in self._entries) and not self._is_hidden(name)
+
+    def own_chat(self, name: str) -> OwnChat | None:
+        """See `Engine.own_chat`: copies of adapters hold their config and weights alone."""
+        return None
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """See `Engine.left_out`: shared storage is listed by its names alone."""

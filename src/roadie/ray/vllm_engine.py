@@ -19,6 +19,7 @@ from typing import Any
 
 from roadie.bank.blends import Blend
 from roadie.errors import AdapterBusy, AdapterError, ConfigError, EngineFailed, QueueFull, ShuttingDown, UnknownAdapter
+from roadie.serving.belongings import OwnChat
 from roadie.serving.engine import (
     AdapterState,
     AdapterStatus,
@@ -295,6 +296,10 @@ class VllmEngine:
     def has_adapter(self, name: str) -> bool:
         """See `Engine.has_adapter`."""
         return name in self._requests
+
+    def own_chat(self, name: str) -> OwnChat | None:
+        """See `Engine.own_chat`: copies of adapters hold their config and weights alone."""
+        return None
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """See `Engine.left_out`: what there is comes from the directory."""

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,7 @@ from roadie.errors import (
     ServingError,
     ShuttingDown,
 )
+from roadie.serving.belongings import Base, OwnChat
 from roadie.serving.continuous_batching import ContinuousBatch, Packed, check_contract
 from roadie.serving.engine import (
     AdapterStatus,
@@ -46,7 +47,7 @@ from roadie.serving.engine import (
     Unload,
 )
 from roadie.serving.fairness import FairQueue
-from roadie.serving.leases import Asking, Key
+from roadie.serving.leases import Asking, Key, Totals
 from roadie.serving.live import Live
 from roadie.serving.loader import IDLE_AFTER_S
 from roadie.serving.places import LeftOut, check_served_name
@@ -59,34 +60,27 @@ _log = logging.getLogger("roadie")
 _Delivery = tuple[Live, Output]
 
 
-@dataclass
-class _Totals:
-    """Counts since the start."""
-
-    num_requests: int = 0
-    num_finished: int = 0
-    num_cancelled: int = 0
-    num_failed: int = 0
-    num_refused: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_steps: int = 0
-    seconds_computing: float = 0.0
-
-
 class ContinuousBatchingEngine:
     """An `Engine`. model: any that transformers' continuous batching takes; tokenizer: None for tokens without text.
 
-    Between `start` and `stop` nobody else may use the model.
+    Between `start` and `stop` nobody else may use the model. names: what the model is called, beside its own name or path; an
+    adapter that was made for another is said to be.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, registry: Registry, settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        registry: Registry,
+        settings: EngineSettings | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
         self.settings = settings or EngineSettings()
         check_contract(self.settings.allow_unknown_version)
         self._model, self._tokenizer, self._registry = model, tokenizer, registry
         self._limits = limits_of(model, self.settings)
         self._eos_ids = eos_ids_of(model, tokenizer)
+        self._base = Base.of(model, tokenizer, names)
         self._changed = threading.Condition(threading.RLock())
         self._waiting: FairQueue[Live] = FairQueue(self.settings.tenant_weights)
         self._live: dict[str, Live] = {}
@@ -94,7 +88,7 @@ class ContinuousBatchingEngine:
         self._wanted: Counter[Key] = Counter()  # of the requests that wait
         self._to_cancel: list[Live] = []
         self._unloads: dict[str, Future[AdapterStatus]] = {}
-        self._totals = _Totals()
+        self._totals = Totals()
         self._by_adapter: dict[str, Counter[str]] = {}
         self._mean_run_s = 1.0
         self._stepped_s = -IDLE_AFTER_S
@@ -127,7 +121,9 @@ class ContinuousBatchingEngine:
                 self._note_layers,
                 self._num_running_lately,
             ),
+            self._base,
         )
+        self._residency.look_around()
         self._residency.bring_pinned()
         self._is_taking = True
         self._thread = threading.Thread(target=self._run, name="roadie-engine", daemon=True)
@@ -229,6 +225,11 @@ class ContinuousBatchingEngine:
         """See `Engine.has_adapter`."""
         self._check_started()
         return name in self._residency
+
+    def own_chat(self, name: str) -> OwnChat | None:
+        """See `Engine.own_chat`."""
+        self._check_started()
+        return self._residency.belongings(name).chat
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """See `Engine.left_out`."""

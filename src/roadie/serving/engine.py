@@ -22,6 +22,7 @@ from enum import Enum
 from typing import Protocol, TypeAlias
 
 from roadie.errors import ConfigError
+from roadie.serving.belongings import OwnChat
 from roadie.serving.places import LeftOut
 
 AdapterWish: TypeAlias = "str | Mapping[str, float] | None"
@@ -195,6 +196,7 @@ class AdapterStatus:
     num_requests: int = 0  # accepted since the start
     num_tokens: int = 0  # generated since the start
     error: str | None = None
+    notes: tuple[str, ...] = ()  # what of it is not as the base model has it
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,9 @@ class Engine(Protocol):
 
     def has_adapter(self, name: str) -> bool:
         """Whether there is an adapter of exactly this name."""
+
+    def own_chat(self, name: str) -> OwnChat | None:
+        """The chat template that an adapter brings; None where it has none, or is not there."""
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """Folders among the adapters that are none, and why."""

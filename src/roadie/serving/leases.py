@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from roadie.bank.blends import Blend
+from roadie.serving.belongings import Belongings
 from roadie.serving.engine import OnDisk
 from roadie.serving.registry import Stamp
 
@@ -46,6 +47,23 @@ class Seen:
 
     content_hash: str
     stamp: Stamp | None
+    belongings: Belongings
+
+
+@dataclass
+class Totals:
+    """Of requests and steps, since the start."""
+
+    num_requests: int = 0
+    num_finished: int = 0
+    num_cancelled: int = 0
+    num_failed: int = 0
+    num_refused: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_steps: int = 0
+    seconds_computing: float = 0.0
 
 
 @dataclass

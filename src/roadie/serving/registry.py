@@ -35,6 +35,7 @@ from roadie import checkpoint
 from roadie.adapter import Adapter
 from roadie.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 from roadie.errors import CheckpointError, ConfigError, StateNotWritten, UnknownAdapter
+from roadie.serving.belongings import MAX_BYTES, TEMPLATE_NAME, TOKENIZER_CONFIG, Belongings, belongings_in
 from roadie.serving.places import LeftOut, Places, check_served_name
 
 STATE_NAME = ".roadie-serving.json"
@@ -65,6 +66,7 @@ class ReadAdapter:
     content_hash: str
     path: str
     stamp: Stamp | None
+    belongings: Belongings
 
 
 class Registry:
@@ -86,6 +88,8 @@ class Registry:
         self._state_file = state_file
         self._entries: Mapping[str, Entry] = MappingProxyType(dict(entries))
         self._lock = threading.Lock()
+        self._vocabularies: dict[str, str | None] = {}
+        self._looked: dict[Path, tuple[Stamp, Belongings]] = {}
 
     @classmethod
     def open(
@@ -139,11 +143,30 @@ class Registry:
 
     def stamp(self, path: Path) -> Stamp | None:
         """What the files of a folder are known by; None where there are none."""
-        try:
-            found = [os.stat(path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-        except OSError:
-            return None
-        return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+        found = _stamp(path, (CONFIG_NAME, WEIGHTS_NAME))
+        return found if len(found) == 2 else None
+
+    def belongings(self, path: Path) -> Belongings:
+        """What lies beside the weights in a folder, but for its tokenizer's vocabulary; looked at again where it has changed."""
+        small = {CONFIG_NAME: MAX_CONFIG_BYTES, TEMPLATE_NAME: MAX_BYTES[TEMPLATE_NAME]}
+        small[TOKENIZER_CONFIG] = MAX_BYTES[TOKENIZER_CONFIG]
+        before, stamp = self._looked.get(path), _stamp(path, small)
+        if before is not None and stamp in (before[0], ()):  # what is gone is what it was
+            return before[1]
+        found = Belongings()
+        with (
+            contextlib.suppress(CheckpointError, StateNotWritten),
+            self._copied(path, self._real(path), small) as copies,
+        ):
+            base_model = checkpoint.read_config(copies).get("base_model_name_or_path")
+            found = belongings_in(copies, base_model, {})
+        if stamp:
+            self._looked[path] = stamp, found
+        return found
+
+    def last_belongings(self, path: Path) -> Belongings:
+        """What `belongings` said last; nothing is looked at."""
+        return self._looked[path][1] if path in self._looked else Belongings()
 
     def allowed_path(self, path: str | os.PathLike[str]) -> Path:
         """An absolute path within the allowed roots; relative ones are within the root. Raises `CheckpointError` otherwise."""
@@ -168,18 +191,31 @@ class Registry:
             )
         real = self._real(path)
         stamp = self.stamp(real)
-        with tempfile.TemporaryDirectory(prefix="roadie-adapter-") as private:
-            for name, limit in ((CONFIG_NAME, MAX_CONFIG_BYTES), (WEIGHTS_NAME, self.max_adapter_bytes)):
-                file = self._real(real / name)
-                root = self._places.root_of(file)
-                assert root is not None
-                with _directory(root, file.parent.relative_to(root).parts) as folder:
-                    _copy(folder, file.name, Path(private) / name, limit, path / name)
+        files = {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: self.max_adapter_bytes, **MAX_BYTES}
+        with self._copied(path, real, files) as copies:
             try:
-                adapter = checkpoint.load(private, max_weights_bytes=self.max_adapter_bytes)
+                adapter = checkpoint.load(copies, max_weights_bytes=self.max_adapter_bytes)
             except CheckpointError as error:
-                raise type(error)(str(error).replace(private, str(path))) from None
-        return ReadAdapter(adapter, content_hash(adapter), str(path), stamp)
+                raise type(error)(str(error).replace(str(copies), str(path))) from None
+            base_model = adapter.config.get("base_model_name_or_path")
+            belongings = belongings_in(copies, base_model, self._vocabularies)
+        return ReadAdapter(adapter, content_hash(adapter), str(path), stamp, belongings)
+
+    @contextlib.contextmanager
+    def _copied(self, path: Path, real: Path, files: Mapping[str, int]) -> Iterator[Path]:
+        """A folder of private copies, of at most so many bytes each; of what lies beside the adapter only what can be had."""
+        with tempfile.TemporaryDirectory(prefix="roadie-adapter-") as private:
+            for name, limit in files.items():
+                with contextlib.suppress(CheckpointError) if name in MAX_BYTES else contextlib.nullcontext():
+                    self._copy_one(path / name, real / name, Path(private) / name, limit)
+            yield Path(private)
+
+    def _copy_one(self, path: Path, source: Path, copy: Path, limit: int) -> None:
+        file = self._real(source)
+        root = self._places.root_of(file)
+        assert root is not None
+        with _directory(root, file.parent.relative_to(root).parts) as folder:
+            _copy(folder, file.name, copy, limit, path)
 
     def _real(self, path: Path) -> Path:
         real = self._places.real(path)
@@ -209,6 +245,14 @@ class Registry:
     def forget(self, name: str) -> None:
         """An adapter was unloaded: requests do not find it until it is loaded again."""
         self.remember(name, Entry(is_hidden=True) if (self.root / name).is_dir() else Entry())
+
+
+def _stamp(folder: Path, names: Iterable[str]) -> Stamp:
+    found = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            found.append(os.stat(folder / name))
+    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 
 
 def unknown_adapter(name: str) -> UnknownAdapter:
@@ -252,7 +296,8 @@ def _copy(folder: int, name: str, copy: Path, limit: int, shown: Path) -> None:
     try:
         source = os.open(name, _FILE, dir_fd=folder)
     except FileNotFoundError:
-        _note_what_is_there(folder, copy.parent)
+        if copy.name == WEIGHTS_NAME:
+            _note_what_is_there(folder, copy.parent)
         return  # checkpoint.load says what is missing
     except OSError as error:
         raise _unreadable(shown, error, "a regular file") from None

@@ -31,6 +31,7 @@ from roadie.bank import AdapterBank
 from roadie.bank.admission import Prepared
 from roadie.bank.blends import Blend
 from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, ShuttingDown, UnknownAdapter
+from roadie.serving.belongings import Base, Belongings, notes
 from roadie.serving.contention import SlotLine
 from roadie.serving.engine import AdapterState, AdapterStatus
 from roadie.serving.leases import Asking, Counts, Key, Lease, Seen, Version, names_of, on_disk, wish_of
@@ -50,9 +51,11 @@ class Residency:
         registry: Registry,
         changed: threading.Condition,
         engine: Asking,
+        base: Base | None = None,
     ) -> None:
         self._bank, self._registry, self._changed = bank, registry, changed
-        self._engine = engine
+        self._engine, self._base = engine, base or Base()
+        self._said: set[tuple[str, str]] = set()
         self._worker = Loader(engine.num_running, lambda: len(self._coming))
         self._secret = secrets.token_bytes(16)  # nobody outside can make blocks that collide with another's
         self.counts = Counts()
@@ -268,7 +271,8 @@ class Residency:
             self._forget_evicted()
             self.counts.num_loads += 1
             self._versions[name] = Version(slot, read.content_hash)
-            self._seen[name] = Seen(read.content_hash, read.stamp)
+            self._seen[name] = Seen(read.content_hash, read.stamp, read.belongings)
+            self._say(name, read.belongings)
             self._read.pop(name, None)
             self._broken.pop(name, None)
             self._engine.on_news()
@@ -299,6 +303,26 @@ class Residency:
 
     def __contains__(self, name: str) -> bool:
         return name in self._versions or name in self._registry
+
+    def belongings(self, name: str) -> Belongings:
+        """What an adapter brings beside its weights: with the version in a slot, else from the disk."""
+        seen = self._seen.get(name)
+        if seen is not None and name in self._versions:
+            return seen.belongings
+        if name not in self._registry:
+            return Belongings()
+        return self._registry.belongings(self._registry.path_of(name))
+
+    def look_around(self) -> None:
+        """Say what of which adapter is not as the base model has it."""
+        for name in self._registry.names():
+            self._say(name, self._registry.belongings(self._registry.path_of(name)))
+
+    def _say(self, name: str, belongings: Belongings) -> None:
+        for note in notes(belongings, self._base):
+            if (name, note) not in self._said:
+                self._said.add((name, note))
+                _log.warning("adapter %s: %s", name, note)
 
     def _check_exists(self, name: str) -> None:
         if name not in self:
@@ -348,7 +372,7 @@ class Residency:
         except BankFull:
             with self._changed:
                 self._keep(name, read)
-                self._seen[name] = Seen(read.content_hash, read.stamp)
+                self._seen[name] = Seen(read.content_hash, read.stamp, read.belongings)
                 self._leave(name)
                 self._engine.on_news()
             return
@@ -445,6 +469,7 @@ class Residency:
                 is_pinned=entry.is_pinned,
                 slot=version.slot if version else None,
                 error=self._broken.get(name),
+                notes=notes(seen.belongings if seen else self._registry.last_belongings(path), self._base),
             )
 
     def _state(self, name: str) -> AdapterState:

@@ -27,6 +27,7 @@ from roadie.errors import (
     StateNotWritten,
     UnknownAdapter,
 )
+from roadie.serving.belongings import OwnChat
 from roadie.serving.engine import (
     AdapterState,
     AdapterStatus,
@@ -67,6 +68,7 @@ class FakeEngine:
     max_context_tokens: int = 512
     failing: BaseException | None = None
     folders_left_out: tuple[LeftOut, ...] = ()
+    chats: dict[str, OwnChat] = field(default_factory=dict)
     _adapters: dict[str, AdapterStatus] = field(default_factory=dict)
     _jobs: dict[str, _Job] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -222,6 +224,9 @@ class FakeEngine:
 
     def has_adapter(self, name: str) -> bool:
         return name in self._adapters
+
+    def own_chat(self, name: str) -> OwnChat | None:
+        return self.chats.get(name)
 
     def left_out(self) -> tuple[LeftOut, ...]:
         return self.folders_left_out

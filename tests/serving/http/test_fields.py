@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.serving.http.fake_engine import FakeEngine
 from tests.serving.http.harness import Running, running
 
 from roadie import embedded
+from roadie.serving.belongings import OwnChat
+from roadie.serving.http.settings import HttpSettings
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -293,3 +296,47 @@ def test_where_a_value_may_be_of_several_kinds_the_error_is_of_the_one_it_is(
     assert error["param"] == param
     assert said in error["message"]
     assert ", or: " not in error["message"]
+
+
+def test_a_chat_with_an_adapter_uses_the_template_that_it_brings() -> None:
+    """Also with more or less of it, and its turn ends as the template's turns do; blends of several use the model's."""
+    own = TEMPLATE.replace("<", "[").replace(">", "]")
+    tokenizer, chats = embedded.load_tokenizer(), {"legal": OwnChat(own, "<pad>"), "terse": OwnChat(own, "<|im_end|>")}
+    for settings, is_used in ((HttpSettings(), True), (HttpSettings(use_adapter_templates=False), False)):
+        with running(FakeEngine(chats=chats), settings) as server:
+
+            def prompt_of(model: str, server: Running = server, **fields: Any) -> tuple[str, Any]:
+                assert ask(server, CHAT, model=model, **fields).status_code == 200
+                request = server.engine.requests[-1]
+                return tokenizer.decode(request.prompt_ids, skip_special_tokens=True), request.sampling
+
+            plain = "User: Hello\nAssistant:"
+            rendered = tokenizer.apply_chat_template(HELLO, chat_template=own, tokenize=False, add_generation_prompt=True)
+            for model in ("legal", "legal=0.5", "base:legal", "terse"):
+                text, rules = prompt_of(model)
+                assert text == (rendered if is_used else plain)
+                assert rules.stop == (() if is_used else ("\nUser:",))
+                ends = (
+                    (tokenizer.pad_token_id,) if is_used and "legal" in model else ()
+                )  # of terse's token there is none
+                assert rules.stop_token_ids == ends
+            for model in ("base", "pirate", "legal=0.5+terse=0.5", "legal=0"):
+                assert prompt_of(model)[0] == plain
+            if is_used:
+                assert prompt_of("legal", chat_template_kwargs={"enable_thinking": False})[0] == f"{rendered}!"
+                assert prompt_of("legal", stop_token_ids=[7])[1].stop_token_ids == (7, tokenizer.pad_token_id)
+                assert prompt_of("legal", ignore_eos=True)[1].stop_token_ids == ()
+
+
+def test_a_template_that_cannot_be_used_is_an_error_of_the_request_alone() -> None:
+    chats = {
+        "legal": OwnChat("{% for"),
+        "terse": OwnChat("{{ raise_exception('no') }}"),
+        "pirate": OwnChat("{{ ''.__class__ }}"),
+    }
+    with running(FakeEngine(chats=chats)) as server:
+        for model in ("legal", "terse"):
+            refused = ask(server, CHAT, model=model)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+        assert ask(server, CHAT, model="pirate").status_code == 400  # a sandbox
+        assert ask(server, COMPLETE, model="legal").status_code == 200

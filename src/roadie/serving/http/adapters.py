@@ -64,7 +64,12 @@ def visible(service: Service, request: Request) -> list[AdapterStatus]:
 
 def as_json(status: AdapterStatus, caller: Caller) -> dict[str, Any]:
     """An adapter as this caller may see it."""
-    secret = {"path": status.path, "content_hash": status.content_hash, "error": status.error}
+    secret = {
+        "path": status.path,
+        "content_hash": status.content_hash,
+        "error": status.error,
+        "notes": list(status.notes),
+    }
     return {
         "name": status.name,
         "state": status.state.value,

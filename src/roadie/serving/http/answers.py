@@ -183,6 +183,8 @@ class AdapterAnswer(Answer):
     on_disk: Literal["same", "changed", "gone"]
     content_hash: str | None
     error: str | None
+    notes: list[str] | None
+    """What of it is not as the base model has it; administrators."""
 
 
 class LeftOutAnswer(Answer):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from roadie.serving.engine import Output, TokenLogprob
+from roadie.serving.belongings import OwnChat
+from roadie.serving.engine import Output, Sampling, TokenLogprob
 from roadie.serving.http.answers import Chat
 from roadie.serving.http.bodies import ChatBody
 from roadie.serving.http.flow import Flow
@@ -29,13 +30,17 @@ async def chat(body: ChatBody, request: Request) -> Response:
     call = service.begin("chatcmpl", body.model, body.adapters, request)
     num_choices = body.n or 1
     service.check_choices(num_choices)
-    form = _form(body)
+    own = _own_chat(call, service)
+    form = _form(body, own)
     prompt = await service.prompts.encode_chat(body.messages, form)
     max_tokens = _max_tokens(body, len(prompt), service)
     service.check_length(len(prompt), max_tokens)
-    stop = () if service.prompts.has_template else PLAIN_STOP
-    is_plain = form.opens_answer and not service.prompts.has_template
+    has_template = own is not None or service.prompts.has_template
+    stop = () if has_template else PLAIN_STOP
+    is_plain = form.opens_answer and not has_template
     rules = [body.sampling(max_tokens, body.num_logprobs, choice, stop) for choice in range(num_choices)]
+    if own is not None and own.end_token and not body.ignore_eos:
+        rules = [_ending_with(service.prompts.id_of(own.end_token), rule) for rule in rules]
     flow = service.flow(call, [prompt], rules, whole=not body.stream)
     writer = _Writer(
         call,
@@ -48,10 +53,22 @@ async def chat(body: ChatBody, request: Request) -> Response:
     return WholeReply(flow, writer.whole(), service.settings.request_timeout_s)
 
 
-def _form(body: ChatBody) -> ChatForm:
+def _own_chat(call: Call, service: Service) -> OwnChat | None:
+    """What the one adapter that is asked for brings; a blend of several has none of its own."""
+    wish = call.wish
+    names = [wish] if isinstance(wish, str) else [name for name, weight in (wish or {}).items() if weight]
+    return service.engine.own_chat(names[0]) if len(names) == 1 and service.settings.use_adapter_templates else None
+
+
+def _ending_with(token_id: int | None, rules: Sampling) -> Sampling:
+    return rules if token_id is None else replace(rules, stop_token_ids=(*rules.stop_token_ids, token_id))
+
+
+def _form(body: ChatBody, own: OwnChat | None) -> ChatForm:
     continues = bool(body.continue_final_message)
     opens = body.add_generation_prompt is not False and not continues
-    return ChatForm(body.chat_template_kwargs or {}, opens, continues, body.add_special_tokens)
+    template = None if own is None else own.template
+    return ChatForm(body.chat_template_kwargs or {}, opens, continues, body.add_special_tokens, template)
 
 
 def _max_tokens(body: ChatBody, num_prompt_tokens: int, service: Service) -> int:

@@ -100,7 +100,7 @@ def run(
     bound = bind(place.host, place.port)
     with contextlib.closing(bound), open_registry(launch, is_embedded=is_embedded) as registry:
         model, tokenizer = load()
-        engine = ContinuousBatchingEngine(model, tokenizer, registry, launch.engine)
+        engine = ContinuousBatchingEngine(model, tokenizer, registry, launch.engine, _names(launch.http))
         service = make_service(engine, tokenizer, _with_hosts(launch.http, place), keys)
         engine.start()
         _say_what_is_left_out(left_out_of(service))
@@ -118,6 +118,10 @@ def _say_what_is_left_out(left_out: Sequence[LeftOut]) -> None:
         _log.warning("%s is not served: %s", each.path, each.reason)
     if len(left_out) > MAX_WARNINGS:
         _log.warning("%d more folders are not served; GET /v1/adapters says why", len(left_out) - MAX_WARNINGS)
+
+
+def _names(settings: HttpSettings) -> tuple[str, ...]:
+    return (settings.model_name, *settings.model_aliases)
 
 
 def _with_hosts(settings: HttpSettings, place: Place) -> HttpSettings:

@@ -30,6 +30,7 @@ class HttpSettings:
     allowed_hosts: values of the Host header, without a port; empty: any. allowed_origins: pages of other servers that a browser
     may let in, as "https://example.org", or "*" for all. max_labelled_adapters: those with a label of their own
     in /metrics. is_metrics_open: adapters are named in /metrics without an admin's key, too.
+    use_adapter_templates: a chat with an adapter that brings a chat template uses it.
     """
 
     model_name: str = "base"
@@ -51,6 +52,7 @@ class HttpSettings:
     allowed_origins: tuple[str, ...] = ()
     max_labelled_adapters: int = 100
     is_metrics_open: bool = False
+    use_adapter_templates: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
