@@ -311,7 +311,9 @@ def test_a_chat_with_an_adapter_uses_the_template_that_it_brings() -> None:
                 return tokenizer.decode(request.prompt_ids, skip_special_tokens=True), request.sampling
 
             plain = "User: Hello\nAssistant:"
-            rendered = tokenizer.apply_chat_template(HELLO, chat_template=own, tokenize=False, add_generation_prompt=True)
+            rendered = tokenizer.apply_chat_template(
+                HELLO, chat_template=own, tokenize=False, add_generation_prompt=True
+            )
             for model in ("legal", "legal=0.5", "base:legal", "terse"):
                 text, rules = prompt_of(model)
                 assert text == (rendered if is_used else plain)

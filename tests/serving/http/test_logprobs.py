@@ -118,6 +118,15 @@ def test_special_tokens_take_no_place_where_they_are_not_shown(
     assert complete(server, logprobs=0, skip_special_tokens=False)["text_offset"] == [0, size, size + len("</s>")]
 
 
+def test_a_character_that_is_never_complete_has_a_place(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = next(
+        token for token, own in zip(CHOSEN, pieces_of(CHOSEN), strict=True) if 0xC0 <= own[-1] and len(own) == 1
+    )
+    monkeypatch.setattr("tests.serving.http.test_logprobs.CHOSEN", [half, half, CHOSEN[-1], half])
+    text = b"".join(pieces_of(CHOSEN)).decode("utf-8", "replace")
+    assert complete(server, logprobs=0)["text_offset"] == [0, 1, 2, len(text) - 1]
+
+
 def test_a_vocabulary_with_bytes_beside_words_has_its_bytes_too() -> None:
     """As sentencepiece does it: words begin with a mark, and bytes that no word has are tokens such as <0xE2>."""
     from roadie.serving.http.pieces import Pieces

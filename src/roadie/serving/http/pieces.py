@@ -104,7 +104,11 @@ class Offsets:
 
     def next(self, token_id: int) -> int:
         """Where this token begins."""
+        if self._skip_special and self._pieces.is_special(token_id):
+            return self._at
+        content = self._pieces.bytes_of(token_id)
+        if content and content[0] & 0xC0 != 0x80:  # a character begins: one that is not complete is shown as U+FFFD
+            self._at += len(self._decoder.decode(b"", True))
         begin = self._at
-        if not (self._skip_special and self._pieces.is_special(token_id)):
-            self._at += len(self._decoder.decode(self._pieces.bytes_of(token_id)))
+        self._at += len(self._decoder.decode(content))
         return begin
