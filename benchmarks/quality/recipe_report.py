@@ -14,7 +14,7 @@ from benchmarks.quality.plan import FIRST_TASKS
 from benchmarks.quality.search import searched
 from benchmarks.record import RESULTS
 from benchmarks.tables import markdown
-from roadie.training.recipe import PAPER_RATE, PAPER_WIDTH, default_learning_rate
+from roadie.learning_rate import PAPER_RATE, PAPER_WIDTH, default_learning_rate
 
 Record = Mapping[str, Any]
 DOCUMENT = machine.ROOT / "docs" / "recipe.md"

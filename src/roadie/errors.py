@@ -22,7 +22,10 @@
             ├── StateNotWritten               what was to be remembered could not be written; nothing has changed
             └── EngineFailed                  a step of the engine raised; it is not running any more
 
-Every class also derives from the built-in exception that stock PEFT raises in the same situation, so that
+    UserWarning
+    └── LearningRateWarning                   updates of an adapter are so small that it learns next to nothing
+
+Every exception also derives from the built-in exception that stock PEFT raises in the same situation, so that
 ``except ValueError`` keeps working. Messages say what was got, what was wanted and what to do.
 """
 
@@ -114,3 +117,7 @@ class EngineFailed(ServingError):
 
 class StateNotWritten(ServingError, CheckpointError):
     """The state of a registry could not be written (a full disk); nothing has changed."""
+
+
+class LearningRateWarning(UserWarning):
+    """Training turns the angles of an adapter so slowly that it learns next to nothing; said once for a training."""

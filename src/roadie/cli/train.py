@@ -10,7 +10,8 @@ import typer
 from roadie.cli.config_file import Config
 from roadie.cli.options import AdaptGroupSize, AllowPickle, Exclude, Model, Overwrite, Revision, TrustRemoteCode
 from roadie.errors import ConfigError
-from roadie.training.recipe import DEFAULT_BETA, PRECISIONS, SCHEDULES, VARIANTS, Recipe, default_learning_rate
+from roadie.learning_rate import default_learning_rate
+from roadie.training.recipe import DEFAULT_BETA, PRECISIONS, SCHEDULES, VARIANTS, Recipe
 
 if TYPE_CHECKING:
     from roadie.training.record import TrainingResult

@@ -65,6 +65,7 @@ from roadie.training.stopping import EarlyStop, step_of_end
 from roadie.training.text import check_there
 from roadie.training.trainer import GlobalBatchTrainer
 from roadie.tuner import RoadConfig, RoadInput, RoadLayer, get_peft_model, prepare_quantised, train_only
+from roadie.tuner.angle_watch import stop_watching
 
 if TYPE_CHECKING:
     from roadie.training.preference_trainer import PreferenceTrainer
@@ -214,6 +215,7 @@ def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
     tell_of_smaller_groups(sizes, recipe.stages or recipe.group_size)
     if recipe.packing:
         check_packable(adapted)
+    stop_watching(adapted)  # `RateWatch` looks at the losses, and knows the schedule
     return adapted
 
 

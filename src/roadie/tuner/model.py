@@ -13,6 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
+from roadie.tuner.angle_watch import stop_watching, watch_angles
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.injection import (
     Plan,
@@ -99,6 +100,8 @@ class RoadModel(BaseTuner):
         self._awaited = (adapter_name, take_back) if source is not None and self._is_in_peft_model else None
         if type(self.peft_config) is dict:
             self.peft_config = Configs(self.peft_config)
+        if not config.inference_mode:
+            watch_angles(self, model)
 
     def _is_load_certain(self, config: Any) -> bool:
         """False where PEFT's load_adapter of an adapter to be trained cannot be told from a new one of a config that was read."""
@@ -275,6 +278,7 @@ class RoadModel(BaseTuner):
         for layer in layers:
             layer.exact_unmerge = ExactUnmerge.NEVER
         try:
+            stop_watching(self)
             return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         finally:
             for layer, exact in kept:
