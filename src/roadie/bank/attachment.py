@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from roadie.adapter import INPUT_SUFFIX
-from roadie.bank.routing import BankRouting, Choice
+from roadie.bank.layout import Choice
+from roadie.bank.routing import BankRouting
 from roadie.bank.servers import Server, serve, stop_serving
 from roadie.bank.table import LayerTable
 from roadie.kernels import (
@@ -43,10 +44,15 @@ class _Last(NamedTuple):
 
 
 class LayerRotation:
-    """One layer, or its input: its table, and the choice of the rows. A copy of a model has none: its bank is another's."""
+    """One layer, or its input: its table, and the choice of the rows. A copy of a model has none: its bank is another's.
 
-    def __init__(self, table: LayerTable, routing: BankRouting, path: str = "an adapted layer") -> None:
-        self.table, self.path, self._routing = table, path, routing
+    site: the linear layer, which is at `path`.
+    """
+
+    def __init__(
+        self, table: LayerTable, routing: BankRouting, site: nn.Module, path: str = "an adapted layer"
+    ) -> None:
+        self.table, self.path, self._routing, self._site = table, path, routing, site
         self._last: _Last | None = None
 
     def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
@@ -59,7 +65,7 @@ class LayerRotation:
             return y
         table = self.table.current
         if torch.compiler.is_compiling():
-            return rotate_chain(y, table, self.table.routed(choice.of(y)))
+            return rotate_chain(y, table, self.table.routed(self._slots(y, choice)))
         last = self._last
         if last is not None and last.choice is choice and last.table is table and not torch.is_grad_enabled():
             rotated = _as_before(last, y)
@@ -71,7 +77,7 @@ class LayerRotation:
         if self.table.has_none(choice.slots):
             self._last = _Last(choice, table, None, in_place=False)
             return y
-        slots = self.table.routed(choice.of(y))
+        slots = self.table.routed(self._slots(y, choice))
         if not can_rotate_chain_in_place(y, table):
             return rotate_chain(y, table, slots)
         in_place = is_fresh()
@@ -79,6 +85,9 @@ class LayerRotation:
         prepared = prepare_chain(y, table, slots)
         self._last = None if prepared is None else _Last(choice, table, prepared, in_place)
         return z
+
+    def _slots(self, y: Tensor, choice: Choice) -> Tensor:
+        return choice.placed(y, self._site).to(y.device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
@@ -112,6 +121,10 @@ class Hold(Protocol):
 
     def refusals(self, model: nn.Module) -> Mapping[str, str]:
         """Layer path in the base model -> why the layer, and its input, cannot be rotated."""
+        ...
+
+    def linear(self, layer: Any) -> nn.Module:
+        """The linear layer that a site is the output of, or the input."""
         ...
 
     def device_of(self, layer: Any) -> torch.device:
@@ -153,9 +166,11 @@ class Hooks:
         """Layers that the model does not call, or that give no tensor, with the reason."""
         return {path_in_base(path): reason for path, reason in refusals(model).items()}
 
+    def linear(self, layer: nn.Module | LayerInput) -> nn.Module:
+        return layer.layer if isinstance(layer, LayerInput) else layer
+
     def device_of(self, layer: nn.Module | LayerInput) -> torch.device:
-        module = layer.layer if isinstance(layer, LayerInput) else layer
-        return next(module.parameters()).device
+        return next(self.linear(layer).parameters()).device
 
     def attach(self, layer: nn.Module | LayerInput, rotation: LayerRotation) -> Callable[[], None]:
         if isinstance(layer, LayerInput):

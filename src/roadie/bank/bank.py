@@ -28,8 +28,9 @@ from roadie.bank.admission import Prepared, Rows, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
+from roadie.bank.layout import Choice, calls_noted, can_be_turned_off
 from roadie.bank.live import live_adapter
-from roadie.bank.routing import BankRouting, Choice, check_slots
+from roadie.bank.routing import BankRouting, check_slots
 from roadie.bank.slots import SlotBook
 from roadie.bank.table import LayerTable
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
@@ -229,13 +230,19 @@ class AdapterBank:
             slots = self.slots(slots)
         check_slots(slots, self._book.num_slots)
         # Layers remember their last choice; the leases hang on the tensor that was given, and end with it.
-        choice = Choice(slots.clone(), expansion)
+        with calls_noted(self.model, self._routing.current), self.chosen(Choice(slots.clone(), expansion), slots):
+            yield
 
-        def in_force(held: Tensor = slots) -> AbstractContextManager[None]:
+    @contextmanager
+    def chosen(self, choice: Choice, held: Tensor) -> Iterator[None]:
+        """Within the block the choice holds; held: a tensor of `slots`, as long as something may read them."""
+
+        def in_force(held: Tensor = held) -> AbstractContextManager[None]:
             return self._routing.in_force(choice)  # what runs again in backward reads the slots until then
 
         with ExitStack() as stack:
             stack.enter_context(in_force())
+            stack.enter_context(can_be_turned_off(lambda: self._routing.in_force(None)))
             if torch.is_grad_enabled():
                 stack.enter_context(checkpoints_keep_rows(self.model, in_force))
             yield
@@ -366,7 +373,7 @@ class AdapterBank:
         module = self._modules[path]
         width, device = out_features_of(module), self._device_of(path)
         table = LayerTable(width, self._book.num_slots, self._dtype, device, is_sparse=is_input(path))
-        self._attached[path] = rotation = LayerRotation(table, self._routing, path)
+        self._attached[path] = rotation = LayerRotation(table, self._routing, self._hold.linear(module), path)
         self._detach.callback(self._hold.attach(module, rotation))
 
     def _device_of(self, path: str) -> torch.device:

@@ -12,32 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from roadie.bank.layout import Choice
 from roadie.errors import RoutingError
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """The slots of one batch: int64 ``[B]``, or ``[B, T]`` for a slot a token; `expansion`: rows that generation makes of one."""
-
-    slots: Tensor
-    expansion: int = 1
-
-    def of(self, y: Tensor) -> Tensor:
-        """The slots for a layer's output y ``[B, ..., D]``, in the shape of y's first dimensions."""
-        slots = self.slots
-        if y.dim() > slots.dim() and y.shape[: slots.dim()] == slots.shape:
-            return slots if slots.device == y.device else slots.to(y.device)
-        if slots.dim() == 1 and self.expansion > 1 and y.dim() > 1 and y.shape[0] == len(slots) * self.expansion:
-            return slots.repeat_interleave(self.expansion).to(y.device)
-        raise RoutingError(
-            f"got slots {tuple(slots.shape)} for a layer's output {tuple(y.shape)}; wanted a slot for each row, or for each "
-            "token; a layer that flattens rows and tokens needs one for each token, and beams the expansion of `rows`"
-        )
 
 
 class BankRouting:
@@ -52,8 +32,8 @@ class BankRouting:
         return self._compiled if torch.compiler.is_compiling() else self._here.get()
 
     @contextmanager
-    def in_force(self, choice: Choice) -> Iterator[None]:
-        """Within the block the choice holds."""
+    def in_force(self, choice: Choice | None) -> Iterator[None]:
+        """Within the block the choice holds; None: nobody chose."""
         token, before = self._here.set(choice), self._compiled
         self._compiled = choice
         try:

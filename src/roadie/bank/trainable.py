@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from roadie.adapter import is_input, layer_of
 from roadie.bank.families import AdaptedLayer, Family, Stack
+from roadie.bank.layout import Choice, calls_noted, can_be_turned_off
 from roadie.bank.table import NO_ROTATION
 from roadie.errors import RoutingError
 from roadie.kernels import (
@@ -56,7 +57,7 @@ class TrainableBank:
         self._device = device
         self._keep = keep
         self._tables: dict[str, _LayerTable] = {}
-        self._slots: Tensor | None = None
+        self._choice: Choice | None = None
         self._local: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -134,6 +135,7 @@ class TrainableBank:
     def attached(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
         """Within the block the sites `paths` are rotated wherever rows are routed (`routed`)."""
         with ExitStack() as stack:
+            stack.enter_context(calls_noted(model, lambda: self._choice))
             for path in paths:
                 module = model.get_submodule(layer_of(path))
                 if is_input(path):
@@ -146,39 +148,47 @@ class TrainableBank:
     @contextmanager
     def routed(self, slots: Tensor) -> Iterator[None]:
         """Within the block row b of a batch uses the adapter at ``slots[b]`` (int64 ``[B]`` or ``[B, T]``); -1: none."""
-        before = self._slots, self._local
-        self._slots, self._local = slots, {}
+        with can_be_turned_off(lambda: self._in_force(None)), self._in_force(Choice(slots)):
+            yield
+
+    @contextmanager
+    def _in_force(self, choice: Choice | None) -> Iterator[None]:
+        before = self._choice, self._local
+        self._choice, self._local = choice, {}
         try:
             yield
         finally:
-            self._slots, self._local = before
+            self._choice, self._local = before
 
     def _hook(self, path: str) -> Any:
         def rotated(module: nn.Module, _: Any, y: Tensor) -> Tensor | None:
             layer = self._tables.get(path)
-            if layer is None or self._slots is None:
+            if layer is None or self._choice is None:
                 return None
             check_output(y, module, path)
-            return layer.rotated(y, self._local_slots(layer.families), _gives_fresh_memory(module))
+            slots = self._choice.placed(y, module, self._local_slots(layer.families))
+            return layer.rotated(y, slots, _gives_fresh_memory(module))
 
         return rotated
 
     def _input_hook(self, path: str) -> Any:
-        def rotated(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def rotated(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             layer = self._tables.get(path)
-            if layer is None or self._slots is None:
+            if layer is None or self._choice is None:
                 return None
-            return layer.rotated(inputs[0], self._local_slots(layer.families), False), *inputs[1:]
+            slots = self._choice.placed(inputs[0], module, self._local_slots(layer.families))
+            return layer.rotated(inputs[0], slots, False), *inputs[1:]
 
         return rotated
 
     def _local_slots(self, families: tuple[int, ...]) -> Tensor:
         """The row of a layer's table for each row of the batch; worked out once for all layers of the same families."""
-        assert self._slots is not None
+        assert self._choice is not None
+        slots = self._choice.slots
         if len(families) == len(self.families):
-            return self._slots
+            return slots
         if families not in self._local:
-            self._local[families] = self._row_of_slot(families)[self._slots]
+            self._local[families] = self._row_of_slot(families)[slots]
         return self._local[families]
 
     def _row_of_slot(self, families: tuple[int, ...]) -> Tensor:

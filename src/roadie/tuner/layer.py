@@ -93,7 +93,8 @@ class Linear(nn.Module, RoadLayer):
                 if y is not None:
                     return y
         if adapter_names is not None:
-            with adapter_rows(self, adapter_names, 1):
+            with adapter_rows(self, adapter_names, 1) as choice:
+                choice.calls.note(self, (x,), kwargs)
                 return self.forward(x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()

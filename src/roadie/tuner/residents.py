@@ -99,6 +99,10 @@ class _InLayers:
     def refusals(self, model: nn.Module) -> dict[str, str]:
         return {}  # looked at when the layers were adapted
 
+    def linear(self, layer: Any) -> nn.Module:
+        base: nn.Module = layer.get_base_layer()
+        return base
+
     def device_of(self, layer: Any) -> torch.device:
         device: torch.device = layer.get_base_layer_device()
         return device

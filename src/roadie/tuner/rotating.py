@@ -185,15 +185,13 @@ class RoadLayer(BaseTunerLayer):
         if not torch.compiler.is_compiling() and self._is_in_bank():
             if self.resident is None:
                 return y
-            if y.dim() <= 1 or y.shape[0] != len(routing.slots):  # type: ignore[arg-type]
-                routing.slots_of(y)  # says what is wrong, if it is
             return self.resident.of(y, lambda: is_fresh)
         table = self._table_of_wishes(routing.names, routing.batch)
         return y if table is None else self._turned(y, table, self._slots_of(y), routing.names, is_fresh)
 
     def _slots_of(self, y: Tensor) -> Tensor:
         """Which row of the table each row of y uses; -1: none, and it passes bit for bit."""
-        return self._routing.slots_of(y)
+        return self._routing.slots_of(y, self.get_base_layer())
 
     def _is_in_bank(self) -> bool:
         """Whether the bank has what the rows wish for, as the parameters are now."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from roadie.bank.bank import keep_lease
 from roadie.bank.blends import BASE, Blend, Wish, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
+from roadie.bank.layout import Choice, calls_noted, can_be_turned_off
 from roadie.bank.servers import announce
 from roadie.errors import RoutingError
 from roadie.tuner.residents import Residents, names_in
@@ -32,23 +33,21 @@ class Routing:
     """The choice that is in force: `slots` (None: every row uses the active adapters) into `names`.
 
     slots: int64, ``[B]``, ``[B, T]`` or any leading shape of the layers' outputs; names: the adapters (and blends of them) of
-    the table, in slot order; expansion: how many consecutive rows generation makes of one (beams or returned sequences).
-    batch: one set of rows; in_bank: whether the bank of the model knows them too; trains: whether a parameter of them is trained.
-    residents: the bank, kept from one batch to the next.
+    the table, in slot order; batch: one set of rows, of these slots; in_bank: whether the bank of the model knows them too;
+    trains: whether a parameter of them is trained. residents: the bank, kept from one batch to the next.
     """
 
     slots: Tensor | None = None
     names: tuple[str | Blend, ...] = ()
-    expansion: int = 1
-    batch: object = None
+    batch: Choice | None = None
     in_bank: bool = False
     trains: bool = False
     residents: Residents = field(default_factory=Residents)
 
-    def slots_of(self, y: Tensor) -> Tensor:
-        """The slots for a layer's output y ``[B, ..., D]``: int64, in the shape of y's first dimensions."""
-        assert self.slots is not None
-        return _expanded(self.slots, y, self.expansion).to(y.device)
+    def slots_of(self, y: Tensor, site: nn.Module) -> Tensor:
+        """The slots for what the linear layer `site` gives, y ``[..., D]``: int64, in the shape of y's first dimensions."""
+        assert self.batch is not None
+        return self.batch.placed(y, site).to(y.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
         copy = memo[id(self)] = Routing()
@@ -56,18 +55,6 @@ class Routing:
 
     def __reduce__(self) -> tuple[type[Routing], tuple[()]]:
         return Routing, ()
-
-
-def _expanded(slots: Tensor, y: Tensor, expansion: int) -> Tensor:
-    if y.dim() > slots.dim() and y.shape[: slots.dim()] == slots.shape:
-        return slots
-    if slots.dim() == 1 and expansion > 1 and y.dim() > 1 and y.shape[0] == len(slots) * expansion:
-        return slots.repeat_interleave(expansion)
-    raise RoutingError(
-        "Length of `adapter_names` should be the same as the number of inputs, but got "
-        f"{slots.shape[0]} and {y.shape[0] if y.dim() > 1 else 1} respectively. Wanted one adapter (or slot) for each "
-        f"row of the layer's output {tuple(y.shape)}; a layer that flattens rows and tokens needs a slot for each token."
-    )
 
 
 def shared_routing(model: nn.Module) -> Routing:
@@ -119,7 +106,7 @@ announce(rows)
 
 
 @contextmanager
-def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int) -> Iterator[None]:
+def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int) -> Iterator[Choice]:
     """Route the rows of one call by name, where generation may make `expansion` consecutive rows of each.
 
     Where nothing is compiled the table holds just the adapters that are asked for: others cost nothing and get no gradient.
@@ -130,8 +117,8 @@ def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int
     if not _has_compiled_part(model):
         table = tuple(name for name in table if name in wanted)
     table = (*table, *(wish for wish in wanted if isinstance(wish, Blend)))
-    with _route(model, _slots_in(table, wishes), table, expansion):
-        yield
+    with _route(model, _slots_in(table, wishes), table, expansion) as choice:
+        yield choice
 
 
 def _slots_in(table: tuple[str | Blend, ...], wishes: Sequence[str | Blend | None]) -> Tensor:
@@ -158,7 +145,7 @@ def _has_compiled_part(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expansion: int = 1) -> Iterator[None]:
+def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expansion: int = 1) -> Iterator[Choice]:
     _check_slots(slots, len(names))
     routing = shared_routing(model)
     layers = _layers_by_path(model)
@@ -167,16 +154,21 @@ def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expa
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
     device = next(iter(layers.values())).get_base_layer_device() if layers else slots.device
-    chosen = Routing(slots.to(device=device, dtype=torch.int64), names, expansion, object())
+    slots = slots.to(device=device, dtype=torch.int64)
+    choice = Choice(slots, expansion)
+    chosen = Routing(slots, names, choice)
     chosen.trains = _trains(layers.values(), names)
     with ExitStack() as stack:
+        if not _is_compiled(model):
+            stack.enter_context(calls_noted(model, lambda: routing.batch))
+            stack.enter_context(can_be_turned_off(lambda: _in_force(routing, Routing())))
         if not (_is_compiled(model) or (chosen.trains and torch.is_grad_enabled())):
             chosen.in_bank = _enter_bank(stack, model, routing, layers, chosen)
         stack.enter_context(_in_force(routing, chosen))
         stack.enter_context(_saved_modules_by_row(model, routing))
         if torch.is_grad_enabled():
             stack.enter_context(checkpoints_keep_rows(model, lambda: _in_force(routing, chosen)))
-        yield
+        yield choice
 
 
 def _layers_by_path(model: nn.Module) -> dict[str, Any]:
@@ -200,6 +192,7 @@ def _trains(layers: Iterable[Any], names: Sequence[str | Blend]) -> bool:
 def _enter_bank(stack: ExitStack, model: nn.Module, routing: Routing, layers: dict[str, Any], chosen: Routing) -> bool:
     """Put the rows in force in the bank too; whether that is possible."""
     assert chosen.slots is not None
+    assert chosen.batch is not None
     places = [slot for slot in chosen.slots.unique().tolist() if slot >= 0]
     held = routing.residents.admit(model, layers, [chosen.names[slot] for slot in places])
     if held is None:
@@ -207,7 +200,8 @@ def _enter_bank(stack: ExitStack, model: nn.Module, routing: Routing, layers: di
     place = torch.full((len(chosen.names) + 1,), -1, dtype=torch.int64)  # the last is -1 too: the base model
     place[places] = held
     slots = keep_lease(place.to(chosen.slots.device)[chosen.slots], held)
-    stack.enter_context(routing.residents.bank.rows(slots, expansion=chosen.expansion))
+    choice = Choice(slots.clone(), chosen.batch.expansion, chosen.batch.calls)
+    stack.enter_context(routing.residents.bank.chosen(choice, slots))
     return True
 
 
@@ -232,8 +226,8 @@ def _in_force(routing: Routing, chosen: Routing) -> Iterator[None]:
 
 
 def _set(routing: Routing, chosen: Routing) -> None:
-    routing.slots, routing.names, routing.expansion = chosen.slots, chosen.names, chosen.expansion
-    routing.batch, routing.in_bank, routing.trains = chosen.batch, chosen.in_bank, chosen.trains
+    routing.slots, routing.names, routing.batch = chosen.slots, chosen.names, chosen.batch
+    routing.in_bank, routing.trains = chosen.in_bank, chosen.trains
 
 
 @contextmanager
@@ -266,8 +260,7 @@ def _by_row(wrapper: AuxiliaryTrainingWrapper, routing: Routing) -> Callable[...
 
 def _mix(wrapper: AuxiliaryTrainingWrapper, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Runs each distinct copy on its own rows and puts the results back in order; differentiable."""
-    assert routing.slots is not None
-    slots = _expanded(routing.slots, x.unsqueeze(-1), routing.expansion)
+    slots = routing.slots_of(x.unsqueeze(-1), wrapper)
     if slots.dim() != 1:
         raise RoutingError(
             "got a slot for each token in a model whose adapters train whole modules (modules_to_save, trainable "

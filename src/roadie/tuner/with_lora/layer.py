@@ -62,7 +62,7 @@ class LoraLinear(lora.Linear):
     def _added_by_row(self, x: Tensor, y: Tensor, choice: LoraChoice) -> Tensor:
         """y and, in new memory (backward may need y as it is), what each row's adapter adds to it."""
         rows, added = [], []
-        for name, places in choice.places(x).items():
+        for name, places in choice.places(x, self.get_base_layer()).items():
             if name in self.lora_A:
                 rows.append(torch.tensor(places, device=x.device))
                 added.append(self._branch(name, x[rows[-1]]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,29 +14,23 @@ from torch import Tensor, nn
 
 from roadie.bank.blends import BASE
 from roadie.bank.checkpointing import checkpoints_keep_rows
+from roadie.bank.layout import Choice, calls_noted, can_be_turned_off
 from roadie.errors import RoutingError
 
 
-@dataclass(frozen=True)
 class LoraChoice:
     """An adapter's name for each of B rows, None for no LoRA; expansion: how many consecutive rows generation makes of one."""
 
-    names: tuple[str | None, ...]
-    expansion: int = 1
+    def __init__(self, names: Sequence[str | None], expansion: int = 1) -> None:
+        self.names = tuple(names)
+        self.rows = Choice(torch.arange(len(self.names)), expansion)
 
-    def places(self, x: Tensor) -> dict[str | None, list[int]]:
-        """The rows of a layer's input x ``[B, ...]`` by the adapter they use."""
-        names = self.names
-        if x.dim() > 1 and len(x) == len(names) * self.expansion:
-            names = tuple(name for name in names for _ in range(self.expansion))
-        if x.dim() <= 1 or len(x) != len(names):
-            raise RoutingError(
-                f"got LoRA adapters for {len(names)} rows and a layer's input {tuple(x.shape)}; wanted one for each row; beams "
-                "and returned sequences need the expansion of lora_rows"
-            )
+    def places(self, x: Tensor, site: nn.Module) -> dict[str | None, list[int]]:
+        """What x ``[B, ...]`` or ``[B T, in]``, the input of the linear layer `site`, has in front, by the adapter it uses."""
+        count = len(self.rows.placed(x, site))
         places: dict[str | None, list[int]] = {}
-        for row, name in enumerate(names):
-            places.setdefault(name, []).append(row)
+        for place in range(count):
+            places.setdefault(self.names[place * len(self.names) // count], []).append(place)
         return places
 
 
@@ -48,8 +41,8 @@ class LoraRouting:
         self.choice: LoraChoice | None = None
 
     @contextmanager
-    def in_force(self, choice: LoraChoice) -> Iterator[None]:
-        """Within the block the choice holds."""
+    def in_force(self, choice: LoraChoice | None) -> Iterator[None]:
+        """Within the block the choice holds; None: nobody chose."""
         before, self.choice = self.choice, choice
         try:
             yield
@@ -74,6 +67,8 @@ def lora_rows(model: nn.Module, names: Sequence[str | None], *, expansion: int =
     routing = layers[0].lora_routing
     assert isinstance(routing, LoraRouting)
     with ExitStack() as stack:
+        stack.enter_context(calls_noted(model, lambda: None if routing.choice is None else routing.choice.rows))
+        stack.enter_context(can_be_turned_off(lambda: routing.in_force(None)))
         stack.enter_context(routing.in_force(choice))
         if torch.is_grad_enabled():
             stack.enter_context(checkpoints_keep_rows(model, lambda: routing.in_force(choice)))
