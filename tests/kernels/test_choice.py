@@ -6,10 +6,13 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tests.kernels import builds, cases
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from roadie.errors import KernelError
 from roadie.kernels import RotationTable, choice, cpu, refusals, rotate_rows, using
@@ -18,6 +21,28 @@ from roadie.testing.accuracy import assert_same_bits
 
 HERE = torch.device("cpu")
 compiled = cases.needs_compiled_kernel
+
+
+class NoOperation(TorchDispatchMode):
+    """Refuses every operation of torch, as checkpointing of chosen operations refuses those it has not seen in forward."""
+
+    def __torch_dispatch__(self, operation: Any, *_: Any, **__: Any) -> Any:
+        raise AssertionError(f"got {operation}")
+
+
+@pytest.mark.parametrize("problem", [None, "there is none"])
+def test_content_is_compared_without_operations_of_torch(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if problem is None and cases.no_compiled_kernel() is not None:
+        pytest.skip("there is no compiled kernel")
+    if problem is not None:
+        monkeypatch.setattr(cpu, "loaded", lambda: SimpleNamespace(problem=problem))
+    tensors = [torch.randn(3, 4), torch.empty(0), torch.ones(2, dtype=torch.bfloat16)]
+    watched = cpu.Watched(tensors)
+    with NoOperation():
+        assert watched.are_unchanged()
+    tensors[2][1] = 2.0
+    with NoOperation():
+        assert not watched.are_unchanged()
 
 
 @pytest.fixture

@@ -90,8 +90,8 @@ class Watched:
         self._pairs = [
             (tensor, copy.data_ptr(), copy.nbytes) for tensor, copy in zip(self._tensors, self._content, strict=True)
         ]
-        plain = loaded().problem is None and all(tensor.is_contiguous() for tensor in self._tensors)
-        self._same = loaded().same if plain else None
+        compare = loaded().same if loaded().problem is None else _same_bytes
+        self._same = compare if all(tensor.is_contiguous() for tensor in self._tensors) else None
 
     @classmethod
     def each(cls, groups: Sequence[Sequence[Tensor]]) -> list[Watched]:
@@ -107,6 +107,11 @@ class Watched:
             return all(map(torch.equal, self._tensors, self._content))
         # The tensor's own memory may have been replaced: its address is asked for each time.
         return all(same(tensor.data_ptr(), address, nbytes) for tensor, address, nbytes in self._pairs)
+
+
+def _same_bytes(one: int, other: int, nbytes: int) -> bool:
+    """`loaded().same` without the compiled kernel: as no operation of torch, since checkpointing of chosen ones records those."""
+    return ctypes.string_at(one, nbytes) == ctypes.string_at(other, nbytes)
 
 
 def _on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
