@@ -122,7 +122,7 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         if hasattr(ctx, "traced"):
-            return ctx.traced  # type: ignore[no-any-return]
+            return ctx.traced
         if ctx.keep_output:
             raise InPlaceError(f"{error} What happened: {IN_PLACE_ADVICE}.") from None
         raise
