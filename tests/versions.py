@@ -44,9 +44,10 @@ needs_torchao_018_to_merge = pytest.mark.skipif(
     reason="before 0.18 torchao cannot dequantise int8 with quantised inputs, so PEFT cannot merge into it",
 )
 
-OLD_TRANSFORMERS = Version("5.23") > Version(version("transformers"))  # tested: 5.0 and 5.23, nothing between
+TRANSFORMERS = Version(version("transformers"))
+OLD_TRANSFORMERS = Version("5.23") > TRANSFORMERS  # tested: 5.0, 5.17 and 5.23
 
-EVALUATES_AFTER_THE_LAST_STEP = not OLD_TRANSFORMERS
+EVALUATES_AFTER_THE_LAST_STEP = Version("5.17") <= TRANSFORMERS
 """The oldest transformers do so only where an interval ends with the last step."""
 
 needs_uploads_by_an_api_object = pytest.mark.skipif(
