@@ -277,7 +277,7 @@ def test_nothing_is_written_where_something_is_refused(texts, tiny_path, tmp_pat
     bad.write_text("{")
     with pytest.raises(DataError, match="line 1"):
         train(bad, output, model=str(tiny_path))
-    with pytest.raises(ConfigError, match="wanted a tokenizer"):
+    with pytest.raises(ConfigError, match="which does not exist; wanted a causal language model"):
         train(texts, output, model=str(tmp_path / "no-model"))
     with pytest.raises(ConfigError, match="evaluation data and eval_share"):
         train(texts, output, model=str(tiny_path), recipe=QUICK, eval_data=texts)
