@@ -117,6 +117,13 @@ def test_naming_what_is_left_out_is_refused_and_changes_nothing(family: Any) -> 
     roadie.get_peft_model(base, roadie.RoadConfig(target_modules=names, exclude_modules=[refused], group_size=2))
 
 
+def test_all_linear_leaves_out_a_layer_whose_outputs_cannot_be_paired(caplog: Any) -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model = roadie.get_peft_model(block, roadie.RoadConfig(target_modules="all-linear", group_size=2))
+    assert [path for path, m in model.named_modules() if isinstance(m, roadie.Linear)] == ["base_model.model.0"]
+    assert "1: an odd number of outputs (1) cannot be paired" in caplog.text
+
+
 def test_a_model_in_which_nothing_can_be_adapted_is_refused() -> None:
     with pytest.raises(ValueError, match="none of whose linear layers"):
         roadie.get_peft_model(nn.TransformerEncoderLayer(8, 2, 16), roadie.RoadConfig(target_modules="all-linear"))

@@ -9,7 +9,7 @@ from roadie.linear.kinds import in_features, is_linear, out_features
 from roadie.linear.names import by_likeness, has_name, ignored_names
 from roadie.linear.outputs import check_output
 from roadie.linear.reads import read_in_a_forward, weight_reads
-from roadie.linear.refusals import check_named, refusals, without_refused
+from roadie.linear.refusals import check_named, refusals, unpaired, without_refused
 
 __all__ = [
     "by_likeness",
@@ -22,6 +22,7 @@ __all__ = [
     "out_features",
     "read_in_a_forward",
     "refusals",
+    "unpaired",
     "weight_reads",
     "without_refused",
 ]

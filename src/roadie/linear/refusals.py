@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from roadie.errors import UnsupportedLayer
+from roadie.linear.kinds import out_features
 from roadie.linear.names import stacked_experts
 from roadie.linear.outputs import wrong_output
 from roadie.linear.reads import weight_reads
@@ -29,6 +30,15 @@ def refusals(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def unpaired(model: nn.Module) -> dict[str, str]:
+    """Path in `model` -> what to say of a linear layer with an odd number of outputs, where all linear layers are meant.
+
+    Such are the gates of shared experts. Naming one is refused with the group size.
+    """
+    widths = {path: out_features(module) or 0 for path, module in model.named_modules(remove_duplicate=False)}
+    return {path: f"an odd number of outputs ({width}) cannot be paired" for path, width in widths.items() if width % 2}
+
+
 def check_named(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise `UnsupportedLayer`, naming the layer and the reason, where one of `paths` cannot be adapted."""
     reasons = refusals(model)
@@ -45,9 +55,9 @@ def refusal(path: str, reason: str) -> str:
 def without_refused(model: nn.Module, paths: Iterable[str], reasons: Mapping[str, str] | None = None) -> list[str]:
     """Those of `paths`, all linear layers of `model`, that can be adapted; one log line names what is left out.
 
-    reasons: what `refusals` gave for the model; None: it is asked.
+    reasons: by path; None: what `refusals` and `unpaired` say of the model.
     """
-    reasons = refusals(model) if reasons is None else reasons
+    reasons = {**unpaired(model), **refusals(model)} if reasons is None else reasons
     wanted = list(paths)
     experts = dict.fromkeys(stacked_experts(model), "a parameter that holds the weights of many experts is no layer")
     _say_left_out({**{path: reasons[path] for path in wanted if path in reasons}, **experts})
@@ -56,15 +66,14 @@ def without_refused(model: nn.Module, paths: Iterable[str], reasons: Mapping[str
 
 def _say_left_out(reasons: Mapping[str, str]) -> None:
     """Log what was left out: for each reason the paths, those that differ by numbers alone as one."""
-    kinds: dict[str, dict[str, int]] = {}
+    kinds: dict[str, dict[str, list[str]]] = {}
     for path, reason in reasons.items():
         kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
-        counts = kinds.setdefault(reason, {})
-        counts[kind] = counts.get(kind, 0) + 1
+        kinds.setdefault(reason, {}).setdefault(kind, []).append(path)
     if kinds:
-        parts = [f"{', '.join(_counted(counts))}: {reason}" for reason, counts in kinds.items()]
+        parts = [f"{', '.join(_counted(paths))}: {reason}" for reason, paths in kinds.items()]
         logger.warning("'all-linear' leaves out what cannot be adapted: %s", "; ".join(parts))
 
 
-def _counted(counts: Mapping[str, int]) -> list[str]:
-    return [f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items()]
+def _counted(alike: Mapping[str, list[str]]) -> list[str]:
+    return [f"{kind} ({len(paths)})" if len(paths) > 1 else paths[0] for kind, paths in alike.items()]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from roadie.adapter import INPUT_SUFFIX, resolve_layer, rotates_input
 from roadie.errors import ConfigError, UnsupportedLayer
-from roadie.linear import refusals
+from roadie.linear import refusals, unpaired
 from roadie.tuner.layer import check_sizes, linear_features
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.snapshot import Snapshot
@@ -74,7 +74,7 @@ class Plan:
         if getattr(trial, "target_modules", None) == DUMMY_TARGET_MODULES:
             return cls(model, trial.target_modules, ())
         reasons = refusals(model)
-        trial = with_names_of_all_linear(trial, model, reasons)
+        trial = with_names_of_all_linear(trial, model, {**unpaired(model), **reasons})
         paths = _paths_in(state_dict, tuner.prefix) if state_dict is not None else None
         targets = []
         for path, module in _candidates(model):

@@ -1,0 +1,71 @@
+"""docs/families.md: which families of models work with which parts of roadie. `python -m tests.families.table` writes it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import transformers
+from tests.families.checks import CHECKS, NO_CHECKPOINTS, Row, row_of
+from tests.families.models import FAMILIES, Family
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+
+_HEAD = """# Model families
+
+What `RoadConfig(target_modules="all-linear")` does with tiny, randomly initialised models of {count} families of transformers
+{version}; `tests/families` runs every cell, and `python -m tests.families.table` writes this page.
+
+Each model has two adapters, road_1 and road_2, far from the identity, in float64. The reference is the plain model whose weights
+were multiplied by dense rotation matrices, differentiated by autograd.
+
+- **forward**: logits of each adapter. **backward**: gradients of its parameters. **checkpointed**: the same with gradient
+  checkpointing (non-reentrant); `-` where transformers has none.
+- **mixed rows**: `adapter_names` with both adapters and the base model in one batch, also with as many rows as tokens.
+- **merge**: merged and unmerged outputs agree, and unmerging restores the base model. **files**: saved, and loaded into another
+  copy.
+- **adapted**: adapted layers; **left out**: linear layers that "all-linear" leaves alone, besides the output layer.
+
+`refused` means an error before anything is changed or computed; the messages are below the table.
+
+"""
+
+
+def line(family: Family, row: Row) -> str:
+    """A family's line of the table."""
+    cells = [_cell(row, check) for check in CHECKS]
+    left_out = ", ".join(f"`{name}`" for name in row.left_out)
+    return f"| {family.kind} | `{family.cls}` | {row.adapted} | {left_out} | {' | '.join(cells)} |"
+
+
+def _cell(row: Row, check: str) -> str:
+    if "all" in row.said:
+        return "refused"
+    if check not in row.said:
+        return "yes"
+    return "-" if row.said[check] == NO_CHECKPOINTS else "refused"
+
+
+def messages(family: Family, row: Row) -> list[str]:
+    """What is said of whatever is refused, on a line each."""
+    refused = {check: said for check, said in row.said.items() if said != NO_CHECKPOINTS}
+    return [f"- {family.kind}, {check}: {_in_one_line(said)}" for check, said in refused.items()]
+
+
+def _in_one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def document() -> str:
+    """The whole page, for the installed transformers."""
+    rows = [(family, row_of(family)) for family in FAMILIES]
+    head = _HEAD.format(count=len(rows), version=transformers.__version__)
+    titles = ["family", "class", "adapted", "left out", *CHECKS]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    lines += [line(family, row) for family, row in rows]
+    said = [message for family, row in rows for message in messages(family, row)]
+    return head + "\n".join(lines) + "\n\n## What is said\n\n" + "\n".join(said) + "\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())

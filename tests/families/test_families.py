@@ -1,0 +1,28 @@
+"""Families of transformers, each as a tiny model: every part of roadie works there, or says why not; docs/families.md is true."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+from tests.families import table
+from tests.families.checks import row_of
+from tests.families.models import FAMILIES, Family
+
+DOCUMENT = table.DOCUMENT.read_text()
+IS_DOCUMENTED = f"\n{transformers.__version__};" in DOCUMENT
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.kind)
+def test_a_family_works_or_is_refused_with_a_reason(family: Family) -> None:
+    if not family.exists:
+        pytest.skip(f"transformers {transformers.__version__} has no {family.cls}")
+    row = row_of(family)
+    if IS_DOCUMENTED:
+        assert table.line(family, row) in DOCUMENT
+        assert all(message in DOCUMENT for message in table.messages(family, row))
+
+
+def test_there_are_sixty_families_and_each_once() -> None:
+    kinds = [family.kind for family in FAMILIES]
+    assert len(kinds) >= 60
+    assert len(set(kinds)) == len(kinds)
