@@ -1,4 +1,4 @@
-"""The bounds that the kernels were built for (issue 3, "Shown by"), each held against a record.
+"""The bounds that the kernels were built for, each held against a record.
 
 A bound counts as met when the end of the interval that is nearer to it meets it: the lower end for "at most", the upper
 end for "at least". So "met" says that the measurement does not contradict the bound, and "NOT MET" that it does.

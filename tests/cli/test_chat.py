@@ -7,9 +7,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
+from tests.signals import COMMAND_LINE
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_opened_is_refused(roadie_cli, arguments):
 
 def test_ctrl_c_stops_an_answer_and_the_end_of_the_input_ends(tmp_path):
     """A long and slow answer, stopped when its first piece is there; then the conversation goes on."""
-    command = [sys.executable, "-m", "roadie.cli", "chat", "-n", "300"]
+    command = [*COMMAND_LINE, "chat", "-n", "300"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     slow = "import time, transformers\nshow = transformers.TextStreamer.put\n"
     slow += "def put(self, value):\n    show(self, value)\n    time.sleep(0.2)\ntransformers.TextStreamer.put = put\n"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.signals import COMMAND_LINE
 
 STEPS = 60
 SETTINGS = ("--group-size", 16, "--lr", 0.01, "--batch-size", 4, "--max-steps", STEPS, "--checkpoint-steps", 1000)
@@ -22,7 +23,7 @@ SETTINGS = ("--group-size", 16, "--lr", 0.01, "--batch-size", 4, "--max-steps", 
 @contextmanager
 def started(*arguments, **options):
     """A process of the command line, whose standard error can be read line by line."""
-    command = [sys.executable, "-m", "roadie.cli", *map(str, arguments)]
+    command = [*COMMAND_LINE, *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options) as process:
         try:
             yield process

@@ -59,6 +59,7 @@ def test_every_option_of_train_reaches_the_recipe(roadie_cli, tiny_path, texts, 
         "precision": "float32",
         "eval_share": 0.5,
         "checkpoint_steps": 2,
+        "patience": 3,
         "seed": 7,
     }
     arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -80,10 +81,11 @@ def test_every_option_of_train_reaches_the_recipe(roadie_cli, tiny_path, texts, 
         "gradient_checkpointing": True,
         "target_modules": ["q_proj", "up_proj"],
     }
-    # All of them but the one that has no option, and what the run adds.
+    # All of them but the one that has no option, those that other tests give, and what the run adds.
     assert expected.items() <= settings.items()
     added = {"model", "revision", "data_sha256", "evaluation_sha256"}
-    assert settings.keys() - expected.keys() - added == {"max_grad_norm", "stages", "input_stages", "exclude_modules"}
+    elsewhere = {"stages", "input_stages", "exclude_modules", "method", "beta", "packing", "load_in_4bit"}
+    assert settings.keys() - expected.keys() - added == {"max_grad_norm", *elsewhere}
 
 
 @pytest.mark.filterwarnings("ignore:this adapter has")

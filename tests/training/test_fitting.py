@@ -22,6 +22,6 @@ def test_layers_that_the_model_does_not_call_are_left_out(tmp_path: Any, caplog:
     base, tuned = _saved_mamba(tmp_path / "base", 0), _saved_mamba(tmp_path / "tuned", 1)
     places = linear_places(base, as_source(str(base)))
     assert {place.path for place in places.values()} == {"backbone.layers.0.mixer.in_proj"}
-    assert "backbone.layers.*.mixer.dt_proj" in caplog.text
+    assert "backbone.layers.0.mixer.dt_proj" in caplog.text
     fitted = fit_to_disk(tuned, tmp_path / "fitted", model=str(base), group_size=4)
     assert set(fitted.fit.adapter.layers) == {"backbone.layers.0.mixer.in_proj"}

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from roadie.cli.app import app
-from roadie.cli.jobs_table import JobsTable, live_table
+from roadie.cli.jobs_table import JobsLines, JobsTable, live_table
 from roadie.training.many import train_many
 
 
@@ -86,8 +86,10 @@ def drawn(table: JobsTable, most_lines: int = 10) -> str:
     return screen.getvalue()
 
 
-@pytest.mark.parametrize(("terminal", "shown", "count"), [(True, True, 1), (True, False, 0), (False, True, 0)])
-def test_a_table_is_drawn_for_people_only(terminal, shown, count):
+@pytest.mark.parametrize(
+    ("terminal", "shown", "kinds"), [(True, True, [JobsTable]), (True, False, []), (False, True, [JobsLines])]
+)
+def test_a_table_is_drawn_for_people_and_lines_for_files(terminal, shown, kinds):
     console = Console(file=io.StringIO(), force_terminal=terminal)
     with live_table(console, shown=shown) as observers:
-        assert len(observers) == count
+        assert [type(observer) for observer in observers] == kinds
