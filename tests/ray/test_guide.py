@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.ray.cluster import END_TIMEOUT_S, Cluster, environment, until_gone, wait_until_ready
+from tests.ray.cluster import Cluster, environment, until_gone, wait_until_ready
 from tests.serving.http.harness import free_port
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "ray.md"
@@ -66,7 +66,7 @@ def test_a_deployment_is_described_started_asked_and_changed_as_the_guide_says(t
         head = ask[: ask.index("curl")]
         assert re.findall(r'"state":"(\w+)"', bash(head + change)) == ["resident", "resident", "known"]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(END_TIMEOUT_S) == 0
+        assert process.wait(HANG_S) == 0
     finally:
         for pid in until_gone(process.pid):
             os.kill(pid, signal.SIGKILL)
