@@ -196,6 +196,17 @@ def test_the_compiled_kernel_refuses_slots_and_sizes_before_anything_is_written(
     assert_same_bits(x, before, "x")
 
 
+@pytest.mark.parametrize("slots", [[0, 4], [0, -2]])
+def test_plain_operations_refuse_slots_before_anything_is_written(slots):
+    chain = chain_of(NESTED, 128)
+    gaps = (RotationTable(table.direct, table.cross, torch.tensor([0, 2, 2, 2], dtype=torch.int32)) for table in chain)
+    x = torch.randn(2, 128)
+    before = x.clone()
+    with using("eager"), pytest.raises(KernelError, match=r"got slots from .* wanted -1 \(the base\) to 3"):
+        rotate_chain_(x, tuple(gaps), torch.tensor(slots))
+    assert_same_bits(x, before, "x")
+
+
 @pytest.mark.slow
 def test_triton_gives_the_same_in_its_interpreter():
     code = (

@@ -7,7 +7,7 @@ Legend: T rows, B routed rows, r = T / B rows a slot, D out features, S slots, W
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,11 @@ class EagerImplementation(Implementation):
         _check(turns, x.shape[1])
         for piece in _pieces(x, turns):
             piece.of(out).copy_(piece.chosen.turned(piece.of(x)))
+
+    def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
+        """Rotations in a row; see the contract."""
+        _check_slots(chain[0])
+        super().rotate_chain(x, out, chain)
 
     def backward(
         self,
@@ -223,15 +228,21 @@ def _add(sums: list[Tensor], chosen: _Chosen, g: Tensor, kept: Tensor) -> None:
 
 def _check(turns: RowRotations, width: int) -> None:
     """Refuse what the compiled kernel refuses; only on CPUs, since elsewhere a look would wait for the device."""
-    if turns.slots is None or turns.slots.device.type != "cpu" or not turns.slots.numel():
-        return
-    lowest, highest = (int(bound) for bound in torch.aminmax(turns.slots))
-    if lowest < -1 or highest >= len(turns.direct):
-        raise KernelError(f"got slots from {lowest} to {highest}; wanted -1 (the base) to {len(turns.direct) - 1}")
-    if turns.sizes is not None and highest >= 0:
+    highest = _check_slots(turns)
+    if turns.slots is not None and turns.sizes is not None and highest >= 0:
         sizes = turns.sizes[turns.slots[turns.slots >= 0]]
         if bool(((sizes < 2) | (sizes % 2 != 0)).any()) or bool((width % sizes.clamp(min=1)).any()):
             raise KernelError(f"got group sizes {sizes.unique().tolist()}; wanted even ones that divide {width}")
+
+
+def _check_slots(turns: RowRotations) -> int:
+    """The highest slot, -1 where there is none to be seen; raises `KernelError` where one is out of range."""
+    if turns.slots is None or turns.slots.device.type != "cpu" or not turns.slots.numel():
+        return -1
+    lowest, highest = (int(bound) for bound in torch.aminmax(turns.slots))
+    if lowest < -1 or highest >= len(turns.direct):
+        raise KernelError(f"got slots from {lowest} to {highest}; wanted -1 (the base) to {len(turns.direct) - 1}")
+    return highest
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
