@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.kernels.cases import no_compiled_kernel
 from torch import Tensor, nn
 
 import roadie
@@ -228,8 +229,9 @@ def test_the_short_way_of_decoding_gives_the_same_bits_and_sees_changes(inputs: 
     x = x_of(rows=1)
     with torch.no_grad():
         first = model(x)
-        assert layer._tables.last is not None
-        assert not inputs or layer.road_input._tables.last is not None
+        is_compiled = no_compiled_kernel() is None
+        assert (layer._tables.last is not None) == is_compiled
+        assert not inputs or (layer.road_input._tables.last is not None) == is_compiled
         assert_same_bits(model(x), first, "the short way")
         site = layer.road_input if inputs else layer
         site.road_theta["default"].data.mul_(0.5)
