@@ -55,6 +55,11 @@ needs_uploads_by_an_api_object = pytest.mark.skipif(
     reason="transformers 5.0 uploads by functions, where this test puts methods in the place of HfApi's",
 )
 
+needs_trainer_to_resume_on_several_cpus = pytest.mark.skipif(
+    OLD_TRANSFORMERS and Version("1.11") <= Version(version("accelerate")),
+    reason="transformers 5.17 loads the optimizer to accelerate's device, cpu:0 from several processes, which torch refuses",
+)
+
 _TRITON = installed("triton")
 
 needs_loops_in_the_interpreter = pytest.mark.skipif(

@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.patience import HANG_S
+from tests.versions import needs_trainer_to_resume_on_several_cpus
 
 from roadie.testing.accuracy import two_orders
+
+pytestmark = needs_trainer_to_resume_on_several_cpus
 
 FOLDER = Path(__file__).parent
 TINY = runpy.run_path(str(FOLDER.parent / "training" / "tiny.py"))
