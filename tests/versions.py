@@ -28,6 +28,11 @@ needs_a_compiler_that_recomputes_copies = pytest.mark.skipif(
     reason="torch 2.11 keeps a copy of x, in pairs, for the backward of a compiled graph; 2.13 makes it again",
 )
 
+needs_a_compiler_of_changed_tables = pytest.mark.skipif(
+    Version("2.13") > TORCH,
+    reason="torch 2.11 refuses, when it compiles, what a graph saves of its own operations and changes in place later",
+)
+
 OLD_TYPER = Version("0.20") > Version(version("typer"))
 """The oldest typer imports rich when it is imported itself."""
 
@@ -58,6 +63,10 @@ needs_uploads_by_an_api_object = pytest.mark.skipif(
 needs_trainer_to_resume_on_several_cpus = pytest.mark.skipif(
     OLD_TRANSFORMERS and Version("1.11") <= Version(version("accelerate")),
     reason="transformers 5.17 loads the optimizer to accelerate's device, cpu:0 from several processes, which torch refuses",
+)
+
+needs_trainer_to_resume_several_adapters = pytest.mark.skipif(
+    OLD_TRANSFORMERS, reason="transformers 5.17 does not load the adapter 'default' where a checkpoint has others too"
 )
 
 _TRITON = installed("triton")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.versions import needs_a_compiler_of_changed_tables
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -326,6 +327,7 @@ def test_under_a_compiler_nothing_is_changed_in_place() -> None:
     torch._dynamo.reset()
 
 
+@needs_a_compiler_of_changed_tables
 @pytest.mark.parametrize("keep", Keep)
 def test_under_a_compiler_tables_that_are_changed_in_place_are_what_they_were(keep: Keep) -> None:
     (table,) = tables()

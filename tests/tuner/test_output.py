@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.versions import needs_a_compiler_of_whole_models
+from tests.versions import needs_a_compiler_of_whole_models, needs_a_compiler_that_recomputes_copies
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -254,6 +254,7 @@ def test_only_layers_that_are_known_to_make_new_memory_are_written_into() -> Non
 
 
 @needs_a_compiler_of_whole_models
+@needs_a_compiler_that_recomputes_copies
 def test_under_compile_the_block_is_one_graph_and_keeps_what_eager_keeps() -> None:
     torch._dynamo.reset()
     mlp = tiny_llama(num_hidden_layers=1, intermediate_size=OUT).model.layers[0].mlp

@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.versions import needs_trainer_to_resume_several_adapters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -260,6 +261,7 @@ def test_checkpointed_activations_get_their_rows_back() -> None:
         assert_same_bits(again[name], grad, name)
 
 
+@needs_trainer_to_resume_several_adapters
 def test_a_step_of_the_trainer_moves_both_and_resumes_from_both(tmp_path: Path) -> None:
     ids = tokens(4)
     data = [{"input_ids": row, "labels": row} for row in ids]
