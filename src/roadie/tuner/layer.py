@@ -115,7 +115,7 @@ class Linear(nn.Module, RoadLayer):
         """
         if not torch.compiler.is_compiling() and not self._told_of_reads and self._is_in_force():
             self._tell_of_read(sys._getframe(1))
-        base: Any = self.get_base_layer()
+        base: Any = RoadLayer.get_base_layer(self)
         weight: Tensor = base.qweight if hasattr(base, "qweight") else base.weight
         return weight
 
