@@ -146,3 +146,20 @@ def test_a_vocabulary_with_bytes_beside_words_has_its_bytes_too() -> None:
     # Two tokens with one text: the chosen one has it, the other is told by its id.
     letter = 3 + ord("s")
     assert pieces.keyed(TokenLogprob(2, -1.0, ((letter, -0.5), (2, -1.0)))) == {f"token_id:{letter}": -0.5, "s": -1.0}
+
+
+def test_words_that_begin_without_a_mark_have_their_space() -> None:
+    """As WordPiece does it: what goes on in a word has a mark, which is not shown, and what begins one has a space before it."""
+    from roadie.serving.http.pieces import Offsets, Pieces
+
+    words = ["[UNK]", "turtle", "swim", "##s", ","]
+    tokenizer = Tokenizer(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    pieces = Pieces(fast)
+    prompt, answer = [1], [2, 3, 4, 1, 3]
+    text = fast.decode(prompt + answer).removeprefix(fast.decode(prompt))
+    assert text == " swims, turtles"
+    assert b"".join(map(pieces.bytes_of, answer)).decode() == text
+    offsets = Offsets(pieces, 0, skip_special=True)
+    assert [offsets.next(token) for token in answer] == [0, 5, 6, 7, 14]

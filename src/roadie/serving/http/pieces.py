@@ -18,7 +18,6 @@ from typing import Any
 from roadie.serving.engine import TokenLogprob
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_WORD_BEGINS = "\u2581"
 
 
 def _byte_of_letter() -> dict[str, int]:
@@ -55,8 +54,15 @@ class Pieces:
         byte = _BYTE.fullmatch(piece) if self._has_bytes else None
         if byte is not None:
             return bytes([int(byte[1], 16)])
-        text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-        return (f" {text}" if piece.startswith(_WORD_BEGINS) and not text.startswith(" ") else text).encode()
+        return self._text_after_another(token_id).encode()
+
+    def _text_after_another(self, token_id: int) -> str:
+        """What a token adds to a text, as in " sea" or, of WordPiece's "##ing", "ing": what it adds to itself."""
+        once, twice = (self._decoded([token_id] * times) for times in (1, 2))
+        return twice[len(once) :] if twice.startswith(once) else once
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def is_special(self, token_id: int) -> bool:
         """Whether it is one of the tokenizer's special tokens."""
