@@ -348,7 +348,7 @@ def test_what_clients_send_unasked_is_taken(open_server: Running, unasked: dict[
         ("tools", [{"type": "function", "function": {"name": "f"}}], "no tools"),
         ("tool_choice", "required", "no tools"),
         ("response_format", {"type": "json_object"}, "but plain text"),
-        ("modalities", ["text", "audio"], "but text"),
+        ("modalities", ["text", "audio"], "no outputs but text"),
         ("reasoning_effort", "low", "reasoning"),
     ],
 )

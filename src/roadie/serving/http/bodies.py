@@ -23,9 +23,11 @@ from roadie.serving.http.fields import (
     LIST,
     TEXT,
     Body,
+    Lacks,
     NoItems,
     Off,
     Text,
+    TextAlone,
     Unasked,
     is_list,
     is_text,
@@ -35,6 +37,8 @@ from roadie.serving.http.fields import (
 from roadie.serving.http.settings import MAX_BLEND, MAX_CHOICES, MAX_STRENGTH
 from roadie.serving.places import MAX_NAME_CHARS, name_problem
 
+_MARKS = Lacks("marks of messages to continue, but continue_final_message")
+_SOUND, _TOOLS = Lacks("sound"), Lacks("tools")
 INT64 = 2**63
 MAX_TOKEN_ID = 2**31 - 1
 
@@ -64,7 +68,7 @@ class StreamOptions(Body):
     """One more event before the end, without choices, with `usage`."""
     include_obfuscation: bool | None = None
     """Taken, and not used."""
-    continuous_usage_stats: Off = None
+    continuous_usage_stats: Annotated[Off, Lacks("usage in every event")] = None
 
 
 class GenerationBody(Unasked):
@@ -222,13 +226,13 @@ class Message(Said):
     name: Annotated[Text, Field(max_length=64)] | None = None
     refusal: Text | None = None
     """What an assistant said instead of content."""
-    tool_calls: NoItems | None = None
-    tool_call_id: None = None
-    function_call: None = None
-    audio: None = None
-    prefix: Off = None
+    tool_calls: Annotated[NoItems, _TOOLS] = None
+    tool_call_id: Annotated[None, _TOOLS] = None
+    function_call: Annotated[None, _TOOLS] = None
+    audio: Annotated[None, _SOUND] = None
+    prefix: Annotated[Off, _MARKS] = None
     """A beginning of the answer is continued by `continue_final_message`."""
-    partial: Off = None
+    partial: Annotated[Off, _MARKS] = None
 
     @property
     def text(self) -> str:
@@ -253,19 +257,19 @@ class ChatBody(GenerationBody):
     """False: the prompt ends with the last message. An extra of vLLM, as is the one below."""
     continue_final_message: bool | None = None
     """The answer goes on where the last message ends."""
-    chat_template: None = None
+    chat_template: Annotated[None, Lacks("chat templates of requests")] = None
     echo: Off = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]] | None, _TOOLS] = None
     """There are none, as there is nothing of what the fields below are about; with `tool_choice: "none"` they are left out."""
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, _TOOLS] = None
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = None
-    function_call: Literal["none", "auto"] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    audio: None = None
-    prediction: None = None
-    verbosity: Literal["medium"] | None = None
-    web_search_options: None = None
+    functions: Annotated[list[dict[str, Any]] | None, _TOOLS] = None
+    function_call: Annotated[Literal["none", "auto"] | None, _TOOLS] = None
+    modalities: Annotated[TextAlone, Lacks("outputs but text")] = None
+    audio: Annotated[None, _SOUND] = None
+    prediction: Annotated[None, Lacks("predictions")] = None
+    verbosity: Annotated[Literal["medium"] | None, Lacks("levels of verbosity")] = None
+    web_search_options: Annotated[None, Lacks("search of the web")] = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -283,9 +287,9 @@ class ChatBody(GenerationBody):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "got top_logprobs; wanted logprobs=true with it", "invalid_value", param="top_logprobs")
         if self.tools and self.tool_choice != "none":
-            raise lacking("tools")
+            raise lacking("tools", "tools")
         if self.functions and self.function_call != "none":
-            raise lacking("functions")
+            raise lacking("functions", "tools")
         if self.continue_final_message and self.add_generation_prompt:
             message = (
                 "got add_generation_prompt and continue_final_message; wanted one of them: an answer begins, or goes on"

@@ -38,6 +38,7 @@ from roadie.errors import (
     StateNotWritten,
     UnknownAdapter,
 )
+from roadie.serving.http.fields import LACKING
 
 _log = logging.getLogger("roadie.serving.http")
 INVALID, SERVER = "invalid_request_error", "server_error"
@@ -166,40 +167,14 @@ async def _on_validation(request: Request, error: Exception) -> Response:
     return _validation(error.errors()).response()
 
 
-_LACKING = {
-    **dict.fromkeys(("tools", "tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"), "tools"),
-    **dict.fromkeys(("response_format", "structured_outputs", "structural_tag"), "formats but plain text"),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "guided decoding"),
-    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), "guided decoding"),
-    **dict.fromkeys(("use_beam_search", "early_stopping", "length_penalty"), "beam search"),
-    **dict.fromkeys(("allowed_token_ids", "bad_words"), "lists of tokens that may or may not come, but logit_bias"),
-    **dict.fromkeys(("logits_processors", "vllm_xargs"), "logits processors of requests"),
-    **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), "ids of tokens in answers"),
-    **dict.fromkeys(("prefix", "partial"), "marks of messages to continue, but continue_final_message"),
-    "modalities": "anything but text",
-    "audio": "sound",
-    "cache_salt": "salts of requests: adapters share no prefixes anyway",
-    "chat_template": "chat templates of requests",
-    "documents": "documents beside messages",
-    "kv_transfer_params": "transfer of caches",
-    "mm_processor_kwargs": "anything but text",
-    "prediction": "predictions",
-    "priority": "priorities",
-    "prompt_logprobs": "logprobs of prompts",
-    "reasoning_effort": "levels of reasoning",
-    "spaces_between_special_tokens": "way to leave out the spaces between special tokens",
-    "truncate_prompt_tokens": "truncation of prompts",
-    "verbosity": "levels of verbosity",
-    "web_search_options": "search of the web",
-}
 _FIELD = re.compile(r"(?!(?:str|int|float|bool|none)$)[A-Za-z0-9_-]+")
 _WORD = re.compile(r"[A-Za-z0-9_.:-]{1,40}")
 
 
-def lacking(field: str, param: str | None = None) -> ApiError:
-    """400 for a field that asks for what this server does not have. param: where it is, if not at the top."""
-    message = f"got {param or field}; this server has no {_LACKING[field]}; leave it out"
-    return ApiError(400, message, "unsupported_parameter", param=param or field)
+def lacking(param: str | None, what: str) -> ApiError:
+    """400 for a field that asks for what this server does not have."""
+    message = f"got {param}; this server has no {what}; leave it out"
+    return ApiError(400, message, "unsupported_parameter", param=param)
 
 
 def _validation(problems: Any) -> ApiError:
@@ -208,10 +183,8 @@ def _validation(problems: Any) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "got a body that is not JSON in UTF-8; wanted an object", "invalid_json")
     param = _param(first)
-    parts = (param or "").split(".")
-    field = parts[2] if parts[0] == "messages" and len(parts) > 2 else parts[0]
-    if field in _LACKING:
-        return lacking(field, param if field != parts[0] else field)
+    if first["type"] == LACKING:
+        return lacking(param, first["msg"])
     if first["type"] == "none_required":  # the only thing that a field may be which nobody knows
         return ApiError(400, f"got {param}, which is not known here; leave it out", "unknown_parameter", param=param)
     code = "missing_parameter" if first["type"] == "missing" else "invalid_value"

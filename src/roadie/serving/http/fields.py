@@ -1,15 +1,17 @@
 """Kinds of values in what callers send, and the fields that clients send unasked.
 
 A field of something that this server lacks is taken where its value asks for nothing: null, or what happens anyway (``"n": 1``,
-``"use_beam_search": false``). Any other value is refused by the field's name; `failures` has the words.
+``"use_beam_search": false``). Any other value is refused by the field's name (`Lacks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag
+from pydantic_core import CoreSchema, core_schema
 
 
 def whole_characters(text: str) -> str:
@@ -44,11 +46,23 @@ def is_list(value: Any) -> bool:
 TEXT, LIST = Tag("(text)"), Tag("(list)")
 Text: TypeAlias = Annotated[str, AfterValidator(whole_characters)]
 Label: TypeAlias = Annotated[Text, Field(max_length=1024)]
-NoItems: TypeAlias = Annotated[list[Any], Field(max_length=0)]
-NoEntries: TypeAlias = Annotated[dict[str, Any], Field(max_length=0)]
+NoItems: TypeAlias = Annotated[list[Any], Field(max_length=0)] | None
+NoEntries: TypeAlias = Annotated[dict[str, Any], Field(max_length=0)] | None
+TextAlone: TypeAlias = Annotated[list[Literal["text"]], Field(max_length=1)] | None
 Off: TypeAlias = Literal[False] | None
 Zero: TypeAlias = Annotated[int, Field(ge=0, le=0)] | None
 One: TypeAlias = Annotated[float, Field(ge=1, le=1)] | None
+LACKING = "lacking"
+
+
+@dataclass(frozen=True)
+class Lacks:
+    """Marks a field of something that this server lacks, whose type is what asks for nothing; any other value says so."""
+
+    what: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.custom_error_schema(handler(source), LACKING, custom_error_message=self.what)
 
 
 class Body(BaseModel):
@@ -56,6 +70,17 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
     __pydantic_extra__: dict[str, None] = Field(init=False)
+
+
+_BEAMS, _FORMATS, _GUIDED = Lacks("beam search"), Lacks("formats but plain text"), Lacks("guided decoding")
+_PROCESSORS, _TOKEN_IDS = Lacks("logits processors of requests"), Lacks("ids of tokens in answers")
+_TOKEN_LISTS = Lacks("lists of tokens that may or may not come, but logit_bias")
+
+
+class PlainText(Body):
+    """Text is the only format."""
+
+    type: Literal["text"]
 
 
 class Unasked(Body):
@@ -71,39 +96,30 @@ class Unasked(Body):
     safety_identifier: Label | None = None
     include_reasoning: bool | None = None
     """There is none to include."""
-    reasoning_effort: Literal["none"] | None = None
-    use_beam_search: Off = None
-    early_stopping: Off = None
-    length_penalty: One = None
-    priority: Zero = None
-    allowed_token_ids: None = None
-    bad_words: NoItems | None = None
-    cache_salt: None = None
-    documents: NoItems | None = None
-    guided_json: None = None
-    guided_regex: None = None
-    guided_choice: None = None
-    guided_grammar: None = None
-    guided_decoding_backend: None = None
-    guided_whitespace_pattern: None = None
-    kv_transfer_params: None = None
-    logits_processors: NoItems | None = None
-    mm_processor_kwargs: NoEntries | None = None
-    prompt_logprobs: None = None
-    response_format: PlainText | None = None
-    return_token_ids: Off = None
-    return_tokens_as_token_ids: Off = None
-    spaces_between_special_tokens: Literal[True] | None = None
-    structural_tag: None = None
-    structured_outputs: None = None
-    truncate_prompt_tokens: None = None
-    vllm_xargs: NoEntries | None = None
-
-
-class PlainText(Body):
-    """Text is the only format."""
-
-    type: Literal["text"]
-
-
-Unasked.model_rebuild()
+    reasoning_effort: Annotated[Literal["none"] | None, Lacks("levels of reasoning")] = None
+    use_beam_search: Annotated[Off, _BEAMS] = None
+    early_stopping: Annotated[Off, _BEAMS] = None
+    length_penalty: Annotated[One, _BEAMS] = None
+    priority: Annotated[Zero, Lacks("priorities")] = None
+    allowed_token_ids: Annotated[None, _TOKEN_LISTS] = None
+    bad_words: Annotated[NoItems, _TOKEN_LISTS] = None
+    cache_salt: Annotated[None, Lacks("salts of requests: adapters share no prefixes anyway")] = None
+    documents: Annotated[NoItems, Lacks("documents beside messages")] = None
+    guided_json: Annotated[None, _GUIDED] = None
+    guided_regex: Annotated[None, _GUIDED] = None
+    guided_choice: Annotated[None, _GUIDED] = None
+    guided_grammar: Annotated[None, _GUIDED] = None
+    guided_decoding_backend: Annotated[None, _GUIDED] = None
+    guided_whitespace_pattern: Annotated[None, _GUIDED] = None
+    kv_transfer_params: Annotated[None, Lacks("transfer of caches")] = None
+    logits_processors: Annotated[NoItems, _PROCESSORS] = None
+    mm_processor_kwargs: Annotated[NoEntries, Lacks("inputs but text")] = None
+    prompt_logprobs: Annotated[None, Lacks("logprobs of prompts")] = None
+    response_format: Annotated[PlainText | None, _FORMATS] = None
+    return_token_ids: Annotated[Off, _TOKEN_IDS] = None
+    return_tokens_as_token_ids: Annotated[Off, _TOKEN_IDS] = None
+    spaces_between_special_tokens: Annotated[Literal[True] | None, Lacks("ways to leave out these spaces")] = None
+    structural_tag: Annotated[None, _FORMATS] = None
+    structured_outputs: Annotated[None, _FORMATS] = None
+    truncate_prompt_tokens: Annotated[None, Lacks("truncation of prompts")] = None
+    vllm_xargs: Annotated[NoEntries, _PROCESSORS] = None
