@@ -18,7 +18,7 @@ from roadie.tuner.quantised_base import prepare_quantised
 from roadie.tuner.registry import is_registered, register, unregister
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import rows
-from roadie.tuner.snapshot import unchanged_if_raised
+from roadie.tuner.snapshot import Snapshot, undone_if_raised
 from roadie.tuner.with_lora import add_lora, load_together, lora_rows, save_together
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ __all__ = [
 def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
     """PEFT's `get_peft_model`, with ROAD routed to roadie; same arguments, same result. If it raises, nothing was changed."""
     register()
-    with unchanged_if_raised(model, peft_config):
+    with undone_if_raised(Snapshot.of(model, getattr(peft_config, "__dict__", {})).restore):
         return peft.get_peft_model(model, peft_config, *args, **kwargs)
 
 

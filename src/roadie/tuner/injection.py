@@ -28,7 +28,7 @@ from roadie.errors import ConfigError, UnsupportedLayer
 from roadie.linear import refusals, unpaired
 from roadie.tuner.layer import check_sizes, linear_features
 from roadie.tuner.rotating import RoadLayer
-from roadie.tuner.snapshot import Snapshot
+from roadie.tuner.snapshot import Snapshot, undone_if_raised
 from roadie.tuner.targeting import (
     PATTERNS,
     warn_of_layers_beyond,
@@ -122,12 +122,12 @@ def mark_shared_weights(model: nn.Module) -> None:
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that may be adapted: all but the root and what lies inside a tuner layer."""
-    inside: list[str] = []
+    inside = "."  # what lies inside a layer comes right after it
     for path, module in model.named_modules(remove_duplicate=False):
-        if not path or any(path.startswith(prefix) for prefix in inside):
+        if not path or path.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
-            inside.append(path + ".")
+            inside = path + "."
         yield path, module
 
 
@@ -201,10 +201,7 @@ def all_or_nothing(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Ite
         if not hasattr(model, "peft_config"):
             model.__dict__.pop("_hf_peft_config_loaded", None)  # transformers' add_adapter sets it before it adds one
 
-    try:
+    with undone_if_raised(take_back):
         yield take_back
         if had_adapters:
             before.restore_trainable()
-    except BaseException:
-        take_back()
-        raise

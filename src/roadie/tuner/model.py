@@ -41,7 +41,7 @@ from roadie.tuner.output import KeptForBackward
 from roadie.tuner.reference import is_reference, make_reference
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import adapter_rows, shared_routing
-from roadie.tuner.snapshot import unchanged_if_raised
+from roadie.tuner.snapshot import undone_if_raised
 from roadie.tuner.targeting import add_head_of_task, is_target
 from roadie.tuner.weighted import CombinationType, add_adapter, weighted_adapter
 
@@ -63,11 +63,7 @@ class RoadModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_is_in_peft_model"] = isinstance(peft_config, dict)  # as PEFT's own model classes give it
-        config = peft_config[adapter_name] if isinstance(peft_config, dict) else None
-        with unchanged_if_raised(model, config):
-            if config is not None:
-                add_head_of_task(config)
-            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(
         self,
@@ -83,6 +79,8 @@ class RoadModel(BaseTuner):
         source = None if is_shared else source_of_load(config)
         with all_or_nothing(self, model, adapter_name) as take_back:
             check_name(adapter_name)
+            if self._is_in_peft_model:
+                add_head_of_task(config)
             was_read = source is None and not is_shared and make_new(config, model)
             plan = Plan.make(self, model, config, adapter_name, state_dict)
             plan.warn(config, was_read=was_read)
@@ -207,21 +205,11 @@ class RoadModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """As torch does; values of an adapter that PEFT has just added are looked at first, or the adapter goes again."""
-        with self._taken_back_if_raised():
-            if self._awaited is not None:
+        if self._awaited is not None:
+            with undone_if_raised(self._awaited[1]):
                 check_sizes_of_values(self, prefix, state_dict)
         self._awaited = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    @contextmanager
-    def _taken_back_if_raised(self) -> Iterator[None]:
-        """Take an adapter back whose values PEFT was about to load, if the block raises."""
-        try:
-            yield
-        except BaseException:
-            if self._awaited is not None:
-                self._awaited[1]()
-            raise
 
     def _layers(self) -> list[Linear]:
         return [module for module in self.model.modules() if isinstance(module, Linear)]
@@ -347,20 +335,15 @@ class RoadModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
-        awaiting = _awaiting(model, adapter_name)
-        with awaiting._taken_back_if_raised() if awaiting is not None else nullcontext():
+        tuner: Any = getattr(model, "base_model", None)
+        awaited: Any = tuner._awaited if isinstance(tuner, RoadModel) else None
+        is_awaited = awaited is not None and awaited[0] == adapter_name
+        with undone_if_raised(awaited[1]) if is_awaited else nullcontext():
             remapped = placed(model, adapter_name, state_dict, remap)
             check_new_values(model, adapter_name, remapped)
-        if awaiting is not None and len(awaiting.peft_config) > 1:
+        if is_awaited and len(tuner.peft_config) > 1:
             warn_of_missing(model, adapter_name, remapped)
         return remapped
-
-
-def _awaiting(model: Any, adapter_name: str) -> RoadModel | None:
-    """The tuner of a PeftModel that was just given this adapter, whose values PEFT is about to load."""
-    tuner = getattr(model, "base_model", None)
-    awaited = tuner._awaited if isinstance(tuner, RoadModel) else None
-    return tuner if awaited is not None and awaited[0] == adapter_name else None
 
 
 class Configs(dict[str, Any]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +38,10 @@ class Snapshot:
 
 
 @contextmanager
-def unchanged_if_raised(model: Any, config: Any) -> Iterator[None]:
-    """If the block raises, a model and a config that were to become one are as they were."""
-    before = Snapshot.of(model, vars(config)) if isinstance(model, nn.Module) and hasattr(config, "__dict__") else None
+def undone_if_raised(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` if the block raises."""
     try:
         yield
     except BaseException:
-        if before is not None:
-            before.restore()
+        undo()
         raise
