@@ -276,6 +276,43 @@ def test_flat_tokens_compiled() -> None:
             _close(compiled(prompts), wanted, apart)
 
 
+def _whole(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.compile(model, backend="eager")
+
+
+def _in_place(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [_whole, _in_place])
+@pytest.mark.parametrize("middle", [SequenceFirst, Flat])
+def test_rows_that_are_not_in_front_are_refused_where_the_model_is_compiled(
+    middle: Callable[[], nn.Module], compiled: Callable[[nn.Module], Any]
+) -> None:
+    """As many tokens as rows: sizes alone would take it."""
+    model, prompts = _adapted(Toy(middle()), ["up"]), _prompts(4, 4)
+    called = compiled(model)
+    for _ in range(2):
+        with torch.no_grad(), roadie.rows(called, _slots(["a", None, "b", "a"])), pytest.raises(RoutingError):
+            called(prompts)
+
+
+@pytest.mark.parametrize("compiled", [_whole, _in_place])
+def test_as_many_tokens_as_rows_in_a_compiled_model_with_rows_in_front(compiled: Callable[[nn.Module], Any]) -> None:
+    model, prompts, wishes = _adapted(tiny_llama(), ["q_proj", "down_proj"]), _prompts(4, 4), ["a", None, "b", "a"]
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(prompts).logits
+        return logits
+
+    wanted, apart = _by_row(model, wishes, call), _alone(model, "a", call) - _alone(model, "b", call)
+    called = compiled(model)
+    with roadie.rows(called, _slots(wishes)), torch.no_grad():
+        _close(called(prompts).logits, wanted, apart)
+
+
 def _refused(base: nn.Module, targets: list[str], rows: int, tokens: int) -> None:
     """All ways of rows refuse the model, and plain batches still run."""
     model = _adapted(base, targets)

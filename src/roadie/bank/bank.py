@@ -28,7 +28,7 @@ from roadie.bank.admission import Prepared, Rows, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
-from roadie.bank.layout import Choice, calls_noted, can_be_turned_off
+from roadie.bank.layout import Calls, Choice, calls_noted, can_be_turned_off
 from roadie.bank.live import live_adapter
 from roadie.bank.routing import BankRouting, check_slots
 from roadie.bank.slots import SlotBook
@@ -230,7 +230,8 @@ class AdapterBank:
             slots = self.slots(slots)
         check_slots(slots, self._book.num_slots)
         # Layers remember their last choice; the leases hang on the tensor that was given, and end with it.
-        with calls_noted(self.model, self._routing.current), self.chosen(Choice(slots.clone(), expansion), slots):
+        choice = Choice(slots.clone(), expansion, Calls(len(slots), expansion, self.model))
+        with calls_noted(self.model, self._routing.current), self.chosen(choice, slots):
             yield
 
     @contextmanager

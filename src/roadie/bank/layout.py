@@ -8,7 +8,8 @@
 The last two are refused: their rows are not those of the batch. Sizes do not always tell the four apart: T may be B, and n may be
 B or B T. Where they do not, the model is run once more, on the first row of the call alone and without gradient, and what comes
 out of each of its modules then says what the module is given (`Sight`); that is remembered for good, so that it happens once
-for a model. Compiled models are not run again: there sizes decide.
+for a model. A compiled model is looked at so before its first call, in eager mode; in its graphs sizes decide only where that has
+shown that they do (`Calls.is_sure`), and elsewhere the graph breaks for the question, or the rows are refused.
 
 Legend: B rows, T tokens of a row, D features, n tokens, S slots.
 """
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from roadie.errors import RoutingError
+from roadie.linear import is_linear
 
 logger = logging.getLogger("roadie")
 
@@ -61,6 +63,8 @@ class Call(NamedTuple):
 
 
 _kinds: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
+_are_sure: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Models that were looked at -> whether each of their linear layers has the rows in front, or all tokens flat."""
 _cannot_be_run: WeakSet[nn.Module] = WeakSet()
 _offs: ContextVar[tuple[Off, ...]] = ContextVar("roadie_rows_off", default=())
 
@@ -68,11 +72,13 @@ _offs: ContextVar[tuple[Off, ...]] = ContextVar("roadie_rows_off", default=())
 class Calls:
     """The calls of a model while rows are in force: how many tokens they had, and the last one.
 
-    num_rows: B; expansion: how many consecutive rows generation makes of one.
+    num_rows: B; expansion: how many consecutive rows generation makes of one. is_sure: whether sizes tell what each layer of
+    `model` is given.
     """
 
-    def __init__(self, num_rows: int, expansion: int = 1) -> None:
+    def __init__(self, num_rows: int, expansion: int = 1, model: nn.Module | None = None) -> None:
         self.num_rows, self.expansion = num_rows, expansion
+        self.is_sure = model is not None and _are_sure.get(_core(model), False)
         self.tokens: set[int] = set()
         self._last: Call | None = None
         self._has_looked = False
@@ -94,16 +100,32 @@ class Calls:
     def kind_of(self, site: nn.Module) -> Kind | None:
         """What a layer is given; None where that is not known. The model may be run on one row to find out, once."""
         kind, call = _kinds.get(site), self._last
-        if kind is not None or call is None or self._has_looked:
-            return kind
+        if kind is None and call is not None and self._look(call) and site in set(call.model.modules()):
+            _kinds.setdefault(site, Kind.OTHER)  # the first row did not come by
+        return _kinds.get(site)
+
+    def look(self, model: nn.Module) -> None:
+        """`model` is called now; where a part of it is compiled, find out whether sizes tell what its layers are given."""
+        if self.is_sure or self._has_looked or max(self.tokens, default=1) == 1 or not has_compiled_part(model):
+            return
+        if _core(model) not in _are_sure and self._last is not None:
+            self._look(self._last)
+        self.is_sure = _are_sure.get(_core(model), False)
+
+    def _look(self, call: Call) -> bool:
+        """Run the model on one row, once; whether that has told what is given whatever comes by."""
+        if self._has_looked:
+            return False
         self._has_looked = True
         found = _kinds_in(call, self.tokens)
         if found is None:
-            return None
+            return False
         _kinds.update(found)
-        if max(self.tokens, default=1) > 1 and site in set(call.model.modules()):
-            _kinds.setdefault(site, Kind.OTHER)  # the first row did not come by
-        return _kinds.get(site)
+        if max(self.tokens, default=1) == 1:
+            return False
+        linear = filter(is_linear, call.model.modules())
+        _are_sure[_core(call.model)] = all(_kinds.get(layer) in (Kind.ROWS, Kind.TOKENS) for layer in linear)
+        return True
 
 
 class Choice:
@@ -130,18 +152,19 @@ class Choice:
                 wrong_number(slots.shape[0], y.shape[0] if y.dim() > 1 else 1)
                 + f"Wanted adapters or slots, one for each row (or each token) of what a layer gives, {tuple(y.shape)}."
             )
-        if not torch.compiler.is_compiling() and _is_doubtful(y, found):
-            self._check(y, site)
+        if not torch.compiler.is_compiling():
+            if _is_doubtful(y, found):
+                self._check(y, site)
+        elif not self.calls.is_sure and _is_doubtful(y, found):
+            _check_in_eager(self, y, site)
         return found
 
     def _check(self, y: Tensor, site: nn.Module) -> None:
         if y.dim() == 2 and not self.calls.tokens and self._is_flat(len(y), Kind.ROWS):
             return  # rows without tokens
         kind = self.calls.kind_of(site)
-        if y.dim() > 2 and kind is None:
-            raise RoutingError(_CANNOT_TELL)
         if not (kind is Kind.ROWS if y.dim() > 2 else self._is_flat(len(y), kind)):
-            raise RoutingError(_OTHER.format(shape=tuple(y.shape)))
+            raise RoutingError((_OTHER if kind else _CANNOT_TELL).format(shape=tuple(y.shape)))
 
     def _is_flat(self, num_parts: int, kind: Kind | None) -> bool:
         """Whether so many parts can be all rows, or all tokens, for a layer of this kind."""
@@ -154,14 +177,18 @@ class Choice:
         return is_of_rows if kind is Kind.ROWS else is_of_tokens and kind is Kind.TOKENS
 
 
+_check_in_eager: Callable[[Choice, Tensor, nn.Module], None] = torch.compiler.disable(Choice._check)
+
+
 def wrong_number(wanted: int, got: int) -> str:
     """How PEFT begins to say that the number of adapters is wrong."""
     return f"Length of `adapter_names` should be the same as the number of inputs, but got {wanted} and {got} respectively. "
 
 
 _CANNOT_TELL = (
-    "got as many tokens as rows for a layer of which it is not known whether it has the rows in front, so that each token could "
-    "get a row's adapter; wanted another number of tokens; pad the batch, or call the model itself within the rows"
+    "got rows for a layer that gives {shape}, of which it is not known whether it has the rows in front, or all tokens flat, so "
+    "that tokens could get the adapters of other rows; wanted a model that can be looked at: call the model itself within the "
+    "rows, and no part of it, and a compiled one once before it is compiled; or pad the batch to another number of tokens"
 )
 _OTHER = (
     "got rows for a layer that gives {shape}: the sequence in front, or some of the tokens and not all (an expert among many), "
@@ -197,15 +224,46 @@ def _is_doubtful(y: Tensor, slots: Tensor) -> bool:
 def calls_noted(model: nn.Module, current: Callable[[], Choice | None]) -> Iterator[None]:
     """Within the block the choice in force knows how a model is called, or the model inside, where PEFT wraps it."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         choice = None if torch.compiler.is_compiling() else current()
         if choice is not None:
-            choice.calls.note(module, args, kwargs)
+            choice.calls.note(_plain(module), args, kwargs)
+            choice.calls.look(module)
 
     with ExitStack() as stack:
         for part in _wrapped(model):
-            stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(_before_calls(part, note))
         yield
+
+
+def _before_calls(module: nn.Module, note: Callable[..., None]) -> Callable[[], None]:
+    """From now on note(module, args, kwargs) comes before each call, in eager mode; gives what ends that."""
+    compiled = module._compiled_call_impl  # of module.compile(), whose graph has the hooks inside
+    if compiled is None:
+        return module.register_forward_pre_hook(note, with_kwargs=True).remove
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note(module, args, kwargs)
+        return compiled(*args, **kwargs)
+
+    module._compiled_call_impl = noted
+    return lambda: setattr(module, "_compiled_call_impl", compiled)
+
+
+def has_compiled_part(model: nn.Module) -> bool:
+    """Whether a model was given to torch.compile, or a module in it."""
+    return any(m._compiled_call_impl is not None or _plain(m) is not m for m in model.modules())
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """The model inside all wrappers, of PEFT and of torch.compile."""
+    return _plain(_wrapped(_plain(model))[-1])
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """What torch.compile made a compiled module of, or the module itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def _wrapped(model: nn.Module) -> list[nn.Module]:
@@ -353,6 +411,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for off in _offs.get():
             stack.enter_context(off())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
         try:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from roadie.bank.bank import keep_lease
 from roadie.bank.blends import BASE, Blend, Wish, parse
 from roadie.bank.checkpointing import checkpoints_keep_rows
-from roadie.bank.layout import Choice, calls_noted, can_be_turned_off
+from roadie.bank.layout import Calls, Choice, calls_noted, can_be_turned_off, has_compiled_part
 from roadie.bank.servers import announce
 from roadie.errors import RoutingError
 from roadie.tuner.residents import Residents, names_in
@@ -114,7 +114,7 @@ def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int
     wishes = _checked_wishes(model, adapter_names)
     table: tuple[str | Blend, ...] = adapter_slots(model)
     wanted = {wish for wish in wishes if wish is not None}
-    if not _has_compiled_part(model):
+    if not has_compiled_part(model):
         table = tuple(name for name in table if name in wanted)
     table = (*table, *(wish for wish in wanted if isinstance(wish, Blend)))
     with _route(model, _slots_in(table, wishes), table, expansion) as choice:
@@ -139,11 +139,6 @@ def _checked_wishes(model: nn.Module, adapter_names: Sequence[Wish]) -> list[str
     return wishes
 
 
-def _has_compiled_part(model: nn.Module) -> bool:
-    compiled = (torch._dynamo.eval_frame.OptimizedModule,)
-    return any(isinstance(m, compiled) or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
-
-
 @contextmanager
 def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expansion: int = 1) -> Iterator[Choice]:
     _check_slots(slots, len(names))
@@ -155,11 +150,11 @@ def _route(model: nn.Module, slots: Tensor, names: tuple[str | Blend, ...], expa
         )
     device = next(iter(layers.values())).get_base_layer_device() if layers else slots.device
     slots = slots.to(device=device, dtype=torch.int64)
-    choice = Choice(slots, expansion)
+    choice = Choice(slots, expansion, Calls(len(slots), expansion, model))
     chosen = Routing(slots, names, choice)
     chosen.trains = _trains(layers.values(), names)
     with ExitStack() as stack:
-        if not _is_compiled(model):
+        if not torch.compiler.is_compiling():
             stack.enter_context(calls_noted(model, lambda: routing.batch))
             stack.enter_context(can_be_turned_off(lambda: _in_force(routing, Routing())))
         if not (_is_compiled(model) or (chosen.trains and torch.is_grad_enabled())):
@@ -179,7 +174,7 @@ def _layers_by_path(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return torch.compiler.is_compiling() or _has_compiled_part(model)
+    return torch.compiler.is_compiling() or has_compiled_part(model)
 
 
 def _trains(layers: Iterable[Any], names: Sequence[str | Blend]) -> bool:
