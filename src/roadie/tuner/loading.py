@@ -13,11 +13,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from roadie import checkpoint
-from roadie.adapter import INPUT_SUFFIX
+from roadie.adapter import INPUT_SUFFIX, Adapter
 from roadie.errors import CheckpointError, UnsafeCheckpointError
 from roadie.rotation import parameter_size
 from roadie.tuner.rotating import group_sizes_of, input_group_sizes_of
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from roadie.tuner.config import WeightsSource
     from roadie.tuner.injection import Plan, Target
 
+
+_PREFIX = "base_model.model."
 
 _pickle_allowed: ContextVar[bool] = ContextVar("roadie_pickle_allowed", default=False)
 
@@ -61,52 +62,51 @@ def make_new(config: Any, model: nn.Module) -> bool:
     return True
 
 
-def check_weights_source(source: WeightsSource, plan: Plan, *, is_certain: bool) -> None:
-    """Raise `CheckpointError` if the weights that are to be loaded cannot be, or not into the plan.
+def stored_adapter(source: WeightsSource, *, is_certain: bool) -> Adapter | None:
+    """The adapter that is about to be loaded, checked as a file; None where there is nothing to look at.
 
-    is_certain: False where the config may be meant for a new adapter all the same; sizes are then looked at when values come.
+    is_certain: False where the config may be meant for a new adapter all the same. Raises `CheckpointError` where its file cannot
+    be read, or is certain to be missing.
     """
     folder = _folder(source)
-    if folder is None:
-        place = Path(source.name_or_path, source.subfolder or "")
-        if is_certain and place.is_dir() and not any(place.glob("adapter_model.*")):
-            raise CheckpointError(
-                f"Can't find weights for {source.name_or_path} in {place}. Wanted {checkpoint.WEIGHTS_NAME} beside "
-                f"{checkpoint.CONFIG_NAME}; save the adapter again. The model was not changed."
-            )
-        return
-    adapter = checkpoint.load(folder)
-    for target in plan.targets if is_certain else ():
+    if folder is not None:
+        return checkpoint.load(folder)
+    place = Path(source.name_or_path, source.subfolder or "")
+    if is_certain and place.is_dir() and not any(place.glob("adapter_model.*")):
+        raise CheckpointError(
+            f"Can't find weights for {source.name_or_path} in {place}. Wanted {checkpoint.WEIGHTS_NAME} beside "
+            f"{checkpoint.CONFIG_NAME}; save the adapter again. The model was not changed."
+        )
+    return None
+
+
+def check_stored_sizes(stored: Adapter, plan: Plan, place: str) -> None:
+    """Raise `CheckpointError` if the parameters of a layer do not fit into the plan; place: where they were read."""
+    for target in plan.targets:
         for path, stages, width in _sites(target):
-            stored = adapter.layers.get(path)
+            layer = stored.layers.get(path)
             wanted = len(stages) * parameter_size(target.config.variant, width)
-            if stored is not None and stored.theta.numel() != wanted:
+            if layer is not None and layer.theta.numel() != wanted:
                 name = "out_features" if path == target.path else "in_features"
                 raise CheckpointError(
-                    f"got {stored.theta.numel()} parameters for {path!r} in {folder}; wanted {wanted} for "
+                    f"got {layer.theta.numel()} parameters for {path!r} in {place}; wanted {wanted} for "
                     f"{target.config.variant} on {name}={width}; the adapter belongs to another base "
                     "model or variant. The model was not changed."
                 )
 
 
-def check_whole_modules(source: WeightsSource, model: nn.Module, adapter_name: str) -> None:
+def check_whole_modules(stored: Adapter, model: nn.Module, adapter_name: str, place: str) -> None:
     """Raise `CheckpointError` if a file has too few tensors for what an adapter of the model trains whole; PEFT asks for each."""
-    folder = _folder(source)
-    wrappers = [(path, m) for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     wanted = {
-        f"base_model.model.{path}.{key}"
-        for path, wrapper in wrappers
-        if adapter_name in wrapper._adapters
+        f"{_PREFIX}{path}.{key}"
+        for path, wrapper in model.named_modules()
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters
         for key in wrapper.adapter_state_dict_load_map(adapter_name)
     }
-    if folder is None or not wanted:
-        return
-    with safe_open(folder / checkpoint.WEIGHTS_NAME, framework="pt") as file:
-        there = {key for key in file.keys() if ".road_" not in key}  # noqa: SIM118 - no mapping
-    missing = sorted(wanted - there)
-    if len(missing) > len(there - wanted):  # others may be renamed on their way, by a key_mapping
+    missing = sorted(wanted - set(stored.other))
+    if len(missing) > len(set(stored.other) - wanted):  # others may be renamed on their way, by a key_mapping
         raise CheckpointError(
-            f"got no {missing[0]} in {folder}; wanted the tensors of all modules that the adapter trains whole ("
+            f"got no {missing[0]} in {place}; wanted the tensors of all modules that the adapter trains whole ("
             f"modules_to_save, the head of the task, trainable_token_indices); it was saved by another task or version. "
             "The model was not changed."
         )
@@ -196,9 +196,6 @@ def warn_of_missing(model: nn.Module, adapter_name: str, found: Collection[str])
         warnings.warn(f"Found missing adapter keys while loading the checkpoint: {missing}.", stacklevel=2)
 
 
-_PREFIX = "base_model.model."
-
-
 def _in_todays_layout(model: Any, keys: list[str]) -> dict[str, str]:
     """The keys as transformers names them in today's layout of a model, where that is another one."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -232,7 +229,7 @@ def check_new_values(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     for name, value in state_dict.items():
         if not _is_road_key(name, adapter_name) or not isinstance(value, Tensor):
             continue
-        parameter = present.get(name, present.get(name.removeprefix("base_model.model.")))
+        parameter = present.get(name, present.get(name.removeprefix(_PREFIX)))
         if parameter is not None and type(parameter.data) is Tensor and parameter.shape != value.shape:
             raise CheckpointError(
                 f"got {name} of shape {tuple(value.shape)}; wanted {tuple(parameter.shape)}; the adapter was trained with "

@@ -28,11 +28,12 @@ from roadie.tuner.layer import Linear, linear_features
 from roadie.tuner.loading import (
     check_new_values,
     check_sizes_of_values,
-    check_weights_source,
+    check_stored_sizes,
     check_whole_modules,
     make_new,
     placed,
     source_of_load,
+    stored_adapter,
     warn_of_missing,
 )
 from roadie.tuner.merging import ExactUnmerge
@@ -84,8 +85,10 @@ class RoadModel(BaseTuner):
             was_read = source is None and not is_shared and make_new(config, model)
             plan = Plan.make(self, model, config, adapter_name, state_dict)
             plan.warn(config, was_read=was_read)
-            if source is not None:
-                check_weights_source(source, plan, is_certain=self._is_load_certain(config))
+            is_certain = self._is_load_certain(config)
+            stored = None if source is None else stored_adapter(source, is_certain=is_certain)
+            if source and stored and is_certain:
+                check_stored_sizes(stored, plan, source.name_or_path)
             config.target_modules = plan.target_modules
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._share_routing(model)
@@ -93,8 +96,8 @@ class RoadModel(BaseTuner):
             if is_reference(self.peft_config, adapter_name):
                 make_reference(model)
             check_names_in(model, self.peft_config, adapter_name)
-            if source is not None:
-                check_whole_modules(source, model, adapter_name)
+            if source and stored:
+                check_whole_modules(stored, model, adapter_name, source.name_or_path)
         self._awaited = (adapter_name, take_back) if source is not None and self._is_in_peft_model else None
         if type(self.peft_config) is dict:
             self.peft_config = Configs(self.peft_config)
