@@ -59,6 +59,15 @@ def test_ref_with_the_config_of_default_is_a_copy_in_every_tensor(settings, dtyp
     assert storages.isdisjoint(tensor.data_ptr() for tensor in parameters_of(model, "ref").values())
 
 
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_a_copy_of_a_new_adapter_is_no_news(settings, caplog):
+    """TRL copies whatever adapter it is given; where that is the identity, so would a new one be."""
+    model = roadie.get_peft_model(tiny_llama(), roadie.RoadConfig(**SETTINGS, **settings))
+    with caplog.at_level(logging.WARNING, logger="roadie"):
+        model.add_adapter("ref", model.peft_config["default"])
+    assert not caplog.records
+
+
 def test_any_other_adapter_starts_as_the_identity_as_with_peft():
     config = roadie.RoadConfig(**SETTINGS)
     model = randomise(roadie.get_peft_model(tiny_llama(), config))

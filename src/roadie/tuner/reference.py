@@ -29,18 +29,37 @@ def is_reference(configs: Mapping[str, Any], adapter_name: str) -> bool:
 
 @torch.no_grad()
 def make_reference(model: nn.Module) -> None:
-    """Give the adapter "ref" of a model what "default" has: rotations, tokens and whole modules, in their dtypes."""
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and SOURCE in module.modules_to_save:
-            module.modules_to_save[REFERENCE].load_state_dict(module.modules_to_save[SOURCE].state_dict())
-        elif isinstance(module, BaseTunerLayer):
-            for name in module.adapter_layer_names:
-                store = getattr(module, name)
-                if SOURCE in store and REFERENCE in store:
-                    store[REFERENCE].data = store[SOURCE].detach().clone()
-    logger.warning(
-        "adapter %r starts as a copy of %r, whose config object it was given: the reference of TRL's trainers; for an adapter "
-        "that starts anew give it a config of its own, or another name",
-        REFERENCE,
-        SOURCE,
-    )
+    """Give the adapter "ref" of a model what "default" has: rotations, tokens and whole modules, in their dtypes.
+
+    That is said where a new adapter would be another one.
+    """
+    stores = [
+        store for module in model.modules() for store in _stores(module) if SOURCE in store and REFERENCE in store
+    ]
+    as_new = [_is_equal(store[REFERENCE], store[SOURCE]) for store in stores]
+    for store in stores:
+        if isinstance(store[SOURCE], nn.Module):
+            store[REFERENCE].load_state_dict(store[SOURCE].state_dict())
+        else:
+            store[REFERENCE].data = store[SOURCE].detach().clone()
+    if not all(as_new):
+        logger.warning(
+            "adapter %r starts as a copy of %r, whose config object it was given: the reference of TRL's trainers; for an "
+            "adapter that starts anew give it a config of its own, or another name",
+            REFERENCE,
+            SOURCE,
+        )
+
+
+def _stores(module: nn.Module) -> list[Any]:
+    """What a module keeps by the names of adapters: whole modules, or parameters."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return [module.modules_to_save]
+    return [getattr(module, name) for name in module.adapter_layer_names] if isinstance(module, BaseTunerLayer) else []
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, nn.Module):
+        ours, theirs = one.state_dict(), other.state_dict()
+        return ours.keys() == theirs.keys() and all(_is_equal(ours[key], theirs[key]) for key in ours)
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
