@@ -94,6 +94,27 @@ def test_turns_go_through_the_chat_template(roadie_cli, tiny_path, tmp_path):
     assert talked("-m", folder, lines=["07"]).stdout == continued(roadie_cli, "07", "-m", folder, "--chat") + "\n"
 
 
+def test_turns_that_the_template_refuses_are_said_and_the_conversation_goes_on(roadie_cli, tiny_path, tmp_path):
+    """Some templates take no system message."""
+    folder = shutil.copytree(tiny_path, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    refused = "messages[0]['role'] == 'system' or '8' in messages[0]['content']"
+    tokenizer.chat_template = f"{{% if {refused} %}}{{{{ raise_exception('not this') }}}}{{% endif %}}{TEMPLATE}"
+    tokenizer.save_pretrained(folder)
+    said = talked("-m", folder, "--system", "be brief", lines=["07", "/adapter"])
+    assert "roadie: this conversation: got turns system, user; the chat template" in said.stderr
+    assert said.stdout == "* __base__\n"
+    result = roadie_cli("generate", "08", "-m", folder, "--chat")
+    assert result.exit_code == 2
+    assert "roadie: prompt '08': got turns user; the chat template" in result.stderr
+
+
+def test_a_refusal_in_a_conversation_names_options(tiny_path):
+    said = talked("-m", tiny_path, lines=["7 " * 200]).stderr
+    assert "take fewer of the answer (--max-new-tokens 16)" in said
+    assert "max_new_tokens" not in said
+
+
 def test_the_oldest_turns_make_room_and_what_is_too_long_is_refused(tiny_path):
     chat = Chat.open([], model=str(tiny_path), decoding=SHORT)
     room = chat.model.config.max_position_embeddings

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
-from roadie.cli.options import AllowPickle, Model, Revision, TrustRemoteCode
+from roadie.cli import options
+from roadie.cli.refusals import in_options, options_of
 
 
 def chat(
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            metavar="[NAME=]PATH",
-            help="An adapter, and what to call it; repeatable. A folder, or a repository of the hub. The first one answers.",
-            show_default=False,
-        ),
-    ] = None,
-    model: Model = None,
+    ctx: typer.Context,
+    adapter: options.Adapters = None,
+    model: options.Model = None,
     system: Annotated[
         str | None, typer.Option(help="What the chat template is told first.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of an answer, at most.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    seed: options.DrawSeed = 0,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
-    """Talk with a model and its adapters, a line at a time; answers appear as they are written.
+    """Talk with a model and its adapters, a line at a time; answers appear as they are written. The first adapter answers.
 
     Turns go through the chat template of the model; without one it goes on with the text. Lines may also come from a file or
     a pipe.
@@ -73,7 +67,7 @@ def chat(
                 goes_on = line is not None and talk.take(line, _show)
                 _end_line(line)
             except RoadieError as error:
-                typer.echo(f"roadie: {error}", err=True)
+                typer.echo(f"roadie: {in_options(str(error), options_of(iter([ctx.command])))}", err=True)
             except KeyboardInterrupt:
                 typer.echo("\n/quit or Ctrl-D ends", err=True)
 
@@ -83,6 +77,8 @@ def _read(speaker: str) -> str | None:
     import sys
 
     if sys.stdin.isatty():
+        with suppress(ImportError):  # arrow keys move in the line, and bring back former ones
+            import readline  # noqa: F401
         try:
             return input(f"{speaker}> ")
         except EOFError:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from roadie.cli.options import AdaptGroupSize, AllowPickle, Exclude, Model, Revision, TrustRemoteCode
-from roadie.training.recipe import PRECISIONS, VARIANTS, Recipe
+from roadie.cli import options
+from roadie.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from roadie.training.rates import RateSearch, Trial
@@ -16,36 +16,27 @@ DEFAULT = Recipe()
 
 
 def find_lr(
-    data: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DATA", help="Texts: files, folders, or hub data sets OWNER/NAME[:CONFIG].", show_default=False
-        ),
-    ],
-    model: Model = None,
-    variant: Annotated[str, typer.Option(help=f"{', '.join(VARIANTS)}.")] = DEFAULT.variant,
-    group_size: Annotated[int, typer.Option(help="As for train.")] = DEFAULT.group_size,
-    adapt_group_size: AdaptGroupSize = DEFAULT.adapt_group_size,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
-    ] = None,
-    exclude: Exclude = None,
-    first: Annotated[
-        float | None, typer.Option(help="The rate to start the search from.", show_default="as for train")
+    ctx: typer.Context,
+    data: options.Data,
+    model: options.Model = None,
+    variant: options.Variant = DEFAULT.variant,
+    group_size: options.GroupSize = DEFAULT.group_size,
+    adapt_group_size: options.AdaptGroupSize = DEFAULT.adapt_group_size,
+    target_modules: options.Target = None,
+    exclude_modules: options.Exclude = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--first", help="The rate to start the search from.", show_default="as for train")
     ] = DEFAULT.learning_rate,
     steps: Annotated[int, typer.Option(help="Optimizer steps a rate.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Examples an optimizer step.")] = DEFAULT.batch_size,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Examples a forward pass, to save memory.", show_default="batch size")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = DEFAULT.max_length,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="As for train.")] = DEFAULT.load_in_4bit,
-    precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = DEFAULT.precision,
-    seed: Annotated[int, typer.Option(help="Of the data's order and the held-out share.")] = DEFAULT.seed,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
+    batch_size: options.BatchSize = DEFAULT.batch_size,
+    micro_batch_size: options.MicroBatchSize = None,
+    max_length: options.MaxLength = DEFAULT.max_length,
+    load_in_4bit: options.LoadIn4bit = DEFAULT.load_in_4bit,
+    precision: options.Precision = DEFAULT.precision,
+    seed: options.DataSeed = DEFAULT.seed,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Search a learning rate for `roadie train`, by short trainings from the same start; nothing is written.
 
@@ -60,20 +51,7 @@ def find_lr(
     """
     from roadie.cli.quiet import quiet_libraries
 
-    recipe = Recipe(
-        variant=variant,
-        group_size=group_size,
-        adapt_group_size=adapt_group_size,
-        target_modules=tuple(target) if target else DEFAULT.target_modules,
-        exclude_modules=tuple(exclude) if exclude else None,
-        learning_rate=first,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        max_length=max_length,
-        precision=precision,
-        load_in_4bit=load_in_4bit,
-        seed=seed,
-    )
+    recipe = options.recipe_of(ctx.params)
     with quiet_libraries():
         from roadie.training.models import ModelSource
         from roadie.training.rates import find_learning_rate

@@ -52,13 +52,13 @@ def fit(
     ] = FitVariant.ROAD_2,
     group_size: Annotated[int, typer.Option(help="Outputs j and j + half of it are a pair.")] = 64,
     adapt_group_size: AdaptGroupSize = False,
-    target: Annotated[
+    target_modules: Annotated[
         list[str] | None,
         typer.Option(
             "--target", "-t", help="Name, or end of the path, of a linear layer; all without it. May be repeated."
         ),
     ] = None,
-    exclude: Exclude = None,
+    exclude_modules: Exclude = None,
     minimum_share: Annotated[
         float, typer.Option(help="Leave layers out of which a smaller share of the change is explained.")
     ] = 0.0,
@@ -101,7 +101,7 @@ def fit(
         from roadie.training.models import ModelSource
 
         chosen = FitText(tuple(map(str, text)), tokens, inputs.value) if text else None
-        named = {"target_modules": target, "exclude_modules": exclude}
+        named = {"target_modules": target_modules, "exclude_modules": exclude_modules}
         settings: dict[str, Any] = {key: names for key, names in named.items() if names}
         written = fit_to_disk(
             tuned,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from roadie.cli.options import AllowPickle, Model, Revision, TrustRemoteCode
+from roadie.cli import options
 
 GUTTER = "  \u2502 "
 """Stands before each line of an answer, which tells it from its prompt."""
@@ -18,16 +18,7 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.", show_default=False)
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            metavar="[NAME=]PATH",
-            help="An adapter, and what to call it; repeatable. A folder, or a repository of the hub.",
-            show_default=False,
-        ),
-    ] = None,
+    adapter: options.Adapters = None,
     use: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,19 +33,17 @@ def generate(
         Path | None,
         typer.Option(help='JSON lines {"prompt": ..., "adapter": ...} with more prompts.', show_default=False),
     ] = None,
-    model: Model = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Length of a continuation, at most.")
-    ] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this share.")] = 1.0,
+    model: options.Model = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
     beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: options.DrawSeed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Continue prompts in one batch, each with its own adapter or with the base model.
 

@@ -45,7 +45,6 @@ _FAULTS = (
     ZeroDivisionError,
 )
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
-_ALIASES = {"target_modules": "target", "exclude_modules": "exclude", "learning_rate": "first"}
 _VALUE = r"\([^()]*\)|\[[^\[\]]*\]|'[^']*'|\"[^\"]*\"|[\w.+-]*[\w+]"
 
 
@@ -99,9 +98,6 @@ def options_of(commands: Iterator[Any]) -> dict[str, Option]:
             longest = max(parameter.opts, key=len, default="")
             if longest.startswith("--"):
                 found[parameter.name] = Option(longest, bool(getattr(parameter, "is_flag", False)), parameter.multiple)
-    for setting, name in _ALIASES.items():
-        if setting not in found and name in found:
-            found[setting] = found[name]
     return found
 
 

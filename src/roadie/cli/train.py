@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from roadie.cli import options
 from roadie.cli.config_file import Config
-from roadie.cli.options import AdaptGroupSize, AllowPickle, Exclude, Model, Overwrite, Revision, TrustRemoteCode
 from roadie.errors import ConfigError
 from roadie.learning_rate import default_learning_rate
-from roadie.training.recipe import DEFAULT_BETA, PRECISIONS, SCHEDULES, VARIANTS, Recipe
+from roadie.training.recipe import DEFAULT_BETA, SCHEDULES, Recipe
 
 if TYPE_CHECKING:
     from roadie.training.record import TrainingResult
@@ -20,14 +20,10 @@ DEFAULT = Recipe()
 
 
 def train(
-    data: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DATA", help="Texts: files, folders, or hub data sets OWNER/NAME[:CONFIG].", show_default=False
-        ),
-    ],
+    ctx: typer.Context,
+    data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.", show_default=False)],
-    model: Model = None,
+    model: options.Model = None,
     eval_data: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,13 +44,9 @@ def train(
             help="Of dpo: how much a change of an answer's likelihood counts.", show_default=f"{DEFAULT_BETA:g}"
         ),
     ] = None,
-    variant: Annotated[
-        str, typer.Option(help=f"{', '.join(VARIANTS)}: 1, 2 or 4 parameters an output.")
-    ] = DEFAULT.variant,
-    group_size: Annotated[
-        int, typer.Option(help="Outputs are paired inside groups of this size.")
-    ] = DEFAULT.group_size,
-    adapt_group_size: AdaptGroupSize = DEFAULT.adapt_group_size,
+    variant: options.Variant = DEFAULT.variant,
+    group_size: options.GroupSize = DEFAULT.group_size,
+    adapt_group_size: options.AdaptGroupSize = DEFAULT.adapt_group_size,
     stages: Annotated[
         str | None,
         typer.Option(help="Several rotations in a row, by their group sizes: 2,16,64.", show_default="one rotation"),
@@ -65,11 +57,8 @@ def train(
             help="Rotate the inputs of layers too, by these group sizes: 64, or 2,16,64.", show_default="outputs alone"
         ),
     ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of modules to adapt; repeatable.", show_default="all linear layers but the output"),
-    ] = None,
-    exclude: Exclude = None,
+    target_modules: options.Target = None,
+    exclude_modules: options.Exclude = None,
     share: Annotated[
         str | None,
         typer.Option(
@@ -95,32 +84,26 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps, instead of epochs.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples an optimizer step.")] = DEFAULT.batch_size,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Examples a forward pass, to save memory.", show_default="batch size")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = DEFAULT.max_length,
+    batch_size: options.BatchSize = DEFAULT.batch_size,
+    micro_batch_size: options.MicroBatchSize = None,
+    max_length: options.MaxLength = DEFAULT.max_length,
     packing: Annotated[
         bool,
         typer.Option("--packing", help="Lay several examples into a row, apart from each other; batches count rows."),
     ] = DEFAULT.packing,
-    load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="The base model in 4 bits (bitsandbytes, nf4), to save memory.")
-    ] = DEFAULT.load_in_4bit,
-    precision: Annotated[
-        str, typer.Option(help=f"{', '.join(PRECISIONS)}; auto is bfloat16 on accelerators that have it.")
-    ] = DEFAULT.precision,
+    load_in_4bit: options.LoadIn4bit = DEFAULT.load_in_4bit,
+    precision: options.Precision = DEFAULT.precision,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
     ] = DEFAULT.gradient_checkpointing,
     checkpoint_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints and evaluations.", show_default="one epoch")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the data's order and the held-out share.")] = DEFAULT.seed,
+    seed: options.DataSeed = DEFAULT.seed,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted training, or start where there is none.")
     ] = False,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     report_to: Annotated[
         list[str] | None,
         typer.Option(help="Report losses to tensorboard, wandb, ... while training. Repeatable.", show_default=False),
@@ -135,9 +118,9 @@ def train(
         bool, typer.Option("--hub-public", help="Where that repository is new: make it public, not private.")
     ] = False,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a progress bar.")] = True,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
     config: Config = None,
 ) -> None:
     """Fine-tune a RoAd adapter with the recipe of the paper, and write it in PEFT's format.
@@ -167,35 +150,7 @@ def train(
 
     if hub_public and not push_to_hub:
         raise ConfigError("got --hub-public without --push-to-hub; wanted a repository that it is said of; name it")
-    recipe = Recipe(
-        method=method,
-        beta=beta,
-        variant=variant,
-        group_size=group_size,
-        adapt_group_size=adapt_group_size,
-        stages=_stages("--stages", stages),
-        input_stages=_stages("--input-stages", input_stages),
-        target_modules=tuple(target) if target else DEFAULT.target_modules,
-        exclude_modules=tuple(exclude) if exclude else None,
-        share=share,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        warmup_ratio=warmup_ratio,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        max_length=max_length,
-        precision=precision,
-        eval_share=eval_share,
-        checkpoint_steps=checkpoint_steps,
-        patience=patience,
-        packing=packing,
-        load_in_4bit=load_in_4bit,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-    )
+    recipe = options.recipe_of(ctx.params)
     with told(lambda: kept_in(work_path(output))), quiet_libraries():
         from roadie.distributed.processes import joined
         from roadie.training.hub import HubPlace
@@ -250,12 +205,3 @@ def show(result: TrainingResult) -> str:
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
         ]
     )
-
-
-def _stages(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError:
-        raise ConfigError(f"got {option} {text!r}; wanted group sizes with commas between them; try 2,16,64") from None

@@ -10,14 +10,15 @@ With a chat template the turns go through it; without one the model goes on with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
+from transformers import TextStreamer
 
 from roadie.errors import ConfigError, RoadieError
 from roadie.training.adapters import NamedAdapter, load_adapted
-from roadie.training.generation import Decoding, generation_arguments, pad_token, text_tokens
+from roadie.training.encoding import rendered
+from roadie.training.generation import Decoding, continued, text_tokens
 from roadie.training.models import ModelSource, best_device
 from roadie.training.prompts import BASE
 
@@ -132,14 +133,15 @@ class Chat:
         """What the model answers to a text, shown as it is written; an answer that Ctrl-C stops is kept as far as it came."""
         turns = [*self.turns, ("user", text)]
         turns, tokens = self._that_fit(turns)
-        streamer = _streamer(self.tokenizer, show)
+        streamer = _Shown(self.tokenizer, show)
+        decoding = replace(self.decoding, seed=self.decoding.seed + len(self.turns))
         try:
-            self._generate(tokens, streamer)
+            continued(self.model, self.tokenizer, [tokens], decoding, streamer=streamer, **self._routing())
         except KeyboardInterrupt:
             streamer.end()
             show(" [stopped]")
         self.turns = [*turns, ("assistant", streamer.text)]
-        return str(streamer.text)
+        return streamer.text
 
     def _that_fit(self, turns: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[int]]:
         """The turns without the oldest ones that the context has no room for, and their tokens."""
@@ -159,23 +161,8 @@ class Chat:
         """What the model reads: the turns in its template, or one after the other, each text of the user in a new line."""
         if self.has_template:
             first = [("system", self.system)] if self.system is not None else []
-            messages = [{"role": role, "content": content} for role, content in [*first, *turns]]
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return rendered(self.tokenizer, "this conversation", (*first, *turns), opening=True)
         return "".join(f"\n{text}" if role == "user" else text for role, text in turns).removeprefix("\n")
-
-    def _generate(self, tokens: Sequence[int], streamer: Any) -> None:
-        ids = torch.tensor([list(tokens)], device=self.model.device)
-        devices = [self.model.device] if self.model.device.type != "cpu" else []
-        with torch.random.fork_rng(devices, device_type=self.model.device.type if devices else "cuda"), torch.no_grad():
-            torch.manual_seed(self.decoding.seed + len(self.turns))
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pad_token_id=pad_token(self.tokenizer),
-                streamer=streamer,
-                **generation_arguments(self.decoding),
-                **self._routing(),
-            )
 
     def _routing(self) -> dict[str, Any]:
         if not self.names:
@@ -185,15 +172,15 @@ class Chat:
         return {"adapter_names": [self.adapter if self.strength == 1 else {self.adapter: self.strength}]}
 
 
-def _streamer(tokenizer: PreTrainedTokenizerBase, show: Show) -> Any:
-    """transformers' streamer, which shows whole words as they are done; `text`: all of them."""
-    from transformers import TextStreamer
+class _Shown(TextStreamer):
+    """transformers' streamer, which shows whole words as they are done; text: all of them."""
 
-    class Shown(TextStreamer):
-        text = ""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Show) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+        self.text = ""
 
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.text += text
-            show(text)
-
-    return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Show a piece."""
+        self.text += text
+        self._show(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from roadie.errors import ConfigError
 from roadie.training.encoding import Example, encode, fingerprint, split
@@ -13,7 +13,10 @@ from roadie.training.packing import pack
 from roadie.training.preferences import Pair, encode_pairs
 from roadie.training.recipe import Recipe
 from roadie.training.record import Sources
-from roadie.training.text import read
+from roadie.training.text import check_there, read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("roadie")
 
@@ -58,20 +61,29 @@ def _examples(items: list[Any]) -> list[Example]:
 def prepare_corpus(data: Sources, eval_data: Sources | None, source: ModelSource, recipe: Recipe) -> Corpus:
     """Read, encode and split the data; raises `RoadieError` for data, and settings of them, that cannot be used."""
     _check_evaluation(eval_data, recipe)
+    for sources in (data, eval_data or ()):
+        check_there(sources)
     tokenizer = load_tokenizer(source)
     max_length = min(recipe.max_length, context_length(source) or recipe.max_length)
     if max_length < recipe.max_length:
         logger.info("examples have at most %d tokens, the context length of %s", max_length, source.place)
+    learnt, held_out = learnt_and_held_out(data, eval_data, tokenizer, recipe, max_length)
+    return Corpus(learnt, held_out, pack(learnt, max_length) if recipe.packing else learnt, max_length)
+
+
+def learnt_and_held_out(
+    data: Sources, eval_data: Sources | None, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, max_length: int
+) -> tuple[list[Any], list[Any]]:
+    """The examples, or pairs, of the data, and those to measure on: of `eval_data`, else a share of the data, maybe none."""
     preferences = recipe.method == "dpo"
 
     def encoded(sources: Sources) -> list[Any]:
         records = read(sources, preferences=preferences)
         return (encode_pairs if preferences else encode)(records, tokenizer, max_length)
 
-    learnt, held_out = split(encoded(data), recipe.eval_share, recipe.seed)
-    if eval_data is not None:
-        held_out = encoded(eval_data)
-    return Corpus(learnt, held_out, pack(learnt, max_length) if recipe.packing else learnt, max_length)
+    if eval_data is None:
+        return split(encoded(data), recipe.eval_share, recipe.seed)
+    return encoded(data), encoded(eval_data)
 
 
 def _check_evaluation(eval_data: Sources | None, recipe: Recipe) -> None:

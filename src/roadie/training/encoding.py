@@ -153,7 +153,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, where: str, turns: Turns, *, op
     except jinja2.TemplateError as error:
         raise DataError(
             f"{where}: got turns {', '.join(role for role, _ in turns)}; the chat template of this model takes others "
-            f"({error}); change the row, or leave it out"
+            f"({error}); change the roles, or leave it out"
         ) from None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from roadie.errors import ConfigError, RoutingError
 from roadie.training.adapters import NamedAdapter, load_adapted
+from roadie.training.encoding import rendered, tokens_of, unended
 from roadie.training.models import ModelSource, best_device
 from roadie.training.prompts import BASE, Prompt
 
@@ -76,22 +77,36 @@ def generate(
     """
     if not prompts:
         return []
-    decoding = decoding or Decoding()
     routing = _routing(model, prompts)
     rows = [_tokens(tokenizer, prompt.text, chat=chat) for prompt in prompts]
-    pad = pad_token(tokenizer)
+    output = continued(model, tokenizer, rows, decoding or Decoding(), **routing)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in output]
+
+
+def continued(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    decoding: Decoding,
+    **more: Any,
+) -> Tensor:
+    """The tokens ``[B, T]`` that go on from B rows of tokens; more: further arguments of transformers' generate.
+
+    The random state of torch is as before afterwards.
+    """
+    pad = _pad_token(tokenizer)
     input_ids, attention_mask = (part.to(model.device) for part in _padded_left(rows, pad))
     devices = [model.device] if model.device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"), torch.no_grad():
         torch.manual_seed(decoding.seed)
-        output = model.generate(
+        output: Tensor = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             pad_token_id=pad,
-            **generation_arguments(decoding),
-            **routing,
+            **_arguments(decoding),
+            **more,
         )
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in output[:, input_ids.shape[1] :]]
+    return output[:, input_ids.shape[1] :]
 
 
 def _routing(model: PreTrainedModel | PeftModel, prompts: Sequence[Prompt]) -> dict[str, list[str]]:
@@ -107,8 +122,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> lis
     if chat and not tokenizer.chat_template:
         raise ConfigError("got chat for a tokenizer without a chat template; wanted one; leave chat out")
     if chat:
-        messages = [{"role": "user", "content": text}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = rendered(tokenizer, f"prompt {text!r}", (("user", text),), opening=True)
     return text_tokens(tokenizer, text, is_whole=chat)
 
 
@@ -117,16 +131,14 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, is_whole: bool
 
     Raises `ConfigError` where there is none.
     """
-    tokens = list(tokenizer(text, add_special_tokens=not is_whole)["input_ids"])
-    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not is_whole:
-        tokens.pop()
+    tokens = tokens_of(tokenizer, text, special=not is_whole)
+    tokens = tokens if is_whole else unended(tokens, tokenizer)
     if not tokens:
         raise ConfigError("got an empty prompt, and the tokenizer has no token to begin with; wanted some text")
     return tokens
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up: the tokenizer's, else its end of text, else 0."""
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in tokens if token is not None)
 
@@ -140,7 +152,7 @@ def _padded_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
     return input_ids, attention_mask
 
 
-def generation_arguments(decoding: Decoding) -> dict[str, Any]:
+def _arguments(decoding: Decoding) -> dict[str, Any]:
     """Arguments of transformers' generate; every one that the model's own generation config might set is set here."""
     sampling = decoding.temperature > 0
     return {

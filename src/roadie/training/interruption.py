@@ -1,7 +1,7 @@
 """Ctrl-C in something long: what has been done is kept, and the exception says what that is.
 
-    with told(lambda: kept_in(folder)):            whatever is interrupted in here raises `Interrupted`
-        with StopRequest("after this step") as stop:   the first Ctrl-C asks, the second one ends at once
+    with told(lambda: kept_in(folder)):     whatever is interrupted in here raises `Interrupted`
+        with stop_request() as stop:        the first Ctrl-C asks, the second one ends at once
             while not stop.asked: ...
 
 Imports nothing heavy.
@@ -15,8 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
 
 logger = logging.getLogger("roadie")
 
@@ -52,40 +50,31 @@ def told(kept: Callable[[], Kept]) -> Iterator[None]:
 
 
 class StopRequest:
-    """Within the block the first SIGINT is a request, `asked`; a second one interrupts at once, as the first did before.
+    """Whether the end of something long was asked for."""
+
+    asked = False
+
+
+@contextmanager
+def stop_request(*, enabled: bool = True) -> Iterator[StopRequest]:
+    """Within the block the first SIGINT is a request, and a second one interrupts at once, as the first did before.
 
     Only where Ctrl-C would raise KeyboardInterrupt in this thread, and where `enabled` (several processes do not agree on
     the step to stop after); elsewhere nothing is ever asked.
     """
+    request, before = StopRequest(), signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not (enabled and in_main_thread and before is signal.default_int_handler):
+        yield request
+        return
 
-    def __init__(self, when: str, *, enabled: bool = True) -> None:
-        self.asked = False
-        self._enabled = enabled
-        self._when = when
-        self._before: Any = None
+    def ask(number: int, frame: object) -> None:
+        request.asked = True
+        signal.signal(signal.SIGINT, before)
+        logger.warning("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
 
-    def __enter__(self) -> StopRequest:
-        before = signal.getsignal(signal.SIGINT)
-        if (
-            self._enabled
-            and threading.current_thread() is threading.main_thread()
-            and before is signal.default_int_handler
-        ):
-            self._before = before
-            signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._give_back()
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        self._give_back()
-        logger.warning("stopping %s, with a checkpoint; Ctrl-C again stops at once, without one", self._when)
-
-    def _give_back(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -17,27 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from roadie.errors import ConfigError
-from roadie.training.encoding import Example, collate, encode, split
+from roadie.training.corpus import prepare_corpus
+from roadie.training.encoding import Example, collate, split
 from roadie.training.many.schedule import learning_rate as scheduled_rate
-from roadie.training.models import (
-    ModelSource,
-    as_source,
-    best_device,
-    context_length,
-    hidden_size,
-    load_tokenizer,
-    training_dtype,
-)
+from roadie.training.models import ModelSource, as_source, best_device, hidden_size, training_dtype
 from roadie.training.recipe import Recipe
 from roadie.training.record import Sources
 from roadie.training.run import adapted_model
-from roadie.training.text import check_there, read
 
 FACTOR = math.sqrt(10)
 STEPS = 32
@@ -161,10 +153,9 @@ def find_learning_rate(
     _check_plain(recipe or Recipe())
     if steps < 2:
         raise ConfigError(f"got steps={steps}; wanted at least 2; try {STEPS}")
-    check_there(data)
-    recipe, tokenizer = (recipe or Recipe()).for_width(hidden_size(source)), load_tokenizer(source)
-    length = min(recipe.max_length, context_length(source) or recipe.max_length)
-    examples = encode(read(data), tokenizer, length)
+    asked = replace(recipe or Recipe(), eval_share=0.0)
+    examples = prepare_corpus(data, None, source, asked).learnt
+    recipe = asked.for_width(hidden_size(source))
     share = min(MEASURED_SHARE, MOST_MEASURED / len(examples))
     learnt, measured = split(examples, share, recipe.seed)
     adapted = adapted_model(source, recipe).to(best_device())

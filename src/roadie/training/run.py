@@ -44,7 +44,7 @@ from roadie.training.corpus import Corpus, prepare_corpus
 from roadie.training.folders import whole_folder
 from roadie.training.group_sizes import tell_of_smaller_groups
 from roadie.training.hub import HubPlace
-from roadie.training.interruption import Interrupted, StopRequest
+from roadie.training.interruption import Interrupted, StopRequest, stop_request
 from roadie.training.many.targets import check_any
 from roadie.training.models import (
     ModelSource,
@@ -55,14 +55,12 @@ from roadie.training.models import (
     training_dtype,
 )
 from roadie.training.packing import check_packable
-from roadie.training.places import check_model_place
 from roadie.training.progress import shown_progress
 from roadie.training.rate_watch import RateWatch
 from roadie.training.recipe import Recipe
 from roadie.training.record import RECORD_NAME, Sources, TrainingResult, history_of, write_record
 from roadie.training.reports import check_reports, kept_reports
 from roadie.training.stopping import EarlyStop, step_of_end
-from roadie.training.text import check_there
 from roadie.training.trainer import GlobalBatchTrainer
 from roadie.tuner import RoadConfig, RoadInput, RoadLayer, get_peft_model, prepare_quantised, train_only
 from roadie.tuner.angle_watch import stop_watching
@@ -98,7 +96,6 @@ def train(
     source, together = as_source(model), join()
     together.first(lambda: check_output(output, overwrite=overwrite, resume=resume))
     together.each(lambda: _check_surroundings(asked, report_to, together))
-    together.each(lambda: _check_places(data, eval_data, source))
     corpus = together.each(lambda: prepare_corpus(data, eval_data, source, asked))
     former = together.first(lambda: former_rate(output) if resume else None)
     recipe = together.each(lambda: _with_rate(asked, former, source))
@@ -162,13 +159,6 @@ def _check_surroundings(recipe: Recipe, report_to: Sequence[str], together: Proc
     missing = [name for name in ("trl", "datasets") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"got method='dpo' without {' and '.join(missing)}; run: pip install 'roadie[trl]'")
-
-
-def _check_places(data: Sources, eval_data: Sources | None, source: ModelSource) -> None:
-    """Raise for a folder that is missing before anything is read, or asked of the hub."""
-    check_model_place(source.place)
-    for sources in (data, eval_data or ()):
-        check_there(sources)
 
 
 def _with_rate(asked: Recipe, former: float | None, source: ModelSource) -> Recipe:
@@ -308,11 +298,10 @@ def _run(trainer: GlobalBatchTrainer | PreferenceTrainer, work: WorkFolder, reci
     ended = work.checkpoint and recipe.patience and step_of_end(logged(work.checkpoint), recipe.patience)
     if ended:  # interrupted between its early end and the writing of its output
         trainer.args.max_steps = ended
-    start = _Start()
-    trainer.add_callback(start)
     begin = time.perf_counter()
-    with StopRequest("after this step", enabled=not trainer.is_shared) as stop:
-        trainer.add_callback(_Stop(stop))
+    with stop_request(enabled=not trainer.is_shared) as stop:
+        start = _Session(stop)
+        trainer.add_callback(start)
         trainer.train(resume_from_checkpoint=str(work.checkpoint) if work.checkpoint else None)
     if stop.asked:
         raise Interrupted(kept_in(work.path))
@@ -326,21 +315,17 @@ def _run(trainer: GlobalBatchTrainer | PreferenceTrainer, work: WorkFolder, reci
     }
 
 
-class _Start(TrainerCallback):
-    """Remembers where a session started, which Trainer restores from the checkpoint."""
+class _Session(TrainerCallback):
+    """Remembers where a session started, which Trainer restores from the checkpoint; ends it, with one, where that is asked."""
 
     step = 0
     tokens = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.step, self.tokens = state.global_step, int(state.num_input_tokens_seen)
-
-
-class _Stop(TrainerCallback):
-    """Ends the training with a checkpoint after the step in which that was asked for."""
-
     def __init__(self, request: StopRequest) -> None:
         self._request = request
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step, self.tokens = state.global_step, int(state.num_input_tokens_seen)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._request.asked:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from roadie.training.encoding import Example, encode, fingerprint, split
+from roadie.training.corpus import learnt_and_held_out
+from roadie.training.encoding import Example, fingerprint
 from roadie.training.many.job import Job
-from roadie.training.text import read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,16 +54,8 @@ def load_data(job: Job, tokenizer: PreTrainedTokenizerBase, context_length: int 
     """Read and encode the data of `job`; raises `DataError`, naming file and line, where they cannot be used."""
     recipe = job.recipe
     max_length = min(recipe.max_length, context_length or recipe.max_length)
-    examples = encode(read(_sources(job.data)), tokenizer, max_length)
-    if job.eval_data is None:
-        train, held_out = split(examples, recipe.eval_share, recipe.seed)
-    else:
-        train, held_out = examples, encode(read(_sources(job.eval_data)), tokenizer, max_length)
-    return JobData(train, held_out, recipe.batch_size, recipe.seed)
-
-
-def _sources(sources: Any) -> list[str]:
-    return [str(source) for source in sources]
+    parts = learnt_and_held_out(job.data, job.eval_data, tokenizer, recipe, max_length)
+    return JobData(*parts, recipe.batch_size, recipe.seed)
 
 
 def steps_of(job: Job, data: JobData) -> int:

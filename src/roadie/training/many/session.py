@@ -21,7 +21,7 @@ import torch
 from roadie.bank.trainable import TrainableBank
 from roadie.distributed.processes import Processes
 from roadie.kernels import Keep
-from roadie.training.interruption import StopRequest
+from roadie.training.interruption import stop_request
 from roadie.training.many import optimiser
 from roadie.training.many.job import RunSettings
 from roadie.training.many.losses import ManyLosses
@@ -78,7 +78,7 @@ class Session:
         """Train every job to its end."""
         paths = sorted({layer.path for one in self._all_prepared() for layer in one.layers})
         stoppable = self._sum is None
-        with StopRequest("after this step", enabled=stoppable) as stop, self.bank.attached(self._model, paths):
+        with stop_request(enabled=stoppable) as stop, self.bank.attached(self._model, paths):
             self._join()
             while self.active:
                 self._step()
