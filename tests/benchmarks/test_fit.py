@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import torch
 from benchmarks import fit as experiment
 from benchmarks import fit_report, fit_streaming
 from benchmarks.fit_report import DOCUMENT, newest, text_of
-from tests.patience import HANG_S
+from tests.guides import blocks_of, run
 
 from roadie import embedded
 
@@ -28,12 +25,7 @@ def test_the_document_is_what_the_newest_record_gives() -> None:
 
 
 def test_the_code_of_the_document_runs(tmp_path: Path) -> None:
-    program = tmp_path / "fit.py"
-    text = DOCUMENT.read_text(encoding="utf-8")
-    program.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)))
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert run(blocks_of("fit.md"), tmp_path).splitlines() == [
         "model.layers.0.self_attn.q_proj: 100.0% of a change of 33%",
         "model.layers.0.self_attn.v_proj: 100.0% of a change of 33%",
         "on these tokens: 100.0%",

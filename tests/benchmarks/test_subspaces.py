@@ -5,22 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import subspaces, subspaces_report
 from benchmarks.subspaces_report import ADAPTERS, DOCUMENT, newest, text_of
-from tests.patience import HANG_S
+from tests.guides import blocks_of, run
 
 from roadie.training.many import Plan
-
-
-def blocks(language: str) -> list[str]:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_document_is_what_the_newest_record_gives() -> None:
@@ -28,19 +21,16 @@ def test_the_document_is_what_the_newest_record_gives() -> None:
 
 
 def test_the_code_of_the_document_runs(tmp_path: Path) -> None:
-    program = tmp_path / "subspaces.py"
-    program.write_text("\n".join(blocks("python")), encoding="utf-8")
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0, done.stderr
-    first, last = map(float, re.findall(r"^cows (\S+) -> (\S+)$", done.stdout, flags=re.MULTILINE)[0])
+    printed = run(blocks_of("subspaces.md"), tmp_path)
+    first, last = map(float, re.findall(r"^cows (\S+) -> (\S+)$", printed, flags=re.MULTILINE)[0])
     assert last < first
-    assert done.stdout.endswith(" parameters were trained\n")
+    assert printed.endswith(" parameters were trained\n")
 
 
 def test_the_jobs_file_of_the_document_is_valid() -> None:
     import yaml
 
-    (text,) = blocks("yaml")
+    (text,) = blocks_of("subspaces.md", "yaml")
     assert [job.recipe.share for job in Plan.from_mapping(yaml.safe_load(text)).jobs] == ["1/2", "2/2"]
 
 

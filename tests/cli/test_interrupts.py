@@ -1,4 +1,8 @@
-"""Ctrl-C, as a real signal to a real process: what is kept is said, and is enough to go on from."""
+"""Ctrl-C, as a real signal: what is kept is said, and is enough to go on from.
+
+Each way to be interrupted is tried once in a process of its own, and the others of its kind in this one, where nothing has to be
+imported first.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tests.signals import COMMAND_LINE
 
@@ -39,6 +43,14 @@ def line_with(process, pattern):
     raise AssertionError(f"the process ended without {pattern!r}")
 
 
+@pytest.fixture
+def ctrl_c():
+    """Interrupts this process, as a terminal does where it is not in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
 def rest(process):
     output = process.stderr.read()
     process.wait()
@@ -47,7 +59,7 @@ def rest(process):
 
 
 def test_the_first_ctrl_c_ends_after_a_step_with_a_checkpoint_that_goes_on_to_the_same_adapter(
-    tiny_path, texts, tmp_path
+    roadie_cli, tiny_path, texts, tmp_path
 ):
     arguments = ("train", texts, "-m", tiny_path, *SETTINGS)
     with started(*arguments, "-o", tmp_path / "stopped") as process:
@@ -63,81 +75,116 @@ def test_the_first_ctrl_c_ends_after_a_step_with_a_checkpoint_that_goes_on_to_th
     assert not (tmp_path / "stopped").exists()
 
     (command,) = re.findall(r"Go on with: roadie (.*--resume)\n", said)
-    resumed = subprocess.run(
-        [sys.executable, "-m", "roadie.cli", *shlex.split(command)], capture_output=True, text=True, check=False
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = roadie_cli(*shlex.split(command))
+    assert resumed.exit_code == 0, resumed.output
     assert f"resumed from {step[0]}" in resumed.stdout
-    whole = [sys.executable, "-m", "roadie.cli", *map(str, arguments), "-o", str(tmp_path / "whole")]
-    assert subprocess.run(whole, capture_output=True, check=False).returncode == 0
+    assert roadie_cli(*arguments, "-o", tmp_path / "whole").exit_code == 0
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def slow_loading(folder):
-    """An environment in which the model takes for ever to load, and says that it does."""
-    (folder / "sitecustomize.py").write_text(
+def environment_of(script, folder):
+    """An environment whose Python begins with a script."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(script)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))}
+
+
+def check_that_nothing_is_kept(status, said):
+    assert status == 130
+    assert "roadie: interrupted. Nothing" in said
+    assert "Go on with" not in said
+
+
+def test_before_the_first_step_nothing_is_kept(tiny_path, texts, tmp_path):
+    """The model takes for ever to load, and says that it does."""
+    script = (
         "import sys, time, transformers\n"
         "def load(*_, **__):\n"
         "    print('loading', file=sys.stderr, flush=True)\n"
         "    time.sleep(3600)\n"
         "transformers.AutoTokenizer.from_pretrained = load\n"
     )
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))}
+    environment = environment_of(script, tmp_path / "scripts")
+    before = sorted(tmp_path.iterdir())
+    with started("train", texts, "-o", tmp_path / "a", "-m", tiny_path, env=environment) as process:
+        line_with(process, "^loading$")
+        process.send_signal(signal.SIGINT)
+        said = rest(process)
+    check_that_nothing_is_kept(process.returncode, said)
+    assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("verb", ["train", "train-many", "find-lr"])
-def test_before_the_first_step_nothing_is_kept(tiny_path, texts, tmp_path, verb):
-    scripts = tmp_path / "scripts"
-    scripts.mkdir()
-    environment = slow_loading(scripts)
+@pytest.mark.parametrize("verb", ["train-many", "find-lr"])
+def test_before_the_first_step_of_other_verbs_too(roadie_cli, tiny_path, texts, tmp_path, monkeypatch, ctrl_c, verb):
     jobs = tmp_path / "jobs.yaml"
     jobs.write_text(
         json.dumps({"jobs": [{"name": "a", "data": str(texts), "output": str(tmp_path / "a"), "steps": 1}]})
     )
-    arguments = {"train": (texts, "-o", tmp_path / "a"), "train-many": (jobs,), "find-lr": (texts,)}[verb]
     before = sorted(tmp_path.iterdir())
-    with started(verb, *arguments, "-m", tiny_path, env=environment) as process:
-        line_with(process, "^loading$")
-        process.send_signal(signal.SIGINT)
-        said = rest(process)
-    assert process.returncode == 130
-    assert "roadie: interrupted. Nothing" in said
-    assert "Go on with" not in said
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: ctrl_c())
+    result = roadie_cli(verb, {"train-many": jobs, "find-lr": texts}[verb], "-m", tiny_path)
+    check_that_nothing_is_kept(result.exit_code, result.stderr)
     assert sorted(tmp_path.iterdir()) == before
+
+
+AT_STEP = 4
+"""The step whose gradient is interrupted."""
+
+
+def train_until(tiny_path, texts, interval, output):
+    return ("train", texts, "-m", tiny_path, *SETTINGS[:-1], interval, "-o", output)
 
 
 def test_a_second_ctrl_c_ends_at_once_and_says_what_is_left(tiny_path, texts, tmp_path):
     """The step in which the first one comes takes for ever: its gradient waits."""
-    scripts = tmp_path / "scripts"
-    scripts.mkdir()
-    (scripts / "sitecustomize.py").write_text(
+    script = (
         "import sys, time, torch\n"
         "backward, calls = torch.Tensor.backward, []\n"
         "def waits(self, *arguments, **more):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 4:\n"
+        f"    if len(calls) == {AT_STEP}:\n"
         "        print('waiting', file=sys.stderr, flush=True)\n"
         "        while True:\n"
         "            time.sleep(0.01)\n"
         "    return backward(self, *arguments, **more)\n"
         "torch.Tensor.backward = waits\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(scripts), os.environ.get("PYTHONPATH", "")))}
-    for name, interval, kept in (("some", 2, "the checkpoint after step 2 in"), ("none", 1000, "Nothing is kept")):
-        arguments = ("train", texts, "-m", tiny_path, *SETTINGS[:-1], interval, "-o", tmp_path / name)
-        with started(*arguments, env=environment) as process:
-            line_with(process, "^waiting$")
-            process.send_signal(signal.SIGINT)
-            line_with(process, "Ctrl-C again stops at once")
-            process.send_signal(signal.SIGINT)
-            said = rest(process)
-        assert process.returncode == 130
-        assert kept in said
-        assert ("Go on with" in said) == (tmp_path / f"{name}.training").exists() == (name == "some")
+    environment = environment_of(script, tmp_path / "scripts")
+    with started(*train_until(tiny_path, texts, 2, tmp_path / "some"), env=environment) as process:
+        line_with(process, "^waiting$")
+        process.send_signal(signal.SIGINT)
+        line_with(process, "Ctrl-C again stops at once")
+        process.send_signal(signal.SIGINT)
+        said = rest(process)
+    assert process.returncode == 130
+    assert "the checkpoint after step 2 in" in said
+    assert "Go on with" in said
+    assert (tmp_path / "some.training").exists()
 
 
-def test_many_jobs_stop_with_a_checkpoint_and_go_on(tiny_path, texts, tmp_path):
+def test_a_second_ctrl_c_before_the_first_checkpoint_leaves_nothing(
+    roadie_cli, tiny_path, texts, tmp_path, monkeypatch, caplog, ctrl_c
+):
+    backward, calls = torch.Tensor.backward, []
+
+    def interrupted(self, *arguments, **more):
+        calls.append(1)
+        if len(calls) == AT_STEP:
+            ctrl_c()
+            assert "Ctrl-C again stops at once" in caplog.text
+            ctrl_c()
+        return backward(self, *arguments, **more)
+
+    monkeypatch.setattr(torch.Tensor, "backward", interrupted)
+    result = roadie_cli(*train_until(tiny_path, texts, 1000, tmp_path / "none"))
+    assert len(calls) == AT_STEP
+    check_that_nothing_is_kept(result.exit_code, result.stderr)
+    assert "Nothing is kept" in result.stderr
+    assert not (tmp_path / "none.training").exists()
+
+
+def test_many_jobs_stop_with_a_checkpoint_and_go_on(roadie_cli, tiny_path, texts, tmp_path):
     def jobs_file(folder):
         folder.mkdir()
         common = {"data": str(texts), "group_size": 16, "batch_size": 4, "learning_rate": 0.01, "schedule": "constant"}
@@ -157,10 +204,8 @@ def test_many_jobs_stop_with_a_checkpoint_and_go_on(tiny_path, texts, tmp_path):
     work = tmp_path / "stopped" / "jobs.training"
     assert re.search(rf"Kept: the checkpoint after step \d+ in {re.escape(str(work))}; 1 finished jobs \(a\)\.\n", said)
     (command,) = re.findall(r"Go on with: roadie (.*--resume)\n", said)
-    for arguments in (shlex.split(command), ["train-many", str(whole)]):
-        done = subprocess.run(
-            [sys.executable, "-m", "roadie.cli", *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+    for arguments in (shlex.split(command), ["train-many", whole]):
+        result = roadie_cli(*arguments)
+        assert result.exit_code == 0, result.output
     ours, theirs = (load_file(tmp_path / name / "b" / "adapter_model.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

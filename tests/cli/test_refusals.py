@@ -283,13 +283,38 @@ def test_excluded_names_are_left_out(roadie_cli, tiny_path, texts, tmp_path):
     assert roadie_cli("find-lr", texts, *common, "--group-size", 16, "--steps", 2).exit_code == 0
 
 
-@pytest.mark.parametrize("option", ["--target", "--exclude"])
-def test_a_name_that_matches_nothing_beside_others_is_a_warning_on_one_line(tiny_path, texts, tmp_path, option):
-    given = ("train", texts, "-m", tiny_path, "-o", tmp_path / "a", option, "q_proj", option, "up_prj", *QUICK)
-    command = [sys.executable, "-m", "roadie.cli", *map(str, given)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_names_that_match_nothing_beside_others_are_warnings_on_a_line_each(tiny_path, texts, tmp_path):
+    given = (
+        "--target",
+        "q_proj",
+        "--target",
+        "k_proj",
+        "--target",
+        "up_prj",
+        "--exclude",
+        "k_proj",
+        "--exclude",
+        "q_prj",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "roadie.cli",
+        "train",
+        texts,
+        "-m",
+        tiny_path,
+        "-o",
+        tmp_path / "a",
+        *given,
+        *QUICK,
+    ]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("warning: ")
-    assert "'up_prj'" in line
-    assert "up_proj" in line.partition("'up_prj'")[2]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr
+    for option, typo, meant in (("target_modules", "up_prj", "up_proj"), ("exclude_modules", "q_prj", "q_proj")):
+        (line,) = [line for line in lines if option in line or f"'{typo}'" in line]
+        assert line.startswith("warning: ")
+        assert f"'{typo}'" in line
+        assert meant in line.partition(f"'{typo}'")[2]

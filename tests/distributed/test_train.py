@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.patience import HANG_S
 from tests.versions import needs_trainer_to_resume_on_several_cpus
+from transformers.loss.loss_utils import LOSS_MAPPING
 
+import roadie.training.run
 from roadie.testing.accuracy import two_orders
 
 pytestmark = needs_trainer_to_resume_on_several_cpus
@@ -51,7 +50,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(tmp_path_factory: pytest.TempPathFactory, base: Path, texts: Path) -> Path:
     """The folder of one process."""
     folder = tmp_path_factory.mktemp("one")
-    subprocess.run([sys.executable, FOLDER / "program_train.py", base, texts, folder], check=True, timeout=HANG_S)
+    with pytest.MonkeyPatch.context() as patch:  # of what the program sets
+        patch.setattr(roadie.training.run, "training_dtype", None)
+        patch.setitem(LOSS_MAPPING, "ForCausalLM", None)
+        runpy.run_path(str(FOLDER / "program_train.py"))["main"](str(base), str(texts), folder)
     return folder
 
 

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "src" / "roadie"
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a wheel and a source archive, built from a copy of the sources."""
     out = tmp_path_factory.mktemp("dist")
-    build_in(copied_sources(tmp_path_factory.mktemp("sources") / "roadie"), out, dict(os.environ))
+    build_in(copied_sources(tmp_path_factory.mktemp("sources") / "roadie"), out, dict(os.environ), "wheel", "sdist")
     return out
 
 
@@ -38,12 +38,10 @@ def copied_sources(copy: Path) -> Path:
     return copy
 
 
-def build_in(sources: Path, out: Path, environment: dict[str, str]) -> None:
-    """A wheel and a source archive of `sources` into `out`."""
-    build = (
-        "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_wheel(out); b.build_sdist(out)"
-    )
-    arguments = [sys.executable, "-c", build, str(out)]
+def build_in(sources: Path, out: Path, environment: dict[str, str], *kinds: str) -> None:
+    """A wheel, and also a source archive ("wheel", "sdist"), of `sources` into `out`."""
+    build = "import sys; from setuptools import build_meta as b; [getattr(b, f'build_{k}')(sys.argv[1]) for k in sys.argv[2:]]"
+    arguments = [sys.executable, "-c", build, str(out), *kinds]
     subprocess.run(arguments, cwd=sources, env=environment, check=True, capture_output=True, text=True, timeout=HANG_S)
 
 
@@ -98,7 +96,7 @@ def test_the_wheel_holds_the_compiled_kernel(archives: Path, tmp_path: Path) -> 
 def test_without_the_compiled_kernel_everything_else_is_installed(wish: str, tmp_path: Path) -> None:
     copy = copied_sources(tmp_path / "sources")
     environment = {**os.environ, **({"ROADIE_COMPILE": "0"} if wish == "0" else {"CC": "false"})}
-    build_in(copy, tmp_path, environment)
+    build_in(copy, tmp_path, environment, "wheel")
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     assert shipped(*COMPILED) <= names
@@ -108,7 +106,7 @@ def test_without_the_compiled_kernel_everything_else_is_installed(wish: str, tmp
 def test_a_compiled_kernel_that_is_insisted_on_is_built_or_refused(tmp_path: Path) -> None:
     copy = copied_sources(tmp_path / "sources")
     with pytest.raises(subprocess.CalledProcessError) as error:
-        build_in(copy, tmp_path, {**os.environ, "ROADIE_COMPILE": "1", "CC": "false"})
+        build_in(copy, tmp_path, {**os.environ, "ROADIE_COMPILE": "1", "CC": "false"}, "wheel")
     assert "the CPU kernel could not be built" in error.value.stderr
 
 

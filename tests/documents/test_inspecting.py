@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
-from tests.patience import HANG_S
+from tests.guides import DOCS, blocks_of, run
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "inspecting.md"
+PAGE = DOCS / "inspecting.md"
 
 
 def test_the_code_of_the_guide_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    blocks = blocks_of("inspecting.md")
     assert blocks
-    program = tmp_path / "inspecting.py"
-    program.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0, done.stderr
+    run(blocks, tmp_path)
     assert (tmp_path / "report.html").is_file()
 
 

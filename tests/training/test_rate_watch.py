@@ -41,7 +41,7 @@ def warned(caplog):
 
 
 def recipe(rate, seed=0, steps=STEPS):
-    return Recipe(batch_size=4, learning_rate=rate, max_length=64, max_steps=steps, seed=seed)
+    return Recipe(batch_size=4, learning_rate=rate, max_length=32, max_steps=steps, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_nothing_is_said_of_a_good_rate(kinds, kind, rate, seed, tmp_path, caplo
 def test_each_of_many_jobs_is_told_of_its_own_rate(kinds, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "roadie")
     rates = {"low": 1e-7, "good": 1e-2, "high": 0.9}
-    shared = {"data": str(kinds / "asyncio.txt"), "steps": STEPS, "batch_size": 4, "max_length": 64}
+    shared = {"data": str(kinds / "asyncio.txt"), "steps": STEPS, "batch_size": 4, "max_length": 32}
     jobs = [{"name": n, "output": str(tmp_path / n), "learning_rate": rate, **shared} for n, rate in rates.items()]
     train_many(jobs)
     messages = {message.partition(":")[0]: message for message in warned(caplog)}
@@ -97,7 +97,7 @@ def test_a_resumed_run_of_many_jobs_says_it_once_and_knows_what_was_before(kinds
             if reports[0].step == STEPS // 2 - 1:
                 raise KeyboardInterrupt
 
-    shared = {"data": str(kinds / "asyncio.txt"), "steps": STEPS, "batch_size": 4, "max_length": 64}
+    shared = {"data": str(kinds / "asyncio.txt"), "steps": STEPS, "batch_size": 4, "max_length": 32}
     jobs = [
         {"name": n, "output": str(tmp_path / n), "learning_rate": r, **shared}
         for n, r in (("low", 1e-7), ("high", 0.9))
@@ -135,7 +135,7 @@ def test_a_resumed_training_knows_what_was_before_and_says_it_once(kinds, tmp_pa
 def test_it_serves_any_trainer(kinds, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "roadie")
     tokens = embedded.load_tokenizer()((kinds / "topics.txt").read_text(), add_special_tokens=False)["input_ids"]
-    rows = [Example(tuple(tokens[at : at + 48]), tuple(tokens[at : at + 48])) for at in range(0, 48 * 128, 48)]
+    rows = [Example(tuple(tokens[at : at + 32]), tuple(tokens[at : at + 32])) for at in range(0, 32 * 128, 32)]
     config = roadie.RoadConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     arguments = TrainingArguments(
         str(tmp_path), max_steps=48, learning_rate=0.9, warmup_steps=5, logging_steps=2, report_to="none", disable_tqdm=True,

@@ -17,7 +17,7 @@ from roadie.training.rates import FACTOR, RateSearch, Trial, difference, find_le
 from roadie.training.recipe import Recipe
 
 MARGIN_NATS = 0.02
-RECIPE = Recipe(batch_size=4, learning_rate=3e-3, warmup_ratio=0.1, max_length=64)
+RECIPE = Recipe(batch_size=4, learning_rate=3e-3, warmup_ratio=0.1, max_length=32)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def examples():
     return tuple(_rows(documents, count) for documents, count in ((split.train, 256), (split.held_out, 32)))
 
 
-def _rows(documents, count, length=64):
+def _rows(documents, count, length=32):
     tokenizer = embedded.load_tokenizer()
     text = "\n".join(document.text for document in documents)[: count * length * 8]
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -121,7 +121,7 @@ def test_gradients_are_those_of_differences_also_of_second_order(variant: str, n
 
     inputs = (x_of(torch.float64).requires_grad_(), *parameters)
     assert torch.autograd.gradcheck(output, inputs)
-    assert torch.autograd.gradgradcheck(output, inputs)
+    assert torch.autograd.gradgradcheck(output, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -177,21 +177,27 @@ def test_training_lowers_the_loss_and_a_loaded_adapter_gives_the_same(tmp_path: 
 
 
 @pytest.mark.slow
-def test_stock_peft_refuses_the_file(tmp_path: Path) -> None:
-    config = roadie.RoadConfig(stages=[2, 16, 64], target_modules=["q_proj"])
-    model = roadie.get_peft_model(tiny_llama(num_hidden_layers=1), config)
-    with pytest.warns(UserWarning, match="several rotations in a row"):
-        model.save_pretrained(tmp_path)
+def test_stock_peft_refuses_the_files_of_chains_and_of_inputs(tmp_path: Path) -> None:
     code = (
-        "import sys, torch, peft\n"
-        "try:\n"
-        "    print(peft.PeftConfig.from_pretrained(sys.argv[1]))\n"
-        "except ValueError as error:\n"
-        "    print('REFUSED', error)\n"
+        "import sys, peft\n"
+        "for folder in sys.argv[1:]:\n"
+        "    try:\n"
+        "        print(peft.PeftConfig.from_pretrained(folder))\n"
+        "    except ValueError as error:\n"
+        "        print('REFUSED', error)\n"
         "assert 'roadie' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("REFUSED Invalid variant roadie-stages:road_1 specified"), done.stdout
+    kinds = {"stages": "several rotations in a row", "input_stages": "rotations of inputs"}
+    for name, kind in kinds.items():
+        config = roadie.RoadConfig(target_modules=["q_proj"], **{name: [2, 16, 64]})
+        model = roadie.get_peft_model(tiny_llama(num_hidden_layers=1), config)
+        with pytest.warns(UserWarning, match=f"{kind}.*roadie alone loads it, and stock PEFT refuses it"):
+            model.save_pretrained(tmp_path / name)
+    folders = [str(tmp_path / name) for name in kinds]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    chains, inputs = done.stdout.splitlines()
+    assert chains.startswith("REFUSED Invalid variant roadie-stages:road_1 specified"), done.stdout
+    assert inputs.startswith("REFUSED Invalid variant roadie-inputs:road_1 specified"), done.stdout
 
 
 def test_weights_with_too_few_rotations_are_refused_before_the_model_is_touched(tmp_path: Path) -> None:
