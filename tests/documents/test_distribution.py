@@ -40,7 +40,10 @@ def copied_sources(copy: Path) -> Path:
 
 def build_in(sources: Path, out: Path, environment: dict[str, str], *kinds: str) -> None:
     """A wheel, and also a source archive ("wheel", "sdist"), of `sources` into `out`."""
-    build = "import sys; from setuptools import build_meta as b; [getattr(b, f'build_{k}')(sys.argv[1]) for k in sys.argv[2:]]"
+    build = (
+        "import sys; from setuptools import build_meta as b; _, out, *kinds = sys.argv\n"  # which building changes
+        "for kind in kinds: getattr(b, f'build_{kind}')(out)"
+    )
     arguments = [sys.executable, "-c", build, str(out), *kinds]
     subprocess.run(arguments, cwd=sources, env=environment, check=True, capture_output=True, text=True, timeout=HANG_S)
 
