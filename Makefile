@@ -25,7 +25,7 @@ CHECKED := $(wildcard src tests scripts examples benchmarks)
 CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray check bench quality quality-quick format build clean
+.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray check bench quality quality-quick structure format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,9 @@ quality: $(VENV)/.development ## how well adapters learn: train what the records
 
 quality-quick: $(VENV)/.development ## two rows of docs/quality.md trained again, and compared
 	$(RUN)/python -m benchmarks.quality quick
+
+structure: ## what each module of the package is (ARGS="tuner": those of one package)
+	@$(PYTHON) scripts/structure.py $(ARGS)
 
 format: $(VENV)/.development ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix $(CHECKED)

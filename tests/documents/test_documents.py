@@ -47,21 +47,11 @@ PACKAGE = ROOT / "src" / "roadie"
 MODULES = [path for path in PACKAGE.rglob("*.py") if path.stat().st_size]
 
 
-def listed_files(document: str, title: str) -> list[str]:
-    text = section((ROOT / document).read_text(encoding="utf-8"), title)
-    return re.findall(r"^- `([^`]+)`: \S", text, flags=re.MULTILINE)
-
-
 def test_the_readme_lists_the_files_and_packages_there_are() -> None:
     files = {path.name for path in MODULES if path.parent == PACKAGE}
     packages = {path.relative_to(PACKAGE).parts[0] + "/" for path in MODULES if path.parent != PACKAGE}
-    assert sorted(listed_files("README.md", "Files")) == sorted(files | packages)
-
-
-def test_the_architecture_lists_the_files_of_every_package() -> None:
-    files = {path.relative_to(PACKAGE).as_posix() for path in MODULES if path.parent != PACKAGE}
-    models = {path.parent.relative_to(PACKAGE).as_posix() + "/" for path in PACKAGE.rglob("*.safetensors")}
-    assert sorted(listed_files("ARCHITECTURE.md", "Files")) == sorted(files | models)
+    listed = re.findall(r"^- `([^`]+)`: \S", section(README, "Files"), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(files | packages)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,5 +1,7 @@
-"""Sending a workload and noting when its tokens come. Time counts from when a request should have been sent: a client that falls
-behind does not make a server look better."""
+"""Sending a workload and noting when its tokens come.
+
+Time counts from when a request should have been sent: a client that falls behind does not make a server look better.
+"""
 
 from __future__ import annotations
 

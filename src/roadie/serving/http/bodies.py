@@ -1,6 +1,6 @@
-"""What callers send: OpenAI's requests, the fields that vLLM added to them, and `adapters`. Unknown fields are refused, unless
-they are null, and those of messages left alone: clients send back what they were given.
+"""What callers send: OpenAI's requests, the fields that vLLM added to them, and `adapters`.
 
+Unknown fields are refused, unless they are null, and those of messages left alone: clients send back what they were given.
 `fields` has the kinds of values, and those of things that this server lacks.
 """
 
