@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from roadie.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from roadie import checkpoint, embedded, errors, fit, inspect, subspaces, testing
     from roadie.adapter import Adapter, LayerParameters
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
         train_only,
         unregister,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from roadie import __version__
 from roadie.cli.bench_serve import bench_serve
 from roadie.cli.chat import chat
 from roadie.cli.combine import combine
@@ -28,6 +27,7 @@ from roadie.cli.serve import api_key, serve
 from roadie.cli.train import train
 from roadie.cli.train_many import train_many
 from roadie.errors import TOLD_BY_ANOTHER_PROCESS
+from roadie.version import __version__
 
 FAILED = 2
 INTERRUPTED = 130

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
-from roadie import __version__
 from roadie.inspect.comparison import Comparison, LayerSharing, Sharing
 from roadie.inspect.portrait import LayerPortrait, Portrait
 from roadie.inspect.rendering import Picture, Shape, to_svg
 from roadie.inspect.report import Findings, Report, Section
 from roadie.inspect.states import StateChange
 from roadie.inspect.theme import DARK, LIGHT, style_variables
+from roadie.version import __version__
 
 MOST_CHANGED = 8
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

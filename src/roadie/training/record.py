@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from roadie import __version__
+from roadie.version import __version__
 
 Sources = str | Path | Sequence[str | Path]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from roadie import __version__
 from roadie.kernels import refusals
 from roadie.kernels.choice import chosen
+from roadie.version import __version__
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LIBRARIES = ("torch", "peft", "transformers", "accelerate", "bitsandbytes", "torchao", "triton")

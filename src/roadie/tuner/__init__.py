@@ -15,7 +15,7 @@ from roadie.tuner.model import RoadModel
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.pair_training import train_only
 from roadie.tuner.quantised_base import prepare_quantised
-from roadie.tuner.registry import is_registered, register, unregister
+from roadie.tuner.registry import answer_with, is_registered, register, unregister
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import rows
 from roadie.tuner.snapshot import Snapshot, undone_if_raised
@@ -46,6 +46,8 @@ __all__ = [
     "train_only",
     "unregister",
 ]
+
+answer_with(RoadConfig, RoadModel)
 
 
 def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from roadie import checkpoint
 from roadie.adapter import DEFAULT_GROUP_SIZE, stages_of, stages_or_none
 from roadie.errors import ConfigError
 from roadie.rotation import Variant, check_group_size
+from roadie.tuner.registry import register
 
 BIAS_CHOICES = ("none", "all", "road_only")
 
@@ -93,7 +94,7 @@ class RoadConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _register()
+        register()
         self.peft_type = PeftType.ROAD
         self.variant = _parsed_variant(self.variant)
         check_group_size(self.group_size)
@@ -239,9 +240,3 @@ def _check_regex(pattern: str, where: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"got {pattern!r} in {where}, which is not a regular expression ({error})") from None
-
-
-def _register() -> None:
-    from roadie.tuner.registry import register
-
-    register()

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import mapping
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
 from roadie.errors import RegistrationError
@@ -24,8 +26,14 @@ _DICTIONARIES = (
 )
 _MISSING = object()
 _lock = threading.RLock()
+_ours: dict[str, Any] = {}
 _replaced: dict[str, Any] | None = None
 _stock_blocks = 0
+
+
+def answer_with(config: type[PeftConfig], model: type[BaseTuner]) -> None:
+    """Say which classes `register` routes ROAD to. `roadie.tuner` does, once it has them: nothing of it can be had before."""
+    _ours.update(zip(_DICTIONARIES, (config, model, model, model.prefix), strict=True))
 
 
 def register() -> None:
@@ -41,7 +49,7 @@ def register() -> None:
                 "make roadie's configs and models outside the block"
             )
         if _replaced is None:
-            _replaced = _swap_in(_ours())
+            _replaced = _swap_in(_ours)
 
 
 def unregister() -> None:
@@ -72,13 +80,6 @@ def stock_entries() -> Iterator[None]:
             _stock_blocks -= 1
             if before is not None:
                 _swap_in(before)
-
-
-def _ours() -> dict[str, Any]:
-    from roadie.tuner.config import RoadConfig
-    from roadie.tuner.model import RoadModel
-
-    return dict(zip(_DICTIONARIES, (RoadConfig, RoadModel, RoadModel, RoadModel.prefix), strict=True))
 
 
 def _swap_in(entries: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
-from roadie import __version__
 from roadie.errors import ConfigError
+from roadie.version import __version__
 
 KEY = "roadie"
 _VERSION_KEY = "version"  # of roadie, put in by the front end: another one may compute with another graph

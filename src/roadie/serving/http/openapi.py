@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from roadie import __version__
 from roadie.serving.http.answers import ChatChunk, Completion, Error
 from roadie.serving.http.gate import ROUTES, Right, Route
+from roadie.version import __version__
 
 _MEANING = {
     400: "The request cannot be served as it is.",

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from roadie import __version__, checkpoint
+from roadie import checkpoint
 from roadie.adapter import Adapter, is_input
 from roadie.bank.families import Family
 from roadie.training.folders import whole_folder
@@ -21,6 +21,7 @@ from roadie.training.many.state import PreparedJob
 from roadie.training.many.targets import target_names
 from roadie.training.models import ModelSource
 from roadie.training.record import RECORD_NAME
+from roadie.version import __version__
 
 _NOT_RECORDED = ("name", "output", "status", "reason")
 
