@@ -155,8 +155,8 @@ class Choice:
         if not torch.compiler.is_compiling():
             if _is_doubtful(y, found):
                 self._check(y, site)
-        elif not self.calls.is_sure and _is_doubtful(y, found):
-            _check_in_eager(self, y, site)
+        elif not self.calls.is_sure and (y.dim() > 2 or len(y) != len(slots)) and _is_doubtful(y, found):
+            _check_in_eager(self, y, site)  # but for as many parts as rows, which are rows but in an expert of many
         return found
 
     def _check(self, y: Tensor, site: nn.Module) -> None:
