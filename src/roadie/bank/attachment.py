@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from roadie.adapter import INPUT_SUFFIX
-from roadie.bank.layout import Choice
-from roadie.bank.routing import BankRouting
 from roadie.bank.servers import Server, serve, stop_serving
 from roadie.bank.table import LayerTable
 from roadie.kernels import (
@@ -32,12 +30,13 @@ from roadie.kernels import (
     rotate_chain_,
 )
 from roadie.linear import check_output, in_features, is_linear, out_features, refusals
+from roadie.sites.rows import Choice, Routing
 
 
 class _Last(NamedTuple):
     """How a layer was rotated the last time, and for whom; prepared: None where no row had a rotation."""
 
-    choice: Choice
+    mark: object
     table: Chain
     prepared: PreparedRotation | None
     in_place: bool
@@ -46,11 +45,11 @@ class _Last(NamedTuple):
 class LayerRotation:
     """One layer, or its input: its table, and the choice of the rows. A copy of a model has none: its bank is another's.
 
-    site: the linear layer, which is at `path`.
+    routing: of the bank; site: the linear layer, which is at `path`.
     """
 
     def __init__(
-        self, table: LayerTable, routing: BankRouting, site: nn.Module, path: str = "an adapted layer"
+        self, table: LayerTable, routing: Routing[Choice], site: nn.Module, path: str = "an adapted layer"
     ) -> None:
         self.table, self.path, self._routing, self._site = table, path, routing, site
         self._last: _Last | None = None
@@ -61,33 +60,32 @@ class LayerRotation:
         is_fresh: whether nobody else holds y, so that it may be written to.
         """
         choice = self._routing.current()
-        if choice is None:
-            return y
+        return y if choice is None else self.by(choice, y, is_fresh)
+
+    def by(self, choice: Choice, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
+        """As `of`, by this choice."""
         table = self.table.current
         if torch.compiler.is_compiling():
-            return rotate_chain(y, table, self.table.routed(self._slots(y, choice)))
+            return rotate_chain(y, table, self.table.routed(choice.placed(y, self._site)))
         last = self._last
-        if last is not None and last.choice is choice and last.table is table and not torch.is_grad_enabled():
+        if last is not None and last.mark is choice.mark and last.table is table and not torch.is_grad_enabled():
             rotated = _as_before(last, y)
             if rotated is not None:
                 return rotated
         return self._rotated(y, choice, table, is_fresh)
 
     def _rotated(self, y: Tensor, choice: Choice, table: Chain, is_fresh: Callable[[], bool]) -> Tensor:
-        if self.table.has_none(choice.slots):
-            self._last = _Last(choice, table, None, in_place=False)
+        if self.table.has_none(choice.host):
+            self._last = _Last(choice.mark, table, None, in_place=False)
             return y
-        slots = self.table.routed(self._slots(y, choice))
+        slots = self.table.routed(choice.placed(y, self._site))
         if not can_rotate_chain_in_place(y, table):
             return rotate_chain(y, table, slots)
         in_place = is_fresh()
         z = rotate_chain_(y, table, slots) if in_place else rotate_chain(y, table, slots)
         prepared = prepare_chain(y, table, slots)
-        self._last = None if prepared is None else _Last(choice, table, prepared, in_place)
+        self._last = None if prepared is None else _Last(choice.mark, table, prepared, in_place)
         return z
-
-    def _slots(self, y: Tensor, choice: Choice) -> Tensor:
-        return choice.placed(y, self._site).to(y.device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None

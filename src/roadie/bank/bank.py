@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,12 @@ from roadie.adapter import Adapter, LayerParameters, check_adapter_name, is_inpu
 from roadie.bank.admission import Prepared, Rows, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
-from roadie.bank.checkpointing import checkpoints_keep_rows
-from roadie.bank.layout import Calls, Choice, calls_noted, can_be_turned_off
 from roadie.bank.live import live_adapter
-from roadie.bank.routing import BankRouting, check_slots
 from roadie.bank.slots import SlotBook
 from roadie.bank.table import LayerTable
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
 from roadie.rotation import Rotation
+from roadie.sites.rows import Choice, Routing
 
 
 class AdapterBank:
@@ -78,7 +76,7 @@ class AdapterBank:
         self._admissions = 0
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._routing = BankRouting()
+        self._routing: Routing[Choice] = Routing()
         self.storage_version = 0
         self._hold.open(model, self)
 
@@ -222,30 +220,16 @@ class AdapterBank:
     def rows(self, slots: Tensor | Sequence[Wish], *, expansion: int = 1) -> Iterator[None]:
         """Within the block, row b of every batch uses ``slots[b]``.
 
-        slots: int64 ``[B]``, or ``[B, T]`` for a slot a token (a packed batch is ``[1, T]``), or a sequence of B wishes.
+        slots: integers ``[B]``, or ``[B, T]`` for a slot a token (a packed batch is ``[1, T]``), or a sequence of B wishes.
         expansion: how many consecutive rows generation makes of one (beams, returned sequences).
         Raises `RoutingError` for what is none of these, or out of range.
         """
         if not isinstance(slots, Tensor):
             slots = self.slots(slots)
-        check_slots(slots, self._book.num_slots)
-        # Layers remember their last choice; the leases hang on the tensor that was given, and end with it.
-        choice = Choice(slots.clone(), expansion, Calls(len(slots), expansion, self.model))
-        with calls_noted(self.model, self._routing.current), self.chosen(choice, slots):
-            yield
-
-    @contextmanager
-    def chosen(self, choice: Choice, held: Tensor) -> Iterator[None]:
-        """Within the block the choice holds; held: a tensor of `slots`, as long as something may read them."""
-
-        def in_force(held: Tensor = held) -> AbstractContextManager[None]:
-            return self._routing.in_force(choice)  # what runs again in backward reads the slots until then
-
-        with ExitStack() as stack:
-            stack.enter_context(in_force())
-            stack.enter_context(can_be_turned_off(lambda: self._routing.in_force(None)))
-            if torch.is_grad_enabled():
-                stack.enter_context(checkpoints_keep_rows(self.model, in_force))
+        # Layers remember where a batch lay; the leases hang on the tensor that was given, and end with the choice.
+        choice = Choice(slots.clone(), expansion, model=self.model, held=slots)
+        choice.check(self._book.num_slots)
+        with self._routing.chosen(self.model, choice):
             yield
 
     def close(self) -> None:
@@ -420,12 +404,6 @@ class AdapterBank:
         if name not in self._book:
             known = ", ".join(map(repr, list(self.names)[:8])) or "none"
             raise RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")
-
-
-def keep_lease(slots: Tensor, held: Tensor) -> Tensor:
-    """`slots`, which were made of `held`, a tensor of `AdapterBank.slots`; they stay what they are as long as either lives."""
-    slots._roadie_leases = held._roadie_leases  # type: ignore[attr-defined]
-    return slots
 
 
 def _has(parts: Sequence[Rows], index: int) -> bool:

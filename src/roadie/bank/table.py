@@ -45,7 +45,7 @@ class LayerTable:
         return slots if self._holders is None else self._holders.routed(slots)
 
     def has_none(self, slots: Tensor) -> bool:
-        """Whether none of the slots is known to have a rotation here; False where looking would mean waiting for a device."""
+        """Whether none of the slots, on the CPU, has a rotation here."""
         return self._holders is not None and self._holders.has_none(slots)
 
     def write(self, slots: Sequence[int], rotations: Sequence[Rotation]) -> None:
@@ -136,8 +136,8 @@ class Holders:
         return self._there[slots]
 
     def has_none(self, slots: Tensor) -> bool:
-        """Whether no slot has one; False where the slots are on another device than the CPU, which a look would wait for."""
-        return slots.device.type == "cpu" and not bool((self._here[slots] >= 0).any())
+        """Whether no slot, on the CPU, has one."""
+        return not bool((self._here[slots] >= 0).any())
 
     def set(self, slots: Sequence[int], values: Sequence[int]) -> None:
         """Note what slots have that nobody reads."""

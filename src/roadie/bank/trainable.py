@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 
 from roadie.adapter import is_input, layer_of
 from roadie.bank.families import AdaptedLayer, Family, Stack
-from roadie.bank.layout import Choice, calls_noted, can_be_turned_off
 from roadie.bank.table import NO_ROTATION
 from roadie.errors import RoutingError
 from roadie.kernels import (
@@ -43,6 +42,7 @@ from roadie.kernels import (
 )
 from roadie.linear import check_output
 from roadie.rotation import Rotation, Variant, from_parameters, identity, parameter_gradients, split_stages
+from roadie.sites.rows import Choice, Routing
 
 
 class TrainableBank:
@@ -57,8 +57,8 @@ class TrainableBank:
         self._device = device
         self._keep = keep
         self._tables: dict[str, _LayerTable] = {}
-        self._choice: Choice | None = None
-        self._local: dict[tuple[int, ...], Tensor] = {}
+        self._routing: Routing[Choice] = Routing()
+        self._row_of_slot: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -112,6 +112,7 @@ class TrainableBank:
                     places.setdefault(path, []).append((number, stack, index))
         with torch.no_grad():
             self._tables = {path: _layer_table(parts, self._keep_at(path)) for path, parts in places.items()}
+        self._row_of_slot.clear()
 
     def _keep_at(self, path: str) -> Keep | None:
         return Keep.INPUT if is_input(path) else self._keep
@@ -135,7 +136,7 @@ class TrainableBank:
     def attached(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
         """Within the block the sites `paths` are rotated wherever rows are routed (`routed`)."""
         with ExitStack() as stack:
-            stack.enter_context(calls_noted(model, lambda: self._choice))
+            stack.enter_context(self._routing.attached(model))
             for path in paths:
                 module = model.get_submodule(layer_of(path))
                 if is_input(path):
@@ -148,58 +149,43 @@ class TrainableBank:
     @contextmanager
     def routed(self, slots: Tensor) -> Iterator[None]:
         """Within the block row b of a batch uses the adapter at ``slots[b]`` (int64 ``[B]`` or ``[B, T]``); -1: none."""
-        with can_be_turned_off(lambda: self._in_force(None)), self._in_force(Choice(slots)):
+        with self._routing.in_force(Choice(slots)):
             yield
-
-    @contextmanager
-    def _in_force(self, choice: Choice | None) -> Iterator[None]:
-        before = self._choice, self._local
-        self._choice, self._local = choice, {}
-        try:
-            yield
-        finally:
-            self._choice, self._local = before
 
     def _hook(self, path: str) -> Any:
         def rotated(module: nn.Module, _: Any, y: Tensor) -> Tensor | None:
-            layer = self._tables.get(path)
-            if layer is None or self._choice is None:
+            layer, choice = self._tables.get(path), self._routing.current()
+            if layer is None or choice is None:
                 return None
             check_output(y, module, path)
-            slots = self._choice.placed(y, module, self._local_slots(layer.families))
+            slots = choice.placed(y, module, self._rows_of(layer.families))
             return layer.rotated(y, slots, _gives_fresh_memory(module))
 
         return rotated
 
     def _input_hook(self, path: str) -> Any:
         def rotated(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            layer = self._tables.get(path)
-            if layer is None or self._choice is None:
+            layer, choice = self._tables.get(path), self._routing.current()
+            if layer is None or choice is None:
                 return None
-            slots = self._choice.placed(inputs[0], module, self._local_slots(layer.families))
+            slots = choice.placed(inputs[0], module, self._rows_of(layer.families))
             return layer.rotated(inputs[0], slots, False), *inputs[1:]
 
         return rotated
 
-    def _local_slots(self, families: tuple[int, ...]) -> Tensor:
-        """The row of a layer's table for each row of the batch; worked out once for all layers of the same families."""
-        assert self._choice is not None
-        slots = self._choice.slots
+    def _rows_of(self, families: tuple[int, ...]) -> tuple[int, ...] | None:
+        """For each slot its row in a table of these families, or -1, as it is for slot -1; None where the rows are the slots."""
         if len(families) == len(self.families):
-            return slots
-        if families not in self._local:
-            self._local[families] = self._row_of_slot(families)[slots]
-        return self._local[families]
-
-    def _row_of_slot(self, families: tuple[int, ...]) -> Tensor:
-        """Slot -> row of a table of these families, or -1; the last entry is for slot -1."""
-        rows: list[int] = []
-        count = 0
-        for number, family in enumerate(self.families):
-            size = len(family.names)
-            rows += range(count, count + size) if number in families else [-1] * size
-            count += size if number in families else 0
-        return torch.tensor([*rows, -1], device=self._device)
+            return None
+        if families not in self._row_of_slot:
+            rows: list[int] = []
+            count = 0
+            for number, family in enumerate(self.families):
+                size = len(family.names)
+                rows += range(count, count + size) if number in families else [-1] * size
+                count += size if number in families else 0
+            self._row_of_slot[families] = (*rows, -1)
+        return self._row_of_slot[families]
 
 
 def _summed_squares(family: Family, sum_: Callable[[Tensor], object]) -> Tensor:

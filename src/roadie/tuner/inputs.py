@@ -21,6 +21,7 @@ from roadie.kernels import Chain, can_rotate_chain_in_place
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.residents import names_in
 from roadie.tuner.rotating import RoadLayer
+from roadie.tuner.routing import AdapterChoice
 
 if TYPE_CHECKING:
     from roadie.tuner.layer import Linear
@@ -88,12 +89,11 @@ class RoadInput(nn.Module, RoadLayer):
     def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> Chain | None:
         return super()._table_of_wishes(wishes, batch) if any(map(self._rotates, wishes)) else None
 
-    def _slots_of(self, y: Tensor) -> Tensor:
-        slots, wishes = super()._slots_of(y), self._routing.names
-        if all(map(self._rotates, wishes)):
-            return slots
-        here = [slot if self._rotates(wish) else -1 for slot, wish in enumerate(wishes)]
-        return torch.tensor([*here, -1], device=slots.device)[slots]  # the last is for rows of the base model, -1
+    def _slots_of(self, y: Tensor, choice: AdapterChoice) -> Tensor:
+        if all(map(self._rotates, choice.names)):
+            return super()._slots_of(y, choice)
+        here = (slot if self._rotates(wish) else -1 for slot, wish in enumerate(choice.names))
+        return choice.placed(y, self.base_layer, (*here, -1))
 
     def _rotates(self, wish: str | Blend) -> bool:
         return any(name in self.road_theta for name in names_in(wish))

@@ -94,7 +94,7 @@ class Linear(nn.Module, RoadLayer):
                     return y
         if adapter_names is not None:
             with adapter_rows(self, adapter_names, 1) as choice:
-                choice.calls.note(self, (x,), kwargs)
+                choice.starts(self, (x,), kwargs)
                 return self.forward(x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -131,7 +131,7 @@ class Linear(nn.Module, RoadLayer):
             )
 
     def _check_not_routed(self) -> None:
-        if self.merged and self._routing.slots is not None:
+        if self.merged and self._routing.current() is not None:
             raise RoutingError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )

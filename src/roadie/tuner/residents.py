@@ -9,8 +9,9 @@ Legend: B rows of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeAlias
 
 import torch
@@ -62,25 +63,6 @@ class _Resident:
         return [tensor._version for tensor in self.parameters] == self.versions
 
 
-@dataclass
-class Watch:
-    """The parameters in one layer of what a batch wishes for, while the batch lasts."""
-
-    batch: object
-    parameters: list[Tensor]
-    versions: list[int]
-
-    @classmethod
-    def of(cls, layer: Any, wishes: Sequence[str | Blend], batch: object) -> Watch:
-        names = dict.fromkeys(name for wish in wishes for name in names_in(wish))
-        parameters = [tensor for name in names for tensor in _parameters_of(layer, name)]
-        return cls(batch, parameters, [tensor._version for tensor in parameters])
-
-    def is_unwritten(self) -> bool:
-        """Whether no parameter was written to since, by an operation that torch counts."""
-        return [tensor._version for tensor in self.parameters] == self.versions
-
-
 class _InLayers:
     """RoAd layers rotate their own output: each is told what with."""
 
@@ -123,12 +105,17 @@ class Residents:
         self._bank: AdapterBank | None = None
         self._layers: dict[str, Any] = {}
         self._seen: dict[str, _Resident] = {}
+        self._lock = Lock()  # several threads may run one model
 
     def admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Tensor | None:
         """The slot of each wish, int64 on the CPU, all of it in the bank and current; hold the tensor while it is used.
 
         layers: the RoAd layers of `model` by path. None where parameters cannot be watched, so that nothing may be kept of them.
         """
+        with self._lock:
+            return self._admit(model, layers, wishes)
+
+    def _admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Tensor | None:
         names = dict.fromkeys(name for wish in wishes for name in names_in(wish))
         parameters = {name: _parameters(layers, name) for name in names}
         if not all(can_be_kept(tensor) for tensors in parameters.values() for tensor in tensors):
@@ -137,6 +124,10 @@ class Residents:
         self._make_room(len(set(wishes)), list(names))
         self._keep_current(parameters)
         return self.bank.slots([dict(wish.weights) if isinstance(wish, Blend) else wish for wish in wishes])
+
+    def are_unwritten(self, names: Iterable[str], bank: AdapterBank | None) -> bool:
+        """Whether no parameter of adapters in `bank` was written to since, by an operation that torch counts."""
+        return self._bank is bank and all(name in self._seen and self._seen[name].is_unwritten() for name in names)
 
     @property
     def bank(self) -> AdapterBank:

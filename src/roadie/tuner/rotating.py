@@ -34,8 +34,8 @@ from roadie.kernels import (
 )
 from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_size, to_dense
 from roadie.tuner.output import KeptForBackward, one_rotation
-from roadie.tuner.residents import Watch, names_in
-from roadie.tuner.routing import Routing
+from roadie.tuner.residents import names_in
+from roadie.tuner.routing import AdapterChoice, RoadRouting
 from roadie.tuner.table import PLAIN, LastRotation, SlotParameters, TableCache, build_chain, with_blends
 from roadie.tuner.trained import rotated_by_one, trained_chain
 
@@ -64,9 +64,8 @@ class RoadLayer(BaseTunerLayer):
         self._before_off: tuple[list[tuple[nn.Parameter, bool]], list[str]] | None = None
         self.kept_for_backward = KeptForBackward.AUTO
         self._tables = TableCache()
-        self._routing = Routing()
+        self._routing = RoadRouting()
         self.resident: LayerRotation | None = None
-        self._watch: Watch | None = None
 
     @property
     def _available_adapters(self) -> set[str]:
@@ -158,7 +157,7 @@ class RoadLayer(BaseTunerLayer):
         """Whether an adapter would rotate what is given now."""
         if self.disable_adapters or self.merged:
             return False
-        return self._routing.slots is not None or any(name in self.road_theta for name in self.active_adapters)
+        return self._routing.current() is not None or any(name in self.road_theta for name in self.active_adapters)
 
     def _slot(self, adapter: str) -> SlotParameters | None:
         if adapter not in self.road_theta:
@@ -168,40 +167,30 @@ class RoadLayer(BaseTunerLayer):
 
     def _rotated(self, y: Tensor, is_fresh: bool) -> Tensor:
         """y ``[..., D]``, each row rotated by the adapter that is in force for it; in place, where nobody else holds y."""
+        choice = self._routing.current()
+        if choice is not None:
+            return self._routed(y, choice, is_fresh)
         slot = self._trained_slot()
         if slot is not None:
             return self._trained(y, slot, is_fresh)
-        if self._routing.slots is not None:
-            return self._routed(y, is_fresh)
         for names in self._runs():
             table = self._table(names, None)
             if table is not None:
                 y = self._turned(y, one_rotation(table), None, names, is_fresh)
         return y
 
-    def _routed(self, y: Tensor, is_fresh: bool) -> Tensor:
+    def _routed(self, y: Tensor, choice: AdapterChoice, is_fresh: bool) -> Tensor:
         """y, each row rotated as its wish says: from the bank, or from a table made for this batch."""
-        routing = self._routing
-        if not torch.compiler.is_compiling() and self._is_in_bank():
-            if self.resident is None:
-                return y
-            return self.resident.of(y, lambda: is_fresh)
-        table = self._table_of_wishes(routing.names, routing.batch)
-        return y if table is None else self._turned(y, table, self._slots_of(y), routing.names, is_fresh)
+        if not torch.compiler.is_compiling():
+            in_bank = choice.in_bank
+            if in_bank is not None and not (torch.is_grad_enabled() and choice.trains):
+                return y if self.resident is None else self.resident.by(in_bank, y, lambda: is_fresh)
+        table = self._table_of_wishes(choice.names, choice.mark)
+        return y if table is None else self._turned(y, table, self._slots_of(y, choice), choice.names, is_fresh)
 
-    def _slots_of(self, y: Tensor) -> Tensor:
+    def _slots_of(self, y: Tensor, choice: AdapterChoice) -> Tensor:
         """Which row of the table each row of y uses; -1: none, and it passes bit for bit."""
-        return self._routing.slots_of(y, self.get_base_layer())
-
-    def _is_in_bank(self) -> bool:
-        """Whether the bank has what the rows wish for, as the parameters are now."""
-        routing, watch = self._routing, self._watch
-        if not routing.in_bank or (routing.trains and torch.is_grad_enabled()):
-            return False
-        if watch is None or watch.batch is not routing.batch:
-            self._watch = Watch.of(self, routing.names, routing.batch)
-            return True
-        return watch.is_unwritten()
+        return choice.placed(y, self.get_base_layer())
 
     def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> Chain | None:
         if not any(isinstance(wish, Blend) for wish in wishes):
@@ -264,7 +253,7 @@ class RoadLayer(BaseTunerLayer):
 
     def _trained_slot(self) -> SlotParameters | None:
         """The one active adapter of a plain batch, where it is being trained."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or self._routing.slots is not None:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         entry, active = self._tables.trained, self._active_adapter
         if entry is not None and active in (entry.name, [entry.name]) and entry.is_of(self):

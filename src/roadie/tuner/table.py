@@ -232,7 +232,7 @@ class LastRotation:
             or _every_module._global_forward_pre_hooks
             or layer._disable_adapters
             or layer.merged_adapters
-            or routing.slots is not None
+            or routing.here.get() is not None
             or slot is None
             or layer._active_adapter != self.active
             or modules["road_theta"]._parameters.get(name) is not slot.theta
@@ -252,7 +252,7 @@ class LastRotation:
         if (
             torch.is_grad_enabled()
             or layer._disable_adapters
-            or layer._routing.slots is not None
+            or layer._routing.here.get() is not None
             or layer._active_adapter != self.active
             or not self.entry.is_of(layer)
         ):

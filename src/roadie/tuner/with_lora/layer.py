@@ -18,11 +18,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from roadie.errors import MergeError
+from roadie.sites.rows import Routing
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.patch import Patch, make_patch
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.weight import is_conv1d
-from roadie.tuner.with_lora.rows import LoraChoice, LoraRouting
+from roadie.tuner.with_lora.rows import LoraChoice
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class LoraLinear(lora.Linear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
-        self.lora_routing = LoraRouting()
+        self.lora_routing: Routing[LoraChoice] = Routing()
         self.lora_merges: list[LoraMerge] = []
 
     @property
@@ -53,7 +54,7 @@ class LoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x ``[..., in]``; gives ``[..., D]`` in the dtype of the base layer."""
-        choice = self.lora_routing.choice
+        choice = self.lora_routing.current()
         if choice is None or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)

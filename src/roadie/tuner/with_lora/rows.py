@@ -6,52 +6,30 @@ Legend: B rows of the batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from roadie.bank.blends import BASE
-from roadie.bank.checkpointing import checkpoints_keep_rows
-from roadie.bank.layout import Choice, calls_noted, can_be_turned_off
 from roadie.errors import RoutingError
+from roadie.sites.rows import Choice, Routing
 
 
-class LoraChoice:
+class LoraChoice(Choice):
     """An adapter's name for each of B rows, None for no LoRA; expansion: how many consecutive rows generation makes of one."""
 
-    def __init__(self, names: Sequence[str | None], expansion: int = 1) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str | None], expansion: int = 1) -> None:
+        super().__init__(torch.arange(len(names)), expansion, model=model)
         self.names = tuple(names)
-        self.rows = Choice(torch.arange(len(self.names)), expansion)
 
     def places(self, x: Tensor, site: nn.Module) -> dict[str | None, list[int]]:
         """What x ``[B, ...]`` or ``[B T, in]``, the input of the linear layer `site`, has in front, by the adapter it uses."""
-        count = len(self.rows.placed(x, site))
         places: dict[str | None, list[int]] = {}
-        for place in range(count):
-            places.setdefault(self.names[place * len(self.names) // count], []).append(place)
+        for place, row in enumerate(self.placed_on_host(x, site).tolist()):
+            places.setdefault(self.names[row], []).append(place)
         return places
-
-
-class LoraRouting:
-    """The choice in force, shared by the LoRA layers of one model; None: all rows use the active adapters."""
-
-    def __init__(self) -> None:
-        self.choice: LoraChoice | None = None
-
-    @contextmanager
-    def in_force(self, choice: LoraChoice | None) -> Iterator[None]:
-        """Within the block the choice holds; None: nobody chose."""
-        before, self.choice = self.choice, choice
-        try:
-            yield
-        finally:
-            self.choice = before
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoraRouting:
-        copy = memo[id(self)] = LoraRouting()
-        return copy
 
 
 @contextmanager
@@ -62,16 +40,12 @@ def lora_rows(model: nn.Module, names: Sequence[str | None], *, expansion: int =
     generation makes of one (beams, returned sequences). Which RoAd adapter a row uses is chosen beside it, by `roadie.rows`
     or by `adapter_names`. Raises `RoutingError` for unknown names, and where LoRA is merged.
     """
-    layers = [module for module in model.modules() if isinstance(getattr(module, "lora_routing", None), LoraRouting)]
-    choice = LoraChoice(tuple(None if name == BASE else name for name in _checked(layers, names)), expansion)
-    routing = layers[0].lora_routing
-    assert isinstance(routing, LoraRouting)
-    with ExitStack() as stack:
-        stack.enter_context(calls_noted(model, lambda: None if routing.choice is None else routing.choice.rows))
-        stack.enter_context(can_be_turned_off(lambda: routing.in_force(None)))
-        stack.enter_context(routing.in_force(choice))
-        if torch.is_grad_enabled():
-            stack.enter_context(checkpoints_keep_rows(model, lambda: routing.in_force(choice)))
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "lora_routing", None), Routing)
+    ]
+    choice = LoraChoice(model, [None if name == BASE else name for name in _checked(layers, names)], expansion)
+    routing: Routing[LoraChoice] = layers[0].lora_routing
+    with routing.chosen(model, choice):
         yield
 
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from roadie.errors import ConfigError, UnsupportedLayer
 from roadie.linear import refusals
+from roadie.sites.rows import Routing
 from roadie.tuner.injection import base_of, quantization_backend
 from roadie.tuner.layer import linear_features
 from roadie.tuner.targeting import with_names_of_all_linear
 from roadie.tuner.with_lora.layer import LoraLinear
-from roadie.tuner.with_lora.rows import LoraRouting
+from roadie.tuner.with_lora.rows import LoraChoice
 
 # What plain LoRA leaves out, and the value that says so. Some change the base weight, of which RoAd makes R W; others read it.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -55,7 +56,7 @@ class LoraTuner(LoraModel):
                 raise UnsupportedLayer(f"LoRA beside RoAd, at {path!r}: {reason}; put it into exclude_modules")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = self.layers()
-        routing = next((layer.lora_routing for layer in layers), LoraRouting())
+        routing: Routing[LoraChoice] = next((layer.lora_routing for layer in layers), Routing())
         for layer in layers:
             layer.lora_routing = routing
             layer.train(model.training)

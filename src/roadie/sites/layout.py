@@ -66,7 +66,8 @@ _kinds: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
 _are_sure: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Models that were looked at -> whether each of their linear layers has the rows in front, or all tokens flat."""
 _cannot_be_run: WeakSet[nn.Module] = WeakSet()
-_offs: ContextVar[tuple[Off, ...]] = ContextVar("roadie_rows_off", default=())
+offs: ContextVar[tuple[Off, ...]] = ContextVar("roadie_rows_off", default=())
+"""What takes the rows that the calling thread chose out of force, while the model is run on one row."""
 
 
 class Calls:
@@ -97,6 +98,24 @@ class Calls:
         if len(x) not in (rows, rows * self.expansion) and x.shape[:2].numel() != rows:  # the last: several texts a row
             raise RoutingError(wrong_number(rows, len(x)) + "Wanted adapters or slots, one for each row of the input.")
 
+    def check(self, y: Tensor, site: nn.Module, slots: Tensor) -> None:
+        """Raise `RoutingError` unless `site`, which gives y, or is given it, has the rows in front, or all tokens flat."""
+        if y.dim() == 2 and not self.tokens and self._is_flat(len(y), Kind.ROWS, slots):
+            return  # rows without tokens
+        kind = self.kind_of(site)
+        if not (kind is Kind.ROWS if y.dim() > 2 else self._is_flat(len(y), kind, slots)):
+            raise RoutingError((_OTHER if kind else _CANNOT_TELL).format(shape=tuple(y.shape)))
+
+    def _is_flat(self, num_parts: int, kind: Kind | None, slots: Tensor) -> bool:
+        """Whether so many parts can be all rows, or all tokens, for a layer of this kind."""
+        rows = slots.shape[0]
+        is_of_rows = slots.dim() == 1 and num_parts in (rows, rows * self.expansion)
+        per_row = 1 if is_of_rows else num_parts // (rows * self.expansion)
+        is_of_tokens = slots.dim() > 1 or per_row in self.tokens
+        if kind is None:
+            return is_of_rows or is_of_tokens
+        return is_of_rows if kind is Kind.ROWS else is_of_tokens and kind is Kind.TOKENS
+
     def kind_of(self, site: nn.Module) -> Kind | None:
         """What a layer is given; None where that is not known. The model may be run on one row to find out, once."""
         kind, call = _kinds.get(site), self._last
@@ -126,58 +145,6 @@ class Calls:
         linear = filter(is_linear, call.model.modules())
         _are_sure[_core(call.model)] = all(_kinds.get(layer) in (Kind.ROWS, Kind.TOKENS) for layer in linear)
         return True
-
-
-class Choice:
-    """The slots of one batch.
-
-    slots: int64 ``[B]``, or ``[B, T]`` for a slot a token; expansion: how many consecutive rows generation makes of one; calls:
-    of the model while the choice is in force.
-    """
-
-    def __init__(self, slots: Tensor, expansion: int = 1, calls: Calls | None = None) -> None:
-        self.slots, self.expansion = slots, expansion
-        self.calls = Calls(slots.shape[0], expansion) if calls is None else calls
-
-    def placed(self, y: Tensor, site: nn.Module, slots: Tensor | None = None) -> Tensor:
-        """The slots for what `site`, a linear layer, gives or is given: y ``[..., D]``; in the shape of y's first dimensions.
-
-        slots: others than those of the batch, of the same shape. Raises `RoutingError` where the rows of y are not those of the
-        batch, or where nobody can tell.
-        """
-        slots = self.slots if slots is None else slots
-        found = by_size(slots, self.expansion, y)
-        if found is None:
-            raise RoutingError(
-                wrong_number(slots.shape[0], y.shape[0] if y.dim() > 1 else 1)
-                + f"Wanted adapters or slots, one for each row (or each token) of what a layer gives, {tuple(y.shape)}."
-            )
-        if not torch.compiler.is_compiling():
-            if _is_doubtful(y, found):
-                self._check(y, site)
-        elif not self.calls.is_sure and (y.dim() > 2 or len(y) != len(slots)) and _is_doubtful(y, found):
-            _check_in_eager(self, y, site)  # but for as many parts as rows, which are rows but in an expert of many
-        return found
-
-    def _check(self, y: Tensor, site: nn.Module) -> None:
-        if y.dim() == 2 and not self.calls.tokens and self._is_flat(len(y), Kind.ROWS):
-            return  # rows without tokens
-        kind = self.calls.kind_of(site)
-        if not (kind is Kind.ROWS if y.dim() > 2 else self._is_flat(len(y), kind)):
-            raise RoutingError((_OTHER if kind else _CANNOT_TELL).format(shape=tuple(y.shape)))
-
-    def _is_flat(self, num_parts: int, kind: Kind | None) -> bool:
-        """Whether so many parts can be all rows, or all tokens, for a layer of this kind."""
-        rows = self.slots.shape[0]
-        is_of_rows = self.slots.dim() == 1 and num_parts in (rows, rows * self.expansion)
-        per_row = 1 if is_of_rows else num_parts // (rows * self.expansion)
-        is_of_tokens = self.slots.dim() > 1 or per_row in self.calls.tokens
-        if kind is None:
-            return is_of_rows or is_of_tokens
-        return is_of_rows if kind is Kind.ROWS else is_of_tokens and kind is Kind.TOKENS
-
-
-_check_in_eager: Callable[[Choice, Tensor, nn.Module], None] = torch.compiler.disable(Choice._check)
 
 
 def wrong_number(wanted: int, got: int) -> str:
@@ -213,30 +180,14 @@ def by_size(slots: Tensor, expansion: int, y: Tensor) -> Tensor | None:
     return None
 
 
-def _is_doubtful(y: Tensor, slots: Tensor) -> bool:
+def is_doubtful(y: Tensor, slots: Tensor) -> bool:
     """Whether y could be something else of the same size."""
     if y.dim() > 2:
         return y.shape[0] == y.shape[1] > 1
     return y.dim() == 2 and len(slots) > 1
 
 
-@contextmanager
-def calls_noted(model: nn.Module, current: Callable[[], Choice | None]) -> Iterator[None]:
-    """Within the block the choice in force knows how a model is called, or the model inside, where PEFT wraps it."""
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        choice = None if torch.compiler.is_compiling() else current()
-        if choice is not None:
-            choice.calls.note(_plain(module), args, kwargs)
-            choice.calls.look(module)
-
-    with ExitStack() as stack:
-        for part in _wrapped(model):
-            stack.callback(_before_calls(part, note))
-        yield
-
-
-def _before_calls(module: nn.Module, note: Callable[..., None]) -> Callable[[], None]:
+def before_calls(module: nn.Module, note: Callable[..., None]) -> Callable[[], None]:
     """From now on note(module, args, kwargs) comes before each call, in eager mode; gives what ends that."""
     compiled = module._compiled_call_impl  # of module.compile(), whose graph has the hooks inside
     if compiled is None:
@@ -252,37 +203,27 @@ def _before_calls(module: nn.Module, note: Callable[..., None]) -> Callable[[], 
 
 def has_compiled_part(model: nn.Module) -> bool:
     """Whether a model was given to torch.compile, or a module in it."""
-    return any(m._compiled_call_impl is not None or _plain(m) is not m for m in model.modules())
+    return any(m._compiled_call_impl is not None or plain(m) is not m for m in model.modules())
 
 
 def _core(model: nn.Module) -> nn.Module:
     """The model inside all wrappers, of PEFT and of torch.compile."""
-    return _plain(_wrapped(_plain(model))[-1])
+    return plain(wrapped(plain(model))[-1])
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def plain(module: nn.Module) -> nn.Module:
     """What torch.compile made a compiled module of, or the module itself."""
     inner = module._modules.get("_orig_mod")
     return module if inner is None else inner
 
 
-def _wrapped(model: nn.Module) -> list[nn.Module]:
+def wrapped(model: nn.Module) -> list[nn.Module]:
     """A model and what it hands its calls on to: of a PeftModel the tuner, and the model that this one holds."""
     parts = [model]
     for name in ("base_model", "model"):
         inner = None if hasattr(type(parts[-1]), "base_model_prefix") else parts[-1]._modules.get(name)
         parts += [] if inner is None else [inner]
     return parts
-
-
-@contextmanager
-def can_be_turned_off(off: Off) -> Iterator[None]:
-    """Within the block `off()` is what takes the rows out of force while the model is run on one row."""
-    token = _offs.set((*_offs.get(), off))
-    try:
-        yield
-    finally:
-        _offs.reset(token)
 
 
 class Sight:
@@ -409,7 +350,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
-        for off in _offs.get():
+        for off in offs.get():
             stack.enter_context(off())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())

@@ -1,0 +1,1 @@
+"""Where a model is rotated, and what each row of a batch uses there."""
