@@ -52,7 +52,7 @@ check: $(VENV)/.development ## style, types, the import ladder and the public su
 	$(RUN)/ruff check $(CHECKED)
 	$(RUN)/ruff format --check $(CHECKED)
 	$(RUN)/mypy
-	$(RUN)/python -m pytest -q tests/architecture/test_ladder.py tests/architecture/test_surface.py
+	$(RUN)/python -m pytest -q tests/architecture/test_ladder.py tests/architecture/test_circles.py tests/architecture/test_surface.py
 
 bench: $(VENV)/.development ## time and memory against the rivals, and docs/performance.md (ARGS=--quick: a minute, docs stay)
 	$(RUN)/python -m benchmarks.run $(ARGS)
