@@ -52,6 +52,7 @@ def rows(model: nn.Module, slots: Tensor | Sequence[Any]) -> AbstractContextMana
     "__base__" (or None) for the base model, and, with a bank, mappings of names to weights. In a bank slots are those of
     `AdapterBank.slots`; in a PeftModel -1 is the base model and k the k-th adapter of ``model.peft_config``.
 
+    The choice is the calling thread's (or task's) own: others may run the model meanwhile, with other rows or with none.
     Works in training too: each row's gradient goes to its own adapter. In a PeftModel trainable adapters that no row uses get a
     gradient of zero: the table holds all adapters, so that a compiled model stays one program whatever the rows choose.
     Raises `RoutingError` for unknown adapters, slots out of range, or a model that nobody serves.
