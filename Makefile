@@ -54,7 +54,7 @@ check: $(VENV)/.development ## style, types, the import ladder and the public su
 	$(RUN)/mypy
 	$(RUN)/python -m pytest -q tests/architecture/test_ladder.py tests/architecture/test_circles.py tests/architecture/test_surface.py
 
-bench: $(VENV)/.development ## time and memory against the rivals, and docs/performance.md (ARGS=--quick: a minute, docs stay)
+bench: $(VENV)/.development ## time and memory against the rivals, and docs/performance.md (ARGS=--quick: a minute; ARGS="--model FOLDER": a real model too)
 	$(RUN)/python -m benchmarks.run $(ARGS)
 
 quality: $(VENV)/.development ## how well adapters learn: train what the records lack (hours), and docs/quality.md

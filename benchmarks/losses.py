@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.rivals import PEFT_IA3, PEFT_LORA, PEFT_ROAD, ROADIE
-from benchmarks.verdicts import interval, of_workload
+from benchmarks.rivals import ROADIE
+from benchmarks.verdicts import THEIRS, interval, of_workload, title_of, whole_models
 
 Entry = dict[str, Any]
-THEIRS = (PEFT_ROAD, PEFT_LORA, PEFT_IA3)
 VARIANT = " road_1"  # the one that is compared where an entry has all of them
 
 
@@ -60,6 +59,8 @@ def _fewer(what: str, amounts: dict[str, float]) -> Iterator[Loss]:
 
 def _title(entry: Entry) -> str:
     case = entry["case"]
+    if whole_models([entry]):
+        return title_of(entry)
     if entry["workload"] == "kept":
         return f"{case['what']}, {case['precision']}, {case['mode']}"
     size = f"{case['tokens']} tokens"

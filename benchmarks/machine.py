@@ -79,7 +79,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "versions": {library: version(library) for library in LIBRARIES},
         "default_threads": default,
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "copy_bytes_per_s": {str(count): copy_bandwidth(count) for count in sorted({1, default})},
+        "copy_bytes_per_s": {str(count): copy_bandwidth(count) for count in sorted({1, min(2, cores()), default})},
     }
 
 

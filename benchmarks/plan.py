@@ -1,5 +1,8 @@
 """Which cases are run and how long each may take: 15 minutes on two cores for all, a minute for the quick ones.
 
+Whole models have 15 minutes of their own, since only who has a checkpoint measures most of them; a round of six rivals takes
+up to a minute with 1024 tokens of a model of 135M parameters.
+
 Cases with few tokens are short, and the intervals that the bounds are read from need many of their rounds. With 4096
 tokens one call takes seconds in float32, so these cases get few rounds (four, or two for 11008 outputs), and their
 intervals are wide; the number of rounds stands beside them. They come last: what has not begun after DEADLINE_S is left
@@ -8,6 +11,7 @@ out, and the document says so.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,18 +20,23 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Budget
+from benchmarks.machine import cores
 from benchmarks.rivals import AGAIN, FROZEN, PRECISIONS, RIVALS, ROADIE
-from benchmarks.workloads import kept, layer, model, peak, rotation
+from benchmarks.workloads import kept, layer, model, peak, real_model, rotation
 from benchmarks.workloads.kept import KeptCase
 from benchmarks.workloads.layer import FORWARD, LayerCase
 from benchmarks.workloads.layer import TRAINING as LAYER_TRAINING
 from benchmarks.workloads.model import DECODE, PREFILL, TRAINING, ModelCase, ModelSize
+from benchmarks.workloads.real_model import Checkpoint, Shapes, WholeCase
 from benchmarks.workloads.rotation import RotationCase
 
 DEADLINE_S = 13 * 60
 TOKENS = (1, 8, 64, 512, 4096)
 TINY = ModelSize(hidden=64, layers=2, heads=4, intermediate=128, vocabulary=256)
 MODEL_PRECISIONS = ("fp32", "bf16, fp32 adapter")
+RESIDENTS = Checkpoint("a random Llama of 4 layers, 1024 wide", ModelSize(1024, 4, 16, 2816, 4096))
+TINY_CHECKPOINT = Checkpoint("a tiny random Llama", TINY)
+TINY_SHAPES = Shapes((1,), (1, 4), 4, (8, 16), adapters=3, mixed_rows=(4,), mixed_training=((4, 2),))
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,65 @@ def quick() -> Iterator[Task]:
     yield from _peaks(TINY, rows=2, tokens=32, layer_tokens=64, names=(FROZEN, ROADIE))
     for tokens in (1, 64):
         yield from _layers(4096, tokens, Budget(0.5, 3))
+
+
+def whole_models(
+    checkpoint: Checkpoint | None, precision: str, shapes: Shapes, budget: Callable[[WholeCase], Budget]
+) -> Iterator[Task]:
+    """A checkpoint, where there is one, and 64 rows of 200 resident adapters through a random Llama."""
+    if checkpoint is not None:
+        found = [case for case in real_model.cases(shapes, precision) if case.threads <= cores()]
+        yield from _whole(real_model.CHECKPOINT, checkpoint, found, budget)
+    residents = WholeCase(real_model.ONE_TOKEN, "fp32", rows=64, tokens=1, threads=1, adapters=200)
+    yield from _whole(real_model.RESIDENTS, RESIDENTS, [residents], budget)
+
+
+def quick_whole_models(checkpoint: Checkpoint | None) -> Iterator[Task]:
+    """A few short steps, of a tiny random Llama if there is no checkpoint."""
+    few = Budget(0.1, min_rounds=3)
+    found = real_model.cases(TINY_SHAPES, "fp32")
+    yield from _whole(real_model.CHECKPOINT, checkpoint or TINY_CHECKPOINT, found, lambda case: few)
+    residents = WholeCase(real_model.ONE_TOKEN, "fp32", rows=4, tokens=1, threads=1, adapters=6)
+    yield from _whole(real_model.RESIDENTS, TINY_CHECKPOINT, [residents], lambda case: few)
+
+
+def whole_budget(case: WholeCase) -> Budget:
+    """Time for a step of a whole model: it is stated for one thread, which gets more of it."""
+    tokens = case.rows * (case.tokens if case.mode == TRAINING else 1)
+    share = 1.0 if case.threads == 1 else 0.5
+    if case.mode != TRAINING:
+        return Budget((12.0 if tokens == 1 else 25.0) * share, min_rounds=12)
+    if tokens <= 64:
+        return Budget(25.0 * share, min_rounds=7)
+    return Budget(60.0 * share, min_rounds=4 if tokens > 256 else 6, warm_up_calls=1)
+
+
+def _whole(
+    workload: str, checkpoint: Checkpoint, cases: list[WholeCase], budget: Callable[[WholeCase], Budget]
+) -> Iterator[Task]:
+    """Models are loaded and adapted once, by the first task that needs them, and go with the last."""
+
+    @functools.cache
+    def base(precision: str) -> Any:
+        return real_model.load(checkpoint, PRECISIONS[precision].base)
+
+    @functools.cache
+    def models(precision: str, adapters: int) -> real_model.Models:
+        if adapters == 1:
+            return real_model.single_models(base(precision), PRECISIONS[precision])
+        # PEFT takes a minute to add 200 adapters of LoRA, and nothing is said of it there.
+        names = real_model.ONLY_OURS if workload == real_model.RESIDENTS else real_model.MIXED_NAMES
+        return real_model.mixed_models(base(precision), adapters, names)
+
+    for case in cases:
+        adapters = f", {case.adapters} adapters" if case.adapters > 1 else ""
+        what = f"{case.mode}, {case.precision}, {case.rows} x {case.tokens}{adapters}, {case.threads} threads"
+
+        def run(case: WholeCase = case) -> list[dict[str, Any]]:
+            compared = models(case.precision, case.adapters)
+            return [real_model.run(workload, checkpoint.name, case, budget(case), compared)]
+
+        yield Task(f"{checkpoint.name}: {what}", run)
 
 
 def has_compiler() -> bool:

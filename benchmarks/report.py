@@ -9,8 +9,10 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.losses import losses
 from benchmarks.machine import ROOT
-from benchmarks.rivals import ROADIE
-from benchmarks.verdicts import Verdict, of_workload, verdicts
+from benchmarks.rivals import PEFT_LORA, ROADIE
+from benchmarks.verdicts import Verdict, of_workload, verdicts, whole_models
+from benchmarks.workloads.model import TRAINING
+from benchmarks.workloads.real_model import CHECKPOINT
 
 DOCS = ROOT / "docs"
 Record = dict[str, Any]
@@ -25,11 +27,22 @@ _HOW = """## How it was measured
 
 The rivals run in one process and take turns, in an order that changes every round; a number is the median over rounds,
 and a ratio is the median of the ratios within rounds, with its 95 % bootstrap interval in brackets. Layers and the
-rotation alone run on one thread, whole models on torch's default number. All rivals work on the same base weights. The
+rotation alone run on one thread, the steps of a whole model on as many as their line says, and the Llama of random weights
+below on torch's default number. All rivals work on the same base weights, and adapt the same layers. The
 frozen model computes the gradient of its input in backward. "frozen again" is the frozen layer a second time: how far
 its ratio is from 1 is how far any ratio in that row can be trusted. "limit" is what the ratio would be if the rotation
 were a pass of its own over memory (2 reads or writes an element forward, 5 with backward) at the speed of copying 64 MiB;
 below it is possible only where the tensor is still in a cache.
+"""
+
+
+_WHOLE = """What a user pays: models are run, not layers. A decoding step is a forward over one token a row, with `tokens` in the
+cache; a training step is a forward with a loss and a backward, without an optimizer. roadie's bounds hold on one thread; that
+of a training step is the larger of a fixed share and 1.3 times what the rotation as a pass of its own over memory would add.
+Where there are several adapters, each row names its own (`adapter_names`; `roadie.rows` in training, where PEFT refuses names).
+"""
+_NO_CHECKPOINT = """No real model was measured for this record: none was given. `make bench ARGS="--model FOLDER"` takes a folder
+that transformers loads; `python -m benchmarks.real_model --model FOLDER` measures the steps of a whole model alone.
 """
 
 
@@ -51,7 +64,8 @@ def text_of(record: Record, gpu: Record | None) -> str:
         _provenance(record),
         _losses(verdicts(record), record),
         _loss_table(record),
-        _verdict_table(verdicts(record)),
+        whole_models_section(record),
+        verdict_table(verdicts(record)),
         _HOW,
         *_measurements(record["entries"]),
         _gpu(gpu),
@@ -65,15 +79,18 @@ def _provenance(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     dirty = " with uncommitted changes" if record["dirty"] else ""
     start, end = (" ".join(map(str, load)) for load in (machine["load_average"], record["load_average_end"]))
+    duration = f"{record['duration_s'] / 60:.1f} minutes"
+    if "whole_models_s" in record:
+        duration += f", and {record['whole_models_s'] / 60:.1f} for whole models"
     rows = [
         ["processor", f"{machine['processor']}, {machine['cores']} cores, {machine['capability']}"],
         ["commit", f"{record['commit']}{dirty}"],
         ["date", record["date"]],
         ["versions", f"Python {machine['python']}, {versions}"],
-        ["threads", f"1 for layers and the rotation alone, {machine['default_threads']} for models"],
+        ["threads", f"1 for layers and the rotation alone, {machine['default_threads']} for the random Llama"],
         ["copying 64 MiB, read + written", speeds],
         ["load average, start and end", f"{start}; {end}"],
-        ["duration", f"{record['duration_s'] / 60:.1f} minutes"],
+        ["duration", duration],
     ]
     return tables.markdown(["", ""], rows)
 
@@ -97,14 +114,55 @@ def _loss_table(record: Record) -> str:
     return f"{about}\n\n{tables.markdown(['what', 'rival', 'share'], rows)}"
 
 
-def _verdict_table(found: list[Verdict]) -> str:
+def verdict_table(found: list[Verdict]) -> str:
     rows = [[str(v.line), v.about, v.bound, v.measured, v.interval, "met" if v.met else "**NOT MET**"] for v in found]
     about = (
-        "The lines number what the kernels are held to. A bound is met when the end of the interval nearer "
-        "to it meets it."
+        "The lines number what roadie is held to. A bound is met when the end of the interval nearer to it meets it."
     )
     header = ["line", "what", "bound", "measured", "interval", "verdict"]
     return f"## Bounds\n\n{about}\n\n{tables.markdown(header, rows)}"
+
+
+def whole_models_section(record: Record) -> str:
+    """What the user of a model pays: a sentence, and a table of every step."""
+    found = whole_models(record["entries"])
+    parts = ["## A whole model, time over the frozen model\n", _WHOLE]
+    if not of_workload(found, CHECKPOINT):
+        parts.append(_NO_CHECKPOINT)
+    for title in dict.fromkeys(entry["model"] for entry in found):
+        of_model = [entry for entry in found if entry["model"] == title]
+        size = (
+            f"{of_model[0]['parameters'] / 1e6:.3g} million parameters, {of_model[0]['adapted_layers']} adapted layers"
+        )
+        parts.append(f"### {title}: {size}\n\n{_paid(of_model)}\n\n{tables.whole_models(of_model)}")
+    return "\n".join(parts)
+
+
+def _paid(entries: list[dict[str, Any]]) -> str:
+    """In words what roadie and LoRA add on one thread: a line for each kind of step."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        if entry["case"]["threads"] == 1:
+            kinds.setdefault(_kind(entry["case"]), []).append(entry)
+    lines = []
+    for kind, of_kind in kinds.items():
+        counts = ", ".join(str(_count(entry["case"])) for entry in of_kind)
+        added = {name: _added(of_kind, name) for name in (ROADIE, PEFT_LORA) if name in of_kind[0]["rivals"]}
+        lines.append(f"- {kind.format(counts)}: " + "; ".join(f"{name} {costs}" for name, costs in added.items()))
+    return "What adapters add to the frozen model's time, on one thread:\n\n" + "\n".join(lines)
+
+
+def _kind(case: dict[str, Any]) -> str:
+    what = "training step, {} tokens" if case["mode"] == TRAINING else f"{case['mode']}, {{}} rows"
+    return what if case["adapters"] == 1 else f"{what} (each row one of {case['adapters']} adapters)"
+
+
+def _count(case: dict[str, Any]) -> int:
+    return case["rows"] * (case["tokens"] if case["mode"] == TRAINING else 1)
+
+
+def _added(entries: list[dict[str, Any]], name: str) -> str:
+    return ", ".join(f"{entry['rivals'][name]['ratio']['value'] - 1:+.1%}" for entry in entries)
 
 
 def _measurements(entries: list[dict[str, Any]]) -> Iterator[str]:

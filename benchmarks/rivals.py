@@ -1,5 +1,7 @@
 """What is compared: the frozen model, roadie, and PEFT's RoAd, LoRA and (IA)3, each checked to be what its name says.
 
+"roadie, 2 stages" rotates twice in a row, over other pairs each time.
+
 Rivals share their base weights, the very same memory, so that none has luckier pages than another. Adapters get a little
 noise, since an adapter that does nothing might be cheaper than one that does something.
 """
@@ -18,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 import roadie
+from roadie.rotation import parameter_size
 from roadie.testing import stock_peft
 from roadie.testing.rival import is_stock
 
@@ -25,8 +28,10 @@ FROZEN, AGAIN, ROADIE = "frozen", "frozen again", "roadie"
 PEFT_ROAD, PEFT_LORA, PEFT_IA3 = "PEFT RoAd", "PEFT LoRA r=8", "PEFT (IA)3"
 ADAPTERS = (ROADIE, PEFT_ROAD, PEFT_LORA, PEFT_IA3)
 RIVALS = (FROZEN, *ADAPTERS)
+ROADIE_STAGES = "roadie, 2 stages"
 RANK = 8
 GROUP_SIZE = 64  # PEFT's default
+STAGES = (2, GROUP_SIZE)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ def _roadie(model: Any, targets: Any, variant: str, autocast: bool) -> Any:
     return roadie.get_peft_model(model, config, autocast_adapter_dtype=autocast)
 
 
+def _roadie_stages(model: Any, targets: Any, variant: str, autocast: bool) -> Any:
+    config = roadie.RoadConfig(variant=variant, stages=list(STAGES), target_modules=targets)
+    return roadie.get_peft_model(model, config, autocast_adapter_dtype=autocast)
+
+
 def _peft_road(model: Any, targets: Any, variant: str, autocast: bool) -> Any:
     with stock_peft() as stock_config:
         config = stock_config(variant=variant, group_size=GROUP_SIZE, target_modules=targets)
@@ -80,6 +90,7 @@ def _peft_ia3(model: Any, targets: Any, variant: str, autocast: bool) -> Any:
 
 _MAKERS: dict[str, Callable[[Any, Any, str, bool], Any]] = {
     ROADIE: _roadie,
+    ROADIE_STAGES: _roadie_stages,
     PEFT_ROAD: _peft_road,
     PEFT_LORA: _peft_lora,
     PEFT_IA3: _peft_ia3,
@@ -111,8 +122,31 @@ def _layers(model: nn.Module, kind: type) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that adapters were added to, whichever method's, by their path in the base model."""
+    kind = peft.tuners.tuners_utils.BaseTunerLayer
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    return {name.removeprefix("base_model.model."): module for name, module in found.items()}
+
+
 def _is_roadie(model: nn.Module) -> bool:
-    return bool(_layers(model, roadie.RoadLayer)) and not is_stock(model)
+    return _has_stages(model, 1)
+
+
+def _is_roadie_stages(model: nn.Module) -> bool:
+    return _has_stages(model, len(STAGES))
+
+
+def _has_stages(model: nn.Module, count: int) -> bool:
+    """Whether all adapted layers are roadie's, with parameters for `count` rotations in a row."""
+    layers = _layers(model, roadie.RoadLayer)
+    return bool(layers) and not is_stock(model) and all(_stages_in(layer) == count for layer in layers)
+
+
+def _stages_in(layer: Any) -> float:
+    """How many rotations in a row the number of a layer's parameters is that of."""
+    ((name, theta),) = layer.road_theta.items()
+    return theta.numel() / parameter_size(layer.variant[name], layer.out_features)
 
 
 def _is_lora(model: nn.Module) -> bool:
@@ -133,6 +167,7 @@ _IS: dict[str, Callable[[nn.Module], bool]] = {
     FROZEN: _is_bare,
     AGAIN: _is_bare,
     ROADIE: _is_roadie,
+    ROADIE_STAGES: _is_roadie_stages,
     PEFT_ROAD: is_stock,
     PEFT_LORA: _is_lora,
     PEFT_IA3: _is_ia3,

@@ -3,6 +3,8 @@
 python -m benchmarks.run              everything; at most 15 minutes on two cores
 python -m benchmarks.run --quick      about a minute; record and document go to .cache/benchmarks
 python -m benchmarks.run --report     no measuring: the document anew from the newest record
+
+`--model FOLDER`, or ROADIE_BENCH_MODEL, is a checkpoint that transformers loads: its steps are measured too, in 15 minutes more.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +23,14 @@ import torch
 from benchmarks import plan, record, report
 from benchmarks.machine import commit, describe, now
 from benchmarks.workloads import with_limit
+from benchmarks.workloads.real_model import Checkpoint, Shapes
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 1 where a case failed."""
     options = _parse(arguments)
     if not options.report:
-        made = measure_all(plan.quick() if options.quick else plan.full(), quick=options.quick)
+        made = measure_everything(options.checkpoint, options.quick)
         _say(f"\n{report.text_of(made, None)}\nrecord: {record.write(made)}")
         if made["failures"]:
             _say("a case failed: the document is left as it was")
@@ -47,16 +51,33 @@ def write_document() -> int:
     return 0
 
 
-def measure_all(tasks: Iterable[plan.Task], quick: bool, deadline_s: float = plan.DEADLINE_S) -> dict[str, Any]:
+def measure_everything(checkpoint: Checkpoint | None, quick: bool) -> dict[str, Any]:
+    """The record of whole models and of all the rest; its "duration_s" is that of the rest."""
+    if checkpoint is None and not quick:
+        _say("no checkpoint was given, so that no real model is measured; --model FOLDER gives one")
+    if quick:
+        whole, rest = plan.quick_whole_models(checkpoint), plan.quick()
+    else:
+        whole, rest = plan.whole_models(checkpoint, "fp32", Shapes(), plan.whole_budget), plan.full()
+    of_whole = measure_all(whole, quick)
+    return {**measure_all(rest, quick, begun=of_whole), "whole_models_s": of_whole["duration_s"]}
+
+
+def measure_all(
+    tasks: Iterable[plan.Task],
+    quick: bool,
+    deadline_s: float = plan.DEADLINE_S,
+    begun: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The record of running all tasks, one after the other; one that raises is in "failures", the others go on.
 
-    Tasks that have not begun after `deadline_s` are not run, and named in "left_out".
+    Tasks that have not begun after `deadline_s` are not run, and named in "left_out". begun: a record to go on with.
     """
     start = time.perf_counter()
-    result = record.start(record.CPU, describe(), now(), commit(), quick)
+    result = begun or record.start(record.CPU, describe(), now(), commit(), quick)
     speeds = result["machine"]["copy_bytes_per_s"]
-    failures: list[dict[str, str]] = []
-    left_out: list[str] = []
+    failures: list[dict[str, str]] = list(result.get("failures", ()))
+    left_out: list[str] = list(result.get("left_out", ()))
     for task in tasks:
         began = time.perf_counter()
         if began - start > deadline_s:
@@ -78,7 +99,29 @@ def _parse(arguments: list[str] | None) -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="about a minute; docs/ stays as it is")
     parser.add_argument("--report", action="store_true", help="make the document from the newest record")
-    return parser.parse_args(arguments)
+    add_model(parser)
+    options = parser.parse_args(arguments)
+    options.checkpoint = checkpoint_of(options, parser)
+    return options
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that say which checkpoint is measured."""
+    default = os.environ.get("ROADIE_BENCH_MODEL")
+    parser.add_argument("--model", metavar="FOLDER", default=default, help="a checkpoint that transformers loads")
+    parser.add_argument("--model-name", metavar="NAME", help="what the record calls it; its folder's name if not given")
+
+
+def checkpoint_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Checkpoint | None:
+    """The checkpoint that the options name; ends the program where that is no folder with a model."""
+    if not options.model:
+        return None
+    folder = Path(options.model)
+    if not (folder / "config.json").is_file():
+        parser.error(
+            f"got --model {folder}; wanted a folder with config.json and weights, as save_pretrained writes it"
+        )
+    return Checkpoint(options.model_name or folder.absolute().name, folder)
 
 
 def _say(text: object) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.verdicts import of_workload
+from benchmarks.rivals import ROADIE
+from benchmarks.verdicts import bound_of, floor_of, of_workload
 from benchmarks.workloads.rotation import COPY
 
 Entry = dict[str, Any]
@@ -21,6 +22,26 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+
+def whole_models(entries: list[Entry]) -> str:
+    """A step of a whole model a line: rows and tokens down, rivals across, and the bound of roadie with one adapter a row."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry["rivals"]))
+    rows = []
+    for entry in entries:
+        case = entry["case"]
+        what = [case["mode"], case["precision"], f"{case['rows']} x {case['tokens']}"]
+        counts = [str(case[key]) for key in ("adapters", "threads")]
+        rows.append([*what, *counts, *timed(entry, names), _bound(entry), *_last(entry)])
+    header = ["step", "precision", "rows x tokens", "adapters", "threads", *_headings(names)]
+    return markdown([*header, "roadie's bound", "limit", "rounds"], rows)
+
+
+def _bound(entry: Entry) -> str:
+    bound = bound_of(entry)
+    if bound is None:
+        return ""
+    return f"{bound:.3g}: {'met' if entry['rivals'][ROADIE]['ratio']['low'] <= bound else '**not met**'}"
 
 
 def layers(entries: list[Entry]) -> Iterator[str]:
@@ -54,8 +75,7 @@ def timed(entry: Entry, names: Sequence[str]) -> list[str]:
 
 def _last(entry: Entry) -> list[str]:
     """The ratio a pass of its own over memory would have, and the number of rounds."""
-    limit = entry["limit_ms"] / entry["rivals"][entry["base"]]["median_ms"]
-    return [f"{limit:.3f}", str(entry["rounds"])]
+    return [f"{floor_of(entry):.3f}", str(entry["rounds"])]
 
 
 def _time(rival: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """What is measured. Each workload has a function that runs one case and gives its entry of the record.
 
-    layer     one linear layer: time, against the frozen layer
-    rotation  the rotation alone, in place: bytes a second, against copying
-    kept      bytes kept for backward by a layer and by what follows it, eager and compiled
-    model     a Llama of 160M parameters: prefill, decoding and a training step; bytes kept
-    peak      the peak memory of a training step, in a process of its own
+    checkpoint  a real model: decoding and training steps, one adapter or one for each row, on one thread and on two
+    residents   a random Llama with 200 adapters: 64 rows of one token, each in an adapter of its own
+    layer       one linear layer: time, against the frozen layer
+    rotation    the rotation alone, in place: bytes a second, against copying
+    kept        bytes kept for backward by a layer and by what follows it, eager and compiled
+    model       a Llama of 160M parameters: prefill, decoding and a training step; bytes kept
+    peak        the peak memory of a training step, in a process of its own
 
 An entry is ``{"workload", "case", "threads", "rounds", "calls", "base", "bytes_moved",
 "rivals"}`` where there are times (`entry` makes it, `with_limit` adds "limit_ms"), and ``{"workload", "case", "bytes"}``

@@ -40,20 +40,25 @@ class AdaptersCase:
 def models(base: nn.Module, count: int) -> dict[str, nn.Module]:
     """The rivals, each with `count` adapters called a0, a1 ..., over the weights of `base`."""
     base.requires_grad_(False)
-    road = {"variant": "road_1", "group_size": GROUP_SIZE, "target_modules": TARGETS, "init_weights": False}
-    ours = _with_adapters(sharing_copy(base), roadie.RoadConfig(**road), roadie.get_peft_model, count)
-    with stock_peft() as config:
-        stock = _with_adapters(sharing_copy(base), config(**road), peft.get_peft_model, count)
-    assert is_stock(stock)
-    assert not is_stock(ours)
-    lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, init_lora_weights=False)
-    return {
-        FROZEN: base,
-        ROADIE: ours,
-        PEFT_ROAD: stock,
-        BMM_LORA: add_bmm_lora(sharing_copy(base), TARGETS, count),
-        PEFT_LORA: _with_adapters(sharing_copy(base), lora, peft.get_peft_model, count),
-    }
+    made = {name: with_adapters(base, name, TARGETS, count) for name in (ROADIE, PEFT_ROAD, PEFT_LORA)}
+    return {FROZEN: base, BMM_LORA: add_bmm_lora(sharing_copy(base), TARGETS, count), **made}
+
+
+def with_adapters(base: nn.Module, name: str, targets: Any, count: int) -> nn.Module:
+    """roadie's, PEFT's RoAd or PEFT's LoRA, with `count` frozen random adapters called a0, a1 ... of the modules `targets`."""
+    road = {"variant": "road_1", "group_size": GROUP_SIZE, "target_modules": targets, "init_weights": False}
+    if name == ROADIE:
+        made = _with_adapters(sharing_copy(base), roadie.RoadConfig(**road), roadie.get_peft_model, count)
+        assert not is_stock(made)
+        return made
+    if name == PEFT_ROAD:
+        with stock_peft() as config:
+            made = _with_adapters(sharing_copy(base), config(**road), peft.get_peft_model, count)
+        assert is_stock(made)
+        return made
+    assert name == PEFT_LORA, name
+    lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, init_lora_weights=False)
+    return _with_adapters(sharing_copy(base), lora, peft.get_peft_model, count)
 
 
 def _with_adapters(model: Any, config: Any, get_peft_model: Any, count: int) -> Any:

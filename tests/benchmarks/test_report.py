@@ -66,6 +66,8 @@ def synthetic() -> dict[str, Any]:
     }
     what = {"what": kept.SILU, "precision": "fp32", "mode": "eager"}
     model = {"mode": "training step", "precision": "fp32", "rows": 2, "tokens": 256, "size": asdict(ModelSize())}
+    step = {"precision": "fp32", "threads": 1, "adapters": 1}
+    sizes_of_model = {"model": "Some-Llama", "parameters": 135_000_000, "adapted_layers": 210}
     entries = [
         timed("layer", {"mode": "forward", "precision": "bf16", **sizes}, rivals),
         timed("layer", {"mode": "forward+backward", "precision": "bf16", **sizes}, rivals),
@@ -74,6 +76,8 @@ def synthetic() -> dict[str, Any]:
         {"workload": "kept", "case": what, "bytes": of_silu},
         {"workload": "kept", "case": {**what, "mode": kept.PARTITIONED}, "bytes": of_silu},
         {"workload": "peak", "case": {"what": "model", **model}, "bytes": amounts},
+        timed("checkpoint", {"mode": "decode", "rows": 8, "tokens": 32, **step}, rivals, **sizes_of_model),
+        timed("checkpoint", {"mode": "training step", "rows": 1, "tokens": 64, **step}, rivals, **sizes_of_model),
     ]
     machine = {
         "name": "some-cpu-2-cores",
@@ -104,9 +108,9 @@ def by_line(made: dict[str, Any]) -> dict[int, list[bool]]:
     return found
 
 
-def test_every_line_of_the_issue_has_verdicts() -> None:
+def test_every_line_has_verdicts() -> None:
     found = by_line(synthetic())
-    assert list(found) == [2, 3, 4, 5, 6, 7]
+    assert list(found) == [1, 2, 3, 4, 5, 6, 7]
     assert all(all(met) for met in found.values())
 
 
@@ -122,6 +126,9 @@ def change(made: dict[str, Any], index: int, *path: Any, value: Any) -> dict[str
 @pytest.mark.parametrize(
     ("line", "index", "path", "value"),
     [
+        (1, 7, ("rivals", ROADIE, "ratio", "low"), 1.0201),
+        (1, 7, ("rivals", PEFT_IA3, "ratio_to_roadie"), as_interval((0.97, 0.96, 0.99))),
+        (1, 8, ("rivals", ROADIE, "ratio", "low"), 1.1001),
         (2, 4, ("bytes", f"{ROADIE} road_1", "per_element"), 4.0),
         (2, 4, ("bytes", f"{ROADIE} road_2", "per_element"), 8.0),
         (3, 0, ("rivals", ROADIE, "ratio", "low"), 1.0201),
@@ -144,6 +151,24 @@ def test_a_bound_that_is_missed_is_said_to_be(line: int, index: int, path: tuple
     text = report.text_of(made, None)
     assert text.count("**NOT MET**") == 1
     assert "Every bound below is met." not in text
+
+
+def test_whole_models_stand_above_single_layers_and_their_absence_is_said() -> None:
+    made = synthetic()
+    text = report.text_of(made, None)
+    assert text.index("## A whole model") < text.index("### Some-Llama: 135 million") < text.index("## One layer")
+    assert "- decode, 8 rows: roadie +2.1%; PEFT LoRA r=8 +20.0%\n" in text
+    assert "| 1.02: met " in text
+    assert "No real model was measured" not in text
+    made["entries"] = [entry for entry in made["entries"] if entry["workload"] != "checkpoint"]
+    text = report.text_of(made, None)
+    assert text.index("No real model was measured") < text.index("## One layer")
+    assert list(by_line(made)) == [2, 3, 4, 5, 6, 7]
+
+
+def test_the_time_of_whole_models_stands_beside_that_of_the_rest() -> None:
+    text = report.text_of({**synthetic(), "whole_models_s": 600.0}, None)
+    assert "14.0 minutes, and 10.0 for whole models" in text
 
 
 def test_a_bound_is_met_where_the_interval_reaches_it() -> None:
