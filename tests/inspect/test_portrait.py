@@ -14,7 +14,7 @@ from roadie.adapter import Adapter, LayerParameters
 from roadie.errors import AdapterError
 from roadie.inspect import look
 from roadie.inspect.blocks import blocks_of
-from roadie.inspect.places import Place, in_order, places_of
+from roadie.inspect.positions import Position, in_order, positions_of
 from roadie.rotation import to_blocks
 
 VARIANTS = ("road_1", "road_2", "road_4")
@@ -127,7 +127,7 @@ def test_a_portrait_is_json():
 
 
 def test_places():
-    found = places_of(
+    found = positions_of(
         [
             "model.layers.3.self_attn.q_proj",
             "model.layers.11.self_attn.q_proj",
@@ -136,19 +136,19 @@ def test_places():
             "lm_head",
         ]
     )
-    assert found["model.layers.11.self_attn.q_proj"] == Place(11, "q_proj")
+    assert found["model.layers.11.self_attn.q_proj"] == Position(11, "q_proj")
     assert (
         found["model.layers.3.mlp.experts.7.up_proj"]
         == found["model.layers.3.mlp.experts.8.up_proj"]
-        == Place(3, "up_proj")
+        == Position(3, "up_proj")
     )
-    assert found["lm_head"] == Place(None, "lm_head")
+    assert found["lm_head"] == Position(None, "lm_head")
 
 
 def test_kinds_are_as_long_as_they_must_be():
-    gpt2 = places_of(["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj", "transformer.h.0.attn.c_attn"])
+    gpt2 = positions_of(["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj", "transformer.h.0.attn.c_attn"])
     assert [place.kind for place in gpt2.values()] == ["attn.c_proj", "mlp.c_proj", "c_attn"]
-    t5 = places_of([f"{half}.block.2.layer.0.SelfAttention.q" for half in ("encoder", "decoder")])
+    t5 = positions_of([f"{half}.block.2.layer.0.SelfAttention.q" for half in ("encoder", "decoder")])
     assert [place.kind for place in t5.values()] == ["encoder.q", "decoder.q"]
 
 

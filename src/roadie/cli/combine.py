@@ -273,7 +273,7 @@ def _show(
     if as_json:
         typer.echo(json.dumps(mapping or written.to_mapping(), indent=2))
         return
-    from roadie.training.table import pairs
+    from roadie.training.text_table import pairs
 
     facts = [
         ("adapter", written.output),
@@ -288,7 +288,7 @@ def _show(
 
 
 def _lora(written: LoraWritten) -> str:
-    from roadie.training.table import pairs, table
+    from roadie.training.text_table import pairs, table
 
     ranks = sorted(set(written.ranks.values()))
     facts = [
@@ -304,7 +304,7 @@ def _lora(written: LoraWritten) -> str:
 
 
 def _matrix(found: Distances) -> str:
-    from roadie.training.table import table
+    from roadie.training.text_table import table
 
     rows = [(name, *(f"{value:.4f}" for value in row)) for name, row in zip(found.names, found.distances, strict=True)]
     return table(rows, head=(found.metric, *found.names))

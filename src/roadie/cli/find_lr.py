@@ -67,7 +67,7 @@ def _say(trial: Trial) -> None:
 
 def show(found: RateSearch) -> str:
     """The trials, and what to write behind `roadie train`."""
-    from roadie.training.table import table
+    from roadie.training.text_table import table
 
     best = found.learning_rate
     rows = [[f"{t.learning_rate:g}", f"{t.loss:.4f}", "best" if t.learning_rate == best else ""] for t in found.trials]

@@ -50,7 +50,7 @@ def info(
 def print_runtime(as_json: bool) -> None:
     """What computes here, as tables or JSON."""
     from roadie.training.runtime import inspect_runtime
-    from roadie.training.table import pairs, table
+    from roadie.training.text_table import pairs, table
 
     here = inspect_runtime()
     if as_json:
@@ -68,7 +68,7 @@ def print_runtime(as_json: bool) -> None:
 
 def show(summary: AdapterSummary, path: str) -> str:
     """The summary as two tables."""
-    from roadie.training.table import pairs, size, table
+    from roadie.training.text_table import pairs, size, table
 
     facts = [
         ("adapter", path),

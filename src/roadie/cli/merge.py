@@ -50,7 +50,7 @@ def merge(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
-    from roadie.training.table import pairs, size
+    from roadie.training.text_table import pairs, size
 
     typer.echo(
         pairs(

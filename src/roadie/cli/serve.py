@@ -107,16 +107,16 @@ def serve(
     with quiet_libraries():
         from roadie import embedded
         from roadie.serving.engine import EngineSettings
-        from roadie.serving.http.launch import Folders, Launch, Place, recorded_bases, run
+        from roadie.serving.http.launch import Endpoint, Folders, Launch, recorded_bases, run
         from roadie.serving.http.settings import HttpSettings
         from roadie.training.models import ModelSource, best_device, load_model, load_tokenizer
 
-        place = Place(host, port, api_keys, anonymous)
+        endpoint = Endpoint(host, port, api_keys, anonymous)
         source = ModelSource(model, revision, trust_remote_code, allow_pickle)
         source = source.for_adapters(recorded_bases(adapters) if adapters is not None else [])
         is_embedded = source.place == str(embedded.model_path())
         launch = Launch(
-            place,
+            endpoint,
             Folders(adapters, tuple(allow_from or ()), state),
             EngineSettings(
                 num_slots=slots,

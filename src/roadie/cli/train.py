@@ -176,7 +176,7 @@ def train(
 
 def show(result: TrainingResult) -> str:
     """The final table."""
-    from roadie.training.table import pairs, size
+    from roadie.training.text_table import pairs, size
 
     examples = f"{result.train_examples:,}"
     if result.evaluation_examples:

@@ -92,7 +92,7 @@ def train_many(
 
 def show(result: ManyResult) -> str:
     """The final table."""
-    from roadie.training.table import table
+    from roadie.training.text_table import table
 
     head = ["job", "status", "steps", "rate", "first loss", "last loss", "held-out", "adapter"]
     lines = table([_cells(job) for job in result.jobs], head=head)

@@ -25,7 +25,7 @@ from roadie import embedded
 from roadie.adapter import Adapter
 from roadie.errors import AdapterError, ConfigError
 from roadie.inspect.blocks import rotation_of
-from roadie.inspect.places import Place, places_of
+from roadie.inspect.positions import Position, positions_of
 
 TOP_SHARE = 0.1
 
@@ -40,11 +40,6 @@ class LayerAgreement:
     adapters: int
     alignment: float | None
 
-    @property
-    def place(self) -> Place:
-        """Depth and kind."""
-        return Place(self.depth, self.kind)
-
 
 @dataclass(frozen=True)
 class LayerSharing:
@@ -57,11 +52,6 @@ class LayerSharing:
     second_change: float
     distance: float
     alignment: float | None
-
-    @property
-    def place(self) -> Place:
-        """Depth and kind."""
-        return Place(self.depth, self.kind)
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare(adapters: Mapping[str, Adapter], places: Mapping[str, Place] | None = None) -> Comparison:
+def compare(adapters: Mapping[str, Adapter], positions: Mapping[str, Position] | None = None) -> Comparison:
     """Two adapters or more, by name, beside each other, and the closest two of them in detail.
 
     Raises `ConfigError` for fewer than two, `AdapterError` where a layer has another number of outputs in another adapter
@@ -116,8 +106,8 @@ def compare(adapters: Mapping[str, Adapter], places: Mapping[str, Place] | None 
         raise ConfigError(f"got {len(adapters)} adapters; wanted two at least to compare; name another one")
     paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers))
     _check_outputs(adapters, paths)
-    places = places or places_of(paths)
-    squared, inner, agreements = _sums(adapters, paths, places)
+    positions = positions or positions_of(paths)
+    squared, inner, agreements = _sums(adapters, paths, positions)
     distance = np.sqrt(squared / _shared_outputs(adapters, paths))
     names = tuple(adapters)
     first, second = _closest(distance)
@@ -126,21 +116,21 @@ def compare(adapters: Mapping[str, Adapter], places: Mapping[str, Place] | None 
         distance=tuple(map(tuple, distance.tolist())),
         alignment=tuple(tuple(map(_none_if_nan, row)) for row in _alignments(inner).tolist()),
         layers=tuple(agreements),
-        closest=share(adapters, names[first], names[second], places),
+        closest=share(adapters, names[first], names[second], positions),
         warnings=warnings_of(adapters),
     )
 
 
 def share(
-    adapters: Mapping[str, Adapter], first: str, second: str, places: Mapping[str, Place] | None = None
+    adapters: Mapping[str, Adapter], first: str, second: str, positions: Mapping[str, Position] | None = None
 ) -> Sharing:
     """What the adapters named `first` and `second` share, layer by layer; raises as `compare` does."""
     pair = {name: adapters[name] for name in (first, second)}
     paths = list(dict.fromkeys(path for adapter in pair.values() for path in adapter.layers))
     _check_outputs(pair, paths)
-    places = places or places_of(paths)
+    positions = positions or positions_of(paths)
     features = {path: _features(pair, path) for path in paths}
-    layers = tuple(_layer_sharing(path, places[path], features[path], _outputs(pair, path)) for path in paths)
+    layers = tuple(_layer_sharing(path, positions[path], features[path], _outputs(pair, path)) for path in paths)
     total = sum((each @ each.mT for each in features.values()), torch.zeros(2, 2, dtype=torch.float64)).numpy()
     outputs = [_outputs(pair, path) for path in paths]
     squared = sum(layer.distance**2 * size for layer, size in zip(layers, outputs, strict=True))
@@ -236,7 +226,7 @@ def _features(adapters: Mapping[str, Adapter], path: str) -> Tensor:
 
 
 def _sums(
-    adapters: Mapping[str, Adapter], paths: Sequence[str], places: Mapping[str, Place]
+    adapters: Mapping[str, Adapter], paths: Sequence[str], positions: Mapping[str, Position]
 ) -> tuple[Any, Any, list[LayerAgreement]]:
     """Squared distances and inner products ``[A, A]`` summed over the layers, and how alike each layer is changed."""
     squared = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
@@ -248,15 +238,15 @@ def _sums(
         squared += torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") ** 2
         products = features @ features.mT
         inner += products
-        agreements.append(_agreement(path, places[path], adapters, products.numpy()))
+        agreements.append(_agreement(path, positions[path], adapters, products.numpy()))
     return squared.numpy(), inner.numpy(), agreements
 
 
-def _agreement(path: str, place: Place, adapters: Mapping[str, Adapter], products: Any) -> LayerAgreement:
+def _agreement(path: str, position: Position, adapters: Mapping[str, Adapter], products: Any) -> LayerAgreement:
     pairs = _alignments(products)[np.triu_indices(len(products), k=1)]
     known = pairs[~np.isnan(pairs)]
     having = sum(path in adapter.layers for adapter in adapters.values())
-    return LayerAgreement(path, place.depth, place.kind, having, float(known.mean()) if len(known) else None)
+    return LayerAgreement(path, position.depth, position.kind, having, float(known.mean()) if len(known) else None)
 
 
 def _alignments(inner: Any) -> Any:
@@ -272,15 +262,15 @@ def _closest(distance: Any) -> tuple[int, int]:
     return int(min(first, second)), int(max(first, second))
 
 
-def _layer_sharing(path: str, place: Place, features: Tensor, outputs: int) -> LayerSharing:
+def _layer_sharing(path: str, position: Position, features: Tensor, outputs: int) -> LayerSharing:
     first, second = features
     lengths = [float(each.norm()) for each in (first, second)]
     alignment = float(first @ second) / (lengths[0] * lengths[1]) if all(lengths) else None
     root = math.sqrt(outputs)
     return LayerSharing(
         path=path,
-        depth=place.depth,
-        kind=place.kind,
+        depth=position.depth,
+        kind=position.kind,
         first_change=lengths[0] / root,
         second_change=lengths[1] / root,
         distance=float((first - second).norm()) / root,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from roadie.inspect.drawing import MOST_LABELS, Scale, cells
-from roadie.inspect.places import in_order
+from roadie.inspect.positions import in_order
 from roadie.inspect.rendering import Picture, Shape
 
 WIDTH = 3.6

@@ -11,7 +11,7 @@ import numpy as np
 
 from roadie.adapter import Adapter
 from roadie.inspect.blocks import Blocks, blocks_of
-from roadie.inspect.places import Place, places_of
+from roadie.inspect.positions import Position, positions_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class LayerPortrait:
     change: float
     beyond_road_1: float
     mirrored: int
-
-    @property
-    def place(self) -> Place:
-        """Depth and kind."""
-        return Place(self.depth, self.kind)
 
 
 @dataclass(frozen=True)
@@ -77,20 +72,20 @@ class Portrait:
         return asdict(self)
 
 
-def look(adapter: Adapter, name: str = "adapter", places: Mapping[str, Place] | None = None) -> Portrait:
+def look(adapter: Adapter, name: str = "adapter", positions: Mapping[str, Position] | None = None) -> Portrait:
     """What `adapter` does; `name` is what the portrait and errors call it.
 
-    places: of the layers, where several adapters are to agree on the names of kinds; None: by this adapter alone.
+    positions: of the layers, where several adapters are to agree on the names of kinds; None: by this adapter alone.
     Raises `AdapterError`, naming adapter and layer, where parameters are not finite.
     """
     blocks = blocks_of(adapter, name)
-    places = places or places_of(adapter.layers)
+    positions = positions or positions_of(adapter.layers)
     columns = _measures(blocks, blocks.starts)
     layers = tuple(
         LayerPortrait(
             path=path,
-            depth=places[path].depth,
-            kind=places[path].kind,
+            depth=positions[path].depth,
+            kind=positions[path].kind,
             variant=layer.variant.value,
             group_size=layer.group_size,
             out_features=layer.out_features,

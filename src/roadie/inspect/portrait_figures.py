@@ -13,9 +13,9 @@ import numpy as np
 from roadie.inspect.blocks import Blocks
 from roadie.inspect.drawing import Scale, bands, ridges
 from roadie.inspect.maps import WIDTH, columns, cut, depth_label, layer_map, matrix
-from roadie.inspect.places import in_order
 from roadie.inspect.plane import plane
 from roadie.inspect.portrait import LayerPortrait, Portrait
+from roadie.inspect.positions import in_order
 from roadie.inspect.rendering import Picture
 
 MOST_KINDS = 14

@@ -11,9 +11,9 @@ from roadie.errors import ConfigError
 from roadie.inspect.blocks import blocks_of
 from roadie.inspect.comparison import Comparison, compare, warnings_of
 from roadie.inspect.comparison_figures import comparison_pictures, sharing_pictures, state_pictures
-from roadie.inspect.places import places_of
 from roadie.inspect.portrait import Portrait, look
 from roadie.inspect.portrait_figures import overview_pictures, portrait_pictures
+from roadie.inspect.positions import positions_of
 from roadie.inspect.rendering import Picture
 from roadie.inspect.states import StateChange
 
@@ -75,9 +75,9 @@ def examine(adapters: Mapping[str, Adapter], states: Sequence[StateChange] = ())
     """
     if not adapters and not states:
         raise ConfigError("got nothing to look at; wanted an adapter or measured states; name one")
-    places = places_of(dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers))
-    comparison = compare(adapters, places) if len(adapters) > 1 else None
-    portraits = tuple(look(adapter, name, places) for name, adapter in adapters.items())
+    positions = positions_of(dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers))
+    comparison = compare(adapters, positions) if len(adapters) > 1 else None
+    portraits = tuple(look(adapter, name, positions) for name, adapter in adapters.items())
     warnings = comparison.warnings if comparison else warnings_of(adapters) if adapters else ()
     return Findings(portraits, comparison, tuple(states), warnings)
 

@@ -31,9 +31,9 @@ from roadie.errors import (
     ShuttingDown,
     UnknownAdapter,
 )
-from roadie.ray.asking import Asked
 from roadie.ray.catalogue import Entry
 from roadie.ray.membership import Orders, Outcome, Overview, Task
+from roadie.ray.messages import ReplicaRequest
 from roadie.ray.overview import summed
 from roadie.ray.routing import names_of
 from roadie.serving.belongings import OwnChat
@@ -168,7 +168,7 @@ class Fleet:
         if not self._is_taking:
             raise ShuttingDown("got a request for a server that takes none; try another, or later")
         if request.request_id in self._flights:
-            raise ConfigError(f"got request id {request.request_id!r}, which is live; wanted one of its own")
+            raise ConfigError(f"got request id {request.request_id!r}, which is active; wanted one of its own")
         names = names_of(request.adapter)
         for name in names:
             if name in self._retired or self._is_hidden(name):
@@ -208,7 +208,7 @@ class Fleet:
         """One request, from here to its last output, whatever happens."""
         try:
             entries = await self._resolved(flight.names)
-            await self._try_replicas(flight, Asked(flight.request, flight.names, entries))
+            await self._try_replicas(flight, ReplicaRequest(flight.request, flight.names, entries))
         except asyncio.CancelledError:
             pass  # `_cancel` has told the caller
         except Exception as error:
@@ -239,7 +239,7 @@ class Fleet:
             found[name] = entry
         return found
 
-    async def _try_replicas(self, flight: Flight, asked: Asked) -> None:
+    async def _try_replicas(self, flight: Flight, asked: ReplicaRequest) -> None:
         """Until one gives an answer; a part of an answer that the caller has seen is not asked for again."""
         for attempt in range(MAX_ATTEMPTS):
             try:
@@ -252,7 +252,7 @@ class Fleet:
                 await asyncio.sleep(BACKOFF_S * attempt)
         return None
 
-    async def _try_one(self, flight: Flight, asked: Asked) -> None:
+    async def _try_one(self, flight: Flight, asked: ReplicaRequest) -> None:
         async for output in self._outputs(asked):
             lost = output.error is not None and isinstance(output.error, (EngineFailed, ShuttingDown))
             if lost:
@@ -262,7 +262,7 @@ class Fleet:
                 return
         raise ReplicaLost("the replica that had the request ended before its answer")
 
-    async def _outputs(self, asked: Asked) -> AsyncIterator[Output]:
+    async def _outputs(self, asked: ReplicaRequest) -> AsyncIterator[Output]:
         """Of one replica. Raises `ReplicaLost`."""
         call = None
         try:

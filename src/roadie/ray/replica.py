@@ -20,11 +20,11 @@ import ray
 from ray import serve
 
 from roadie.errors import EngineFailed, RoadieError, UnknownAdapter
-from roadie.ray.asking import Asked, merged
 from roadie.ray.catalogue import Entry
 from roadie.ray.config import Deployment
 from roadie.ray.engines import make_engine
 from roadie.ray.membership import Follower, Orders, Report, Role, Task
+from roadie.ray.messages import ReplicaRequest, merged
 from roadie.ray.routing import RESIDENTS
 from roadie.ray.storage import SharedAdapters
 from roadie.serving.engine import (
@@ -176,14 +176,14 @@ class Replica:
 
     # What fronts ask.
 
-    async def whole(self, asked: Asked) -> Output:
+    async def whole(self, asked: ReplicaRequest) -> Output:
         """The whole answer to a request, as one output."""
         outputs: list[Output] = []
         async for some in self.stream(asked):
             outputs += some
         return merged(outputs)
 
-    async def stream(self, asked: Asked) -> AsyncIterator[list[Output]]:
+    async def stream(self, asked: ReplicaRequest) -> AsyncIterator[list[Output]]:
         """Outputs as they come, those together that have come since the last were taken. Errors are outputs, too."""
         try:
             for name in asked.names:
@@ -201,7 +201,7 @@ class Replica:
 
 
 @asynccontextmanager
-async def submitted(engine: Engine, asked: Asked) -> AsyncIterator[asyncio.Queue[Output]]:
+async def submitted(engine: Engine, asked: ReplicaRequest) -> AsyncIterator[asyncio.Queue[Output]]:
     """The outputs of a request, which is cancelled where the block ends before it."""
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[Output] = asyncio.Queue()

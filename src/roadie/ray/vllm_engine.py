@@ -144,7 +144,7 @@ class VllmEngine:
         if not self.is_ready:
             raise ShuttingDown("got a request for an engine that takes none; try another server, or later")
         if request.request_id in self._live:
-            raise ConfigError(f"got request id {request.request_id!r}, which is live; wanted one of its own")
+            raise ConfigError(f"got request id {request.request_id!r}, which is active; wanted one of its own")
         if name is not None and name not in self._requests:
             raise UnknownAdapter(f"got adapter {name!r}, which is not loaded; wanted one that is")
         if len(self._live) >= self.limits.max_running + self.limits.max_queued:

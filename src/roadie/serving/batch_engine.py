@@ -33,6 +33,7 @@ from roadie.errors import (
     ServingError,
     ShuttingDown,
 )
+from roadie.serving.active import ActiveRequest
 from roadie.serving.belongings import Base, OwnChat
 from roadie.serving.continuous_batching import ContinuousBatch, Packed, check_contract
 from roadie.serving.engine import (
@@ -47,8 +48,7 @@ from roadie.serving.engine import (
     Unload,
 )
 from roadie.serving.fairness import FairQueue
-from roadie.serving.leases import Asking, Key, Totals
-from roadie.serving.live import Live
+from roadie.serving.leases import Callbacks, Key, Totals
 from roadie.serving.loader import IDLE_AFTER_S
 from roadie.serving.places import LeftOut, check_served_name
 from roadie.serving.registry import Registry
@@ -57,7 +57,7 @@ from roadie.serving.sampling import choose
 from roadie.serving.validation import adapts_last_layer, check_request, eos_ids_of, key_of, limits_of
 
 _log = logging.getLogger("roadie")
-_Delivery = tuple[Live, Output]
+_Delivery = tuple[ActiveRequest, Output]
 
 
 class ContinuousBatchingEngine:
@@ -82,11 +82,11 @@ class ContinuousBatchingEngine:
         self._eos_ids = eos_ids_of(model, tokenizer)
         self._base = Base.of(model, tokenizer, names)
         self._changed = threading.Condition(threading.RLock())
-        self._waiting: FairQueue[Live] = FairQueue(self.settings.tenant_weights)
-        self._live: dict[str, Live] = {}
-        self._running: dict[str, Live] = {}
+        self._waiting: FairQueue[ActiveRequest] = FairQueue(self.settings.tenant_weights)
+        self._active: dict[str, ActiveRequest] = {}
+        self._running: dict[str, ActiveRequest] = {}
         self._wanted: Counter[Key] = Counter()  # of the requests that wait
-        self._to_cancel: list[Live] = []
+        self._to_cancel: list[ActiveRequest] = []
         self._unloads: dict[str, Future[AdapterStatus]] = {}
         self._totals = Totals()
         self._by_adapter: dict[str, Counter[str]] = {}
@@ -114,12 +114,8 @@ class ContinuousBatchingEngine:
             self._bank,
             self._registry,
             self._changed,
-            Asking(
-                self._remaining_tokens,
-                self._is_wanted,
-                self._notify,
-                self._note_layers,
-                self._num_running_lately,
+            Callbacks(
+                self._remaining_tokens, self._is_wanted, self._notify, self._note_layers, self._num_running_lately
             ),
             self._base,
         )
@@ -141,7 +137,7 @@ class ContinuousBatchingEngine:
         """See `Engine.drain`."""
         with self._changed:
             self._is_taking = False
-            return self._changed.wait_for(lambda: not self._live, timeout_s)
+            return self._changed.wait_for(lambda: not self._active, timeout_s)
 
     @property
     def is_ready(self) -> bool:
@@ -159,29 +155,29 @@ class ContinuousBatchingEngine:
         """See `Engine.submit`."""
         key = key_of(request, self._limits)
         check_request(request, self._limits, self._tokenizer is not None)
-        live = Live(request, key, on_output, self._tokenizer, self._eos_ids)
+        active = ActiveRequest(request, key, on_output, self._tokenizer, self._eos_ids)
         with self._changed:
             self._check_taking()
-            if request.request_id in self._live:
-                raise ConfigError(f"got request id {request.request_id!r}, which is live; wanted one of its own")
+            if request.request_id in self._active:
+                raise ConfigError(f"got request id {request.request_id!r}, which is active; wanted one of its own")
             self._residency.require(key)
             self._check_room(request.tenant)
-            self._live[live.id] = live
-            self._waiting.push(live)
+            self._active[active.id] = active
+            self._waiting.push(active)
             self._wanted[key] += 1
             self._totals.num_requests += 1
-            for name in live.names:
+            for name in active.names:
                 self._by_adapter.setdefault(name, Counter())["requests"] += 1
             self._notify()
 
     def cancel(self, request_id: str) -> bool:
         """See `Engine.cancel`."""
         with self._changed:
-            live = self._live.get(request_id)
-            if live is None or live.is_cancelled:
+            active = self._active.get(request_id)
+            if active is None or active.is_cancelled:
                 return False
-            live.is_cancelled = True
-            self._to_cancel.append(live)
+            active.is_cancelled = True
+            self._to_cancel.append(active)
             self._notify()
             return True
 
@@ -217,8 +213,8 @@ class ContinuousBatchingEngine:
         self._check_started()
         statuses = self._residency.statuses()
         with self._changed:
-            running = Counter(name for live in self._running.values() for name in live.names)
-            queued = Counter(name for live in self._waiting for name in live.names)
+            running = Counter(name for active in self._running.values() for name in active.names)
+            queued = Counter(name for active in self._waiting for name in active.names)
             return tuple(self._counted(status, running, queued) for status in statuses)
 
     def has_adapter(self, name: str) -> bool:
@@ -261,15 +257,15 @@ class ContinuousBatchingEngine:
         done: Future[AdapterStatus] = Future()
         try:
             with self._changed:
-                users = [live for live in self._live.values() if name in live.names]
+                users = [active for active in self._active.values() if name in active.names]
                 if users and how is Unload.REFUSE:
                     raise AdapterBusy(
                         f"got adapter {name!r}, which {len(users)} requests use; wait for them, or cancel them"
                     )
                 self._residency.begin_unload(name)
                 if how is Unload.CANCEL:
-                    for live in users:
-                        self.cancel(live.id)
+                    for active in users:
+                        self.cancel(active.id)
                 self._unloads[name] = done
                 self._finish_unloads()
         except RoadieError as error:
@@ -280,7 +276,7 @@ class ContinuousBatchingEngine:
         """Let adapters go that were waiting for their last request."""
         if not self._unloads:
             return
-        used = {name for live in self._live.values() for name in live.names}
+        used = {name for active in self._active.values() for name in active.names}
         for name in [name for name in self._unloads if name not in used]:
             done = self._unloads.pop(name)
             self._residency.run(lambda name=name: self._residency.end_unload(name)).add_done_callback(  # type: ignore[misc]
@@ -303,7 +299,7 @@ class ContinuousBatchingEngine:
                 **vars(self._totals),
                 **vars(counts),
                 queued_by_tenant=self._waiting.by_tenant(),
-                running_by_tenant=dict(Counter(live.tenant for live in self._running.values())),
+                running_by_tenant=dict(Counter(active.tenant for active in self._running.values())),
             )
 
     # The loop.
@@ -328,9 +324,9 @@ class ContinuousBatchingEngine:
             self._has_news = False
             if self._is_stopping:
                 return False
-            for live in self._to_cancel:
-                if live.id in self._live:
-                    self._leave(live, live.last(FinishReason.CANCELLED))
+            for active in self._to_cancel:
+                if active.id in self._active:
+                    self._leave(active, active.last(FinishReason.CANCELLED))
             self._to_cancel.clear()
             self._fail_what_cannot_start()
             self._start_whose_turn_it_is()
@@ -340,38 +336,38 @@ class ContinuousBatchingEngine:
         failed = [key for key in self._wanted if self._residency.failure(key) is not None]
         for key in failed:
             error = self._residency.failure(key)
-            for live in [live for live in self._waiting if live.key == key]:
-                self._leave(live, live.last(FinishReason.FAILED, error))
+            for active in [active for active in self._waiting if active.key == key]:
+                self._leave(active, active.last(FinishReason.FAILED, error))
 
     def _start_whose_turn_it_is(self) -> None:
         """Start requests while there is room; those whose adapter has to be brought are passed by until it is there."""
         while self._waiting and len(self._running) < self._limits.max_running:
-            started = next((live for live in self._candidates() if self._start(live)), None)
+            started = next((active for active in self._candidates() if self._start(active)), None)
             if started is None:
                 return
 
-    def _candidates(self) -> list[Live]:
-        running = Counter(live.tenant for live in self._running.values())
+    def _candidates(self) -> list[ActiveRequest]:
+        running = Counter(active.tenant for active in self._running.values())
         turn = self._waiting.in_turn(lambda tenant: running[tenant] < self._limits.max_running_per_tenant)
-        return [live for live, _ in zip(turn, range(2 * self._limits.max_running), strict=False)]
+        return [active for active, _ in zip(turn, range(2 * self._limits.max_running), strict=False)]
 
-    def _start(self, live: Live) -> bool:
-        lease = self._residency.lease(live.key)
+    def _start(self, active: ActiveRequest) -> bool:
+        lease = self._residency.lease(active.key)
         if lease is None:
             return False
-        self._no_longer_waiting(live)
-        self._waiting.charge(live.tenant, live.flow, live.most_tokens)
-        live.start(lease)
-        self._running[live.id] = live
-        self._batch.add(live.id, live.request.prompt_ids, Packed(lease.slot, lease.salt))
+        self._no_longer_waiting(active)
+        self._waiting.charge(active.tenant, active.flow, active.most_tokens)
+        active.start(lease)
+        self._running[active.id] = active
+        self._batch.add(active.id, active.request.prompt_ids, Packed(lease.slot, lease.salt))
         return True
 
-    def _no_longer_waiting(self, live: Live) -> None:
-        self._waiting.remove(live)
-        self._wanted[live.key] -= 1
-        if self._wanted[live.key] <= 0:
-            del self._wanted[live.key]
-            self._residency.not_wanted(live.key)
+    def _no_longer_waiting(self, active: ActiveRequest) -> None:
+        self._waiting.remove(active)
+        self._wanted[active.key] -= 1
+        if self._wanted[active.key] <= 0:
+            del self._wanted[active.key]
+            self._residency.not_wanted(active.key)
 
     def _step(self) -> None:
         begin = time.perf_counter()
@@ -380,77 +376,79 @@ class ContinuousBatchingEngine:
             self._stepped_s = time.monotonic()
             self._totals.num_steps += 1
             self._totals.seconds_computing += time.perf_counter() - begin
-            for live in [
-                live for live, output in self._outputs if output.finish is not None and live.id in self._running
+            for active in [
+                active for active, output in self._outputs if output.finish is not None and active.id in self._running
             ]:
-                self._leave(live, None)
+                self._leave(active, None)
 
     def _choose(self, ids: Sequence[str], logits: Tensor) -> list[int]:
         """The next tokens, and what to tell of them; called within a step."""
         rows = [self._running[request_id] for request_id in ids]
-        chosen = choose(logits, [live.sampler for live in rows])
-        for live, token in zip(rows, chosen, strict=True):
-            if live.num_generated == 0:
-                self._first_token(live)
-            self._outputs.append((live, live.advance(token)))
+        chosen = choose(logits, [active.sampler for active in rows])
+        for active, token in zip(rows, chosen, strict=True):
+            if active.num_generated == 0:
+                self._first_token(active)
+            self._outputs.append((active, active.advance(token)))
         self._totals.num_generated_tokens += len(rows)
         return [token.token_id for token in chosen]
 
-    def _first_token(self, live: Live) -> None:
-        live.num_cached = self._batch.cached_tokens(live.id)
-        self._totals.num_prompt_tokens += len(live.request.prompt_ids)
-        self._totals.num_cached_prompt_tokens += live.num_cached
+    def _first_token(self, active: ActiveRequest) -> None:
+        active.num_cached = self._batch.cached_tokens(active.id)
+        self._totals.num_prompt_tokens += len(active.request.prompt_ids)
+        self._totals.num_cached_prompt_tokens += active.num_cached
 
-    def _leave(self, live: Live, output: Output | None) -> None:
+    def _leave(self, active: ActiveRequest, output: Output | None) -> None:
         """A request ends: what it held is given back, and what it did not generate."""
-        if live.id in self._running:
-            del self._running[live.id]
-            self._batch.remove(live.id)
-            self._waiting.charge(live.tenant, live.flow, -live.num_remaining)
-            self._mean_run_s += 0.05 * (time.monotonic() - live.started_s - self._mean_run_s)
-            assert live.lease is not None
-            lease, live.lease = live.lease, None
+        if active.id in self._running:
+            del self._running[active.id]
+            self._batch.remove(active.id)
+            self._waiting.charge(active.tenant, active.flow, -active.num_remaining)
+            self._mean_run_s += 0.05 * (time.monotonic() - active.started_s - self._mean_run_s)
+            assert active.lease is not None
+            lease, active.lease = active.lease, None
             self._residency.release(lease)
         else:
-            self._no_longer_waiting(live)
-        del self._live[live.id]
-        self._count_end(live)
+            self._no_longer_waiting(active)
+        del self._active[active.id]
+        self._count_end(active)
         if output is not None:
-            self._outputs.append((live, output))
+            self._outputs.append((active, output))
         self._finish_unloads()
         self._notify()  # whoever waits may have been passed by for what this one held
 
-    def _count_end(self, live: Live) -> None:
-        for name in live.names:
-            self._by_adapter.setdefault(name, Counter())["tokens"] += live.num_generated
-        if live.finish is FinishReason.CANCELLED:
+    def _count_end(self, active: ActiveRequest) -> None:
+        for name in active.names:
+            self._by_adapter.setdefault(name, Counter())["tokens"] += active.num_generated
+        if active.finish is FinishReason.CANCELLED:
             self._totals.num_cancelled += 1
-        elif live.finish is FinishReason.FAILED:
+        elif active.finish is FinishReason.FAILED:
             self._totals.num_failed += 1
         else:
             self._totals.num_finished += 1
 
     def _deliver(self) -> None:
         outputs, self._outputs = self._outputs, []
-        for live, output in outputs:
+        for active, output in outputs:
             try:
-                live.on_output(output)
+                active.on_output(output)
             except Exception:
                 _log.exception("whoever submitted a request failed to take an output; it is cancelled")
-                self.cancel(live.id)
+                self.cancel(active.id)
 
     def _end(self) -> None:
-        """The loop is over: whoever is live fails, and the model is as it was."""
+        """The loop is over: whoever is active fails, and the model is as it was."""
         reason: ServingError = ShuttingDown("the engine has stopped")
         if self._failure is not None:
             reason = EngineFailed(f"a step of the engine failed: {self._failure}")
         with self._changed:
             self._is_taking = False
             self._outputs = [
-                (live, output) for live, output in self._outputs if output.finish is None or not self._is_live(live)
+                (active, output)
+                for active, output in self._outputs
+                if output.finish is None or not self._is_active(active)
             ]
-            for live in list(self._live.values()):
-                self._fail(live, reason)
+            for active in list(self._active.values()):
+                self._fail(active, reason)
             unloads, self._unloads = self._unloads, {}
         self._deliver()
         self._residency.close()
@@ -461,23 +459,23 @@ class ContinuousBatchingEngine:
         with self._changed:
             self._changed.notify_all()
 
-    def _is_live(self, live: Live) -> bool:
-        return self._live.get(live.id) is live
+    def _is_active(self, active: ActiveRequest) -> bool:
+        return self._active.get(active.id) is active
 
-    def _fail(self, live: Live, reason: Exception) -> None:
-        last = live.last(FinishReason.FAILED, reason)
+    def _fail(self, active: ActiveRequest, reason: Exception) -> None:
+        last = active.last(FinishReason.FAILED, reason)
         try:
-            self._leave(live, last)
+            self._leave(active, last)
         except (
             Exception
         ):  # where a step has failed, the batch may be broken; whoever waits is to hear of it all the same
-            self._live.pop(live.id, None)
-            self._outputs.append((live, last))
+            self._active.pop(active.id, None)
+            self._outputs.append((active, last))
 
     # What the parts ask.
 
     def _remaining_tokens(self, key: Key) -> int:
-        return max((live.num_remaining for live in self._running.values() if live.key == key), default=0)
+        return max((active.num_remaining for active in self._running.values() if active.key == key), default=0)
 
     def _is_wanted(self, key: Key) -> bool:
         return key in self._wanted

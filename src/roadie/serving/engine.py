@@ -127,7 +127,7 @@ def _within(name: str, value: float, lowest: float, highest: float) -> None:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to be continued. request_id: unique among live requests; tenant: who is charged for it.
+    """One prompt to be continued. request_id: unique among active requests; tenant: who is charged for it.
 
     whole: the caller looks at nothing before the end, so that an engine may give all of it as one output.
     """
@@ -289,16 +289,16 @@ class Engine(Protocol):
         """Begin; returns when requests are taken. Raises `ServingError` where this engine cannot run."""
 
     def stop(self) -> None:
-        """End now: live requests end as FAILED with `ShuttingDown`; whatever was hooked is as it was."""
+        """End now: active requests end as FAILED with `ShuttingDown`; whatever was hooked is as it was."""
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Take no more requests and wait for the live ones; whether all ended in time. Call `stop` afterwards."""
+        """Take no more requests and wait for the active ones; whether all ended in time. Call `stop` afterwards."""
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """Queue a request. Raises `UnknownAdapter`, `PromptTooLong`, `QueueFull`, `ShuttingDown` or `ConfigError`."""
 
     def cancel(self, request_id: str) -> bool:
-        """End a request as CANCELLED at the next step; whether it was live."""
+        """End a request as CANCELLED at the next step; whether it was active."""
 
     def statistics(self) -> Statistics:
         """How things stand."""

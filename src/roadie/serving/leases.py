@@ -76,7 +76,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Asking:
+class Callbacks:
     """What the engine tells, and is told. remaining_tokens: of the running requests of a key, the most any may still generate;
     is_wanted: whether a request waits for a key; on_news: something was brought, or could not be; on_layers: which layers an
     adapter has, before it is published; num_running: requests that a load disturbs."""

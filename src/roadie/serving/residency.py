@@ -34,7 +34,7 @@ from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, Shutt
 from roadie.serving.belongings import Base, Belongings, notes
 from roadie.serving.contention import SlotLine
 from roadie.serving.engine import AdapterState, AdapterStatus
-from roadie.serving.leases import Asking, Counts, Key, Lease, Seen, Version, names_of, on_disk, wish_of
+from roadie.serving.leases import Callbacks, Counts, Key, Lease, Seen, Version, names_of, on_disk, wish_of
 from roadie.serving.loader import Loader
 from roadie.serving.places import check_served_name
 from roadie.serving.registry import Entry, ReadAdapter, Registry, Stamp, unknown_adapter
@@ -50,7 +50,7 @@ class Residency:
         bank: AdapterBank,
         registry: Registry,
         changed: threading.Condition,
-        engine: Asking,
+        engine: Callbacks,
         base: Base | None = None,
     ) -> None:
         self._bank, self._registry, self._changed = bank, registry, changed
@@ -66,7 +66,7 @@ class Residency:
         self._held: dict[Key, Tensor] = {}
         self._made: dict[
             Blend, tuple[Version | None, ...]
-        ] = {}  # of which versions the blends that are held or live are
+        ] = {}  # of which versions the blends that are held or active are
         self._coming: set[Key] = set()
         self._line: SlotLine[Key] = SlotLine(bank.num_slots)
         self._failures: dict[Key, Exception] = {}

@@ -18,7 +18,7 @@ LIBRARIES = ("torch", "peft", "transformers", "accelerate", "bitsandbytes", "tor
 
 
 @dataclass(frozen=True)
-class KernelChoice:
+class Dispatch:
     """Which implementation rotates activations of a dtype on a device; `refused`: those that cannot, with the reason."""
 
     device: str
@@ -35,7 +35,7 @@ class Runtime:
     python: str
     versions: dict[str, str | None]
     threads: int
-    choices: tuple[KernelChoice, ...]
+    choices: tuple[Dispatch, ...]
 
     def to_mapping(self) -> dict[str, Any]:
         """For JSON."""
@@ -49,7 +49,7 @@ def inspect_runtime() -> Runtime:
         python=platform.python_version(),
         versions={name: _version(name) for name in LIBRARIES},
         threads=torch.get_num_threads(),
-        choices=tuple(_choice(device, dtype) for device in _devices() for dtype in DTYPES),
+        choices=tuple(_dispatch(device, dtype) for device in _devices() for dtype in DTYPES),
     )
 
 
@@ -62,10 +62,10 @@ def _devices() -> list[torch.device]:
     return devices
 
 
-def _choice(device: torch.device, dtype: torch.dtype) -> KernelChoice:
+def _dispatch(device: torch.device, dtype: torch.dtype) -> Dispatch:
     refused = {name: reason for name, reason in refusals(device, dtype).items() if reason is not None}
     used = chosen(device, dtype, torch.float32).name
-    return KernelChoice(str(device), str(dtype).removeprefix("torch."), used, refused)
+    return Dispatch(str(device), str(dtype).removeprefix("torch."), used, refused)
 
 
 def _version(name: str) -> str | None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from roadie import embedded
 from roadie.cli.app import app
 from roadie.errors import ConfigError
-from roadie.serving.http.launch import Folders, Launch, Place, open_registry, recorded_bases, run
+from roadie.serving.http.launch import Endpoint, Folders, Launch, open_registry, recorded_bases, run
 from roadie.serving.http.naming import ModelNames, parse_wish
 from roadie.serving.http.server import bind
 from roadie.serving.http.settings import HttpSettings
@@ -27,10 +27,10 @@ def no_model() -> tuple[Any, Any]:
 def test_other_machines_need_keys_or_a_word() -> None:
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
         with pytest.raises(ConfigError, match="--api-keys"):
-            Place(host)
-        assert Place(host, is_anonymous=True).host == host
+            Endpoint(host)
+        assert Endpoint(host, is_anonymous=True).host == host
     for host in ("127.0.0.1", "::1", "localhost"):
-        assert Place(host).is_loopback
+        assert Endpoint(host).is_loopback
 
 
 def test_a_port_that_is_taken_and_keys_that_are_none_are_told_before_the_model_is_loaded(tmp_path: Path) -> None:
@@ -38,11 +38,11 @@ def test_a_port_that_is_taken_and_keys_that_are_none_are_told_before_the_model_i
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ConfigError, match="wanted an address that is free"):
-            run(Launch(Place(port=taken.getsockname()[1])), no_model, is_embedded=True)
+            run(Launch(Endpoint(port=taken.getsockname()[1])), no_model, is_embedded=True)
     with pytest.raises(ConfigError, match="API keys"):
-        run(Launch(Place(keys_file=tmp_path / "nothing", port=0)), no_model, is_embedded=True)
+        run(Launch(Endpoint(keys_file=tmp_path / "nothing", port=0)), no_model, is_embedded=True)
     with pytest.raises(ConfigError, match="folder"):
-        run(Launch(Place(port=0), Folders(tmp_path / "nothing")), no_model, is_embedded=True)
+        run(Launch(Endpoint(port=0), Folders(tmp_path / "nothing")), no_model, is_embedded=True)
     for port in (-1, 65536):
         with pytest.raises(ConfigError, match="wanted an address"):
             bind("127.0.0.1", port)

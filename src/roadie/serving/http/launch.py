@@ -33,7 +33,7 @@ MAX_WARNINGS = 20
 
 
 @dataclass(frozen=True)
-class Place:
+class Endpoint:
     """Where a server is found, and who may come. Raises `ConfigError` for one that everybody could use without a key.
 
     port 0: any free one. keys_file: see `keys`. is_anonymous: no keys are meant, whoever can reach the host.
@@ -69,7 +69,7 @@ class Folders:
 class Launch:
     """Everything but the model."""
 
-    place: Place = field(default_factory=Place)
+    endpoint: Endpoint = field(default_factory=Endpoint)
     folders: Folders = field(default_factory=Folders)
     engine: EngineSettings = field(default_factory=EngineSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
@@ -95,21 +95,21 @@ def run(
 
     The address, the keys and the folders are looked at first, since loading a model takes a while.
     """
-    place = launch.place
-    keys = read_keys(place.keys_file) if place.keys_file else None
-    bound = bind(place.host, place.port)
+    endpoint = launch.endpoint
+    keys = read_keys(endpoint.keys_file) if endpoint.keys_file else None
+    bound = bind(endpoint.host, endpoint.port)
     with contextlib.closing(bound), open_registry(launch, is_embedded=is_embedded) as registry:
         model, tokenizer = load()
         engine = ContinuousBatchingEngine(model, tokenizer, registry, launch.engine, _names(launch.http))
-        service = make_service(engine, tokenizer, _with_hosts(launch.http, place), keys)
+        service = make_service(engine, tokenizer, _with_hosts(launch.http, endpoint), keys)
         engine.start()
         _say_what_is_left_out(left_out_of(service))
         started = Started(
-            _url(place.host, bound.getsockname()[1]),
+            _url(endpoint.host, bound.getsockname()[1]),
             launch.http.model_name,
             tuple(name for name in registry.names() if name not in service.names.base),
         )
-        again = partial(read_keys, place.keys_file) if place.keys_file else None
+        again = partial(read_keys, endpoint.keys_file) if endpoint.keys_file else None
         return serve(service, bound, read_keys_again=again, on_ready=partial(on_started, started))
 
 
@@ -124,9 +124,9 @@ def _names(settings: HttpSettings) -> tuple[str, ...]:
     return (settings.model_name, *settings.model_aliases)
 
 
-def _with_hosts(settings: HttpSettings, place: Place) -> HttpSettings:
+def _with_hosts(settings: HttpSettings, endpoint: Endpoint) -> HttpSettings:
     """On loopback other names are those of pages that try to get at this machine by way of its browser."""
-    if settings.allowed_hosts or not place.is_loopback:
+    if settings.allowed_hosts or not endpoint.is_loopback:
         return settings
     return replace(settings, allowed_hosts=("localhost", "127.0.0.1", "[::1]"))
 

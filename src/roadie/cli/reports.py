@@ -79,7 +79,7 @@ def _parts(findings: Findings, *, portraits: bool) -> list[str]:
 
 
 def _adapters(portraits: Sequence[Portrait]) -> str:
-    from roadie.training.table import size, table
+    from roadie.training.text_table import size, table
 
     head = ("adapter", "variant", "layers", "parameters", "size", "angle, rms", "mean ln(scale)", "change", "mirrored")
     ordered = sorted(portraits, key=lambda portrait: -portrait.change)
@@ -101,7 +101,7 @@ def _adapters(portraits: Sequence[Portrait]) -> str:
 
 
 def _layers(portrait: Portrait) -> str:
-    from roadie.training.table import table
+    from roadie.training.text_table import table
 
     rows = [
         (
@@ -118,7 +118,7 @@ def _layers(portrait: Portrait) -> str:
 
 
 def _pairs(comparison: Comparison) -> str:
-    from roadie.training.table import table
+    from roadie.training.text_table import table
 
     count = len(comparison.names)
     pairs = sorted((comparison.distance[a][b], a, b) for a in range(count) for b in range(a + 1, count))
@@ -134,7 +134,7 @@ def _pairs(comparison: Comparison) -> str:
 
 
 def _states(changes: Sequence[StateChange]) -> str:
-    from roadie.training.table import table
+    from roadie.training.text_table import table
 
     head = ("hidden states after", *(f"{what} {change.name}" for change in changes for what in ("dM", "dD")))
     rows = [

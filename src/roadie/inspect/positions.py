@@ -3,7 +3,7 @@
 model.layers.3.self_attn.q_proj      depth 3, kind "q_proj"
 transformer.h.3.attn.c_proj          depth 3, kind "attn.c_proj", because there is "mlp.c_proj" too
 encoder.block.3.layer.0.SelfAttention.q, decoder.block.3.layer.0.SelfAttention.q     kinds that begin "encoder." and "decoder."
-model.layers.3.mlp.experts.7.up_proj depth 3, kind "up_proj": the experts of a layer are one place
+model.layers.3.mlp.experts.7.up_proj depth 3, kind "up_proj": the experts of a layer have one position
 lm_head                              no depth
 """
 
@@ -34,18 +34,18 @@ _USUAL = (
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """depth: the first whole number in the path, None where there is none; kind: what the layer is called."""
 
     depth: int | None
     kind: str
 
 
-def places_of(paths: Iterable[str]) -> dict[str, Place]:
-    """The place of each path; kinds are as short as they can be while different modules have different kinds."""
+def positions_of(paths: Iterable[str]) -> dict[str, Position]:
+    """The position of each path; kinds are as short as they can be while different modules have different kinds."""
     words_of = {path: tuple(part for part in path.split(".") if not part.isdigit()) or (path,) for path in paths}
     label_of = {words: _label(words, set(words_of.values())) for words in dict.fromkeys(words_of.values())}
-    return {path: Place(_depth(path), label_of[words]) for path, words in words_of.items()}
+    return {path: Position(_depth(path), label_of[words]) for path, words in words_of.items()}
 
 
 def in_order(kinds: Iterable[str]) -> list[str]:

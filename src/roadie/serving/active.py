@@ -1,4 +1,4 @@
-"""A request while it is live: what it asked for, what it has had, and what to tell it next."""
+"""A request while it is active: what it asked for, what it has had, and what to tell it next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from roadie.serving.sampling import Chosen, RowSampler
 from roadie.serving.text import TextStream
 
 
-class Live:
+class ActiveRequest:
     """One request from its submission to its last output; the engine's loop is its only writer."""
 
     def __init__(

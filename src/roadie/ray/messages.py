@@ -10,7 +10,7 @@ from roadie.serving.engine import GenerationRequest, Output
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReplicaRequest:
     """A request, the adapters it needs, and their entries as the front knows them: the answer is of these or later ones."""
 
     request: GenerationRequest
