@@ -45,7 +45,10 @@ def models(base: nn.Module, count: int) -> dict[str, nn.Module]:
 
 
 def with_adapters(base: nn.Module, name: str, targets: Any, count: int) -> nn.Module:
-    """roadie's, PEFT's RoAd or PEFT's LoRA, with `count` frozen random adapters called a0, a1 ... of the modules `targets`."""
+    """roadie's, PEFT's RoAd or PEFT's LoRA, with `count` frozen adapters called a0, a1 ... of the modules `targets`.
+
+    Their values are random, and equal for equal arguments.
+    """
     road = {"variant": "road_1", "group_size": GROUP_SIZE, "target_modules": targets, "init_weights": False}
     if name == ROADIE:
         made = _with_adapters(sharing_copy(base), roadie.RoadConfig(**road), roadie.get_peft_model, count)
@@ -62,9 +65,11 @@ def with_adapters(base: nn.Module, name: str, targets: Any, count: int) -> nn.Mo
 
 
 def _with_adapters(model: Any, config: Any, get_peft_model: Any, count: int) -> Any:
-    adapted = get_peft_model(model, config, adapter_name="a0", autocast_adapter_dtype=False)
-    for index in range(1, count):
-        adapted.add_adapter(f"a{index}", config, autocast_adapter_dtype=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, config, adapter_name="a0", autocast_adapter_dtype=False)
+        for index in range(1, count):
+            adapted.add_adapter(f"a{index}", config, autocast_adapter_dtype=False)
     return adapted.requires_grad_(False).eval()
 
 

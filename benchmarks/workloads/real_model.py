@@ -218,7 +218,8 @@ def training_step(model: Any, case: WholeCase, wishes: list[str] | None) -> Run:
 def tokens_of(model: Any, rows: int, tokens: int) -> Tensor:
     """Random tokens ``[B, T]``, the same for all rivals."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.get_input_embeddings().num_embeddings, (rows, tokens), generator=generator)
+    embeddings = model.get_input_embeddings()
+    return torch.randint(embeddings.num_embeddings, (rows, tokens), generator=generator).to(embeddings.weight.device)
 
 
 def bytes_moved(case: WholeCase, adapted: nn.Module) -> int:
