@@ -25,7 +25,8 @@ class Budget:
     """How long a case may take: rounds go on until `seconds` are over, but there are min_rounds to max_rounds of them.
 
     A call shorter than shortest_sample_s is repeated: perf_counter and the loop cost about 0.1 us each, and waiting for
-    a GPU about 10.
+    a GPU about 10. processor_time: count the time that the processor spends in the calling thread, which other work on the
+    machine does not prolong; not for rivals that compute on several threads or on a GPU.
     """
 
     seconds: float
@@ -33,6 +34,12 @@ class Budget:
     max_rounds: int = 400
     warm_up_calls: int = 2
     shortest_sample_s: float = 200e-6
+    processor_time: bool = False
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What the rivals are timed with."""
+        return time.thread_time if self.processor_time else time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def measure(rivals: Mapping[str, Run], budget: Budget, synchronise: Run | None =
             if index >= budget.max_rounds or (index >= budget.min_rounds and time.perf_counter() > deadline):
                 break
             for name in order:
-                times_s[name].append(_sample_s(rivals[name], calls, synchronise))
+                times_s[name].append(_sample_s(rivals[name], calls, synchronise, budget.clock))
     return Rounds(times_s, calls)
 
 
@@ -82,19 +89,21 @@ def _warm_up(rivals: Mapping[str, Run], budget: Budget, synchronise: Run | None)
     """
     if not budget.warm_up_calls:
         return 1
-    fastest_s = min(_sample_s(run, 1, synchronise) for run in rivals.values() for _ in range(budget.warm_up_calls))
-    return max(1, math.ceil(budget.shortest_sample_s / fastest_s))
+    times_s = [
+        _sample_s(run, 1, synchronise, budget.clock) for run in rivals.values() for _ in range(budget.warm_up_calls)
+    ]
+    return max(1, math.ceil(budget.shortest_sample_s / min(times_s)))
 
 
-def _sample_s(run: Run, calls: int, synchronise: Run | None) -> float:
+def _sample_s(run: Run, calls: int, synchronise: Run | None, clock: Callable[[], float]) -> float:
     if synchronise is not None:
         synchronise()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         run()
     if synchronise is not None:
         synchronise()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 @contextmanager

@@ -5,9 +5,10 @@
     python -m benchmarks.host_cost --quick            a few calls of each, to see that everything runs
 
 Prints, for a layer of each rival: the time of a call, how many Python functions run and how many of them are the adapter
-library's, how many operations of torch that call no others, and on a GPU how many kernels; then what a step of a small Llama takes above the
-frozen one's, a layer, with rows of several adapters; then roadie's parts: the functions and operations that take most time. Times
-of parts are those under a profiler, which makes short functions look longer than they are: compare them with each other.
+library's, how many operations of torch that call no others, and on a GPU how many kernels. Then what a step of a small Llama
+takes above the frozen one's, a layer, with rows of several adapters. Then roadie's parts: the functions and operations that take
+most time. Times of parts are those under a profiler, which makes short functions look longer than they are: compare them with
+each other.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one call runs: Python functions, those of roadie or PEFT among them, operations of torch that call no others, kernels."""
+    """What one call runs: Python functions, those of roadie or PEFT among them, operations that call no others, kernels."""
 
     functions: int
     of_library: int

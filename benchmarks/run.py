@@ -59,7 +59,7 @@ def measure_everything(checkpoint: Checkpoint | None, quick: bool) -> dict[str, 
         whole, rest = plan.quick_whole_models(checkpoint), plan.quick()
     else:
         whole, rest = plan.whole_models(checkpoint, "fp32", Shapes(), plan.whole_budget), plan.full()
-    of_whole = measure_all(whole, quick)
+    of_whole = measure_all(whole, quick, plan.WHOLE_DEADLINE_S)
     return {**measure_all(rest, quick, begun=of_whole), "whole_models_s": of_whole["duration_s"]}
 
 

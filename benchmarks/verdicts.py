@@ -100,8 +100,14 @@ def of_whole_models(record: dict[str, Any]) -> list[Verdict]:
 
 
 def whole_models(entries: list[Entry]) -> list[Entry]:
-    """The entries of whole models that are held to bounds: of a checkpoint, and with many residents."""
-    return [entry for kind in (real_model.CHECKPOINT, real_model.RESIDENTS) for entry in of_workload(entries, kind)]
+    """The entries of whole models: of a checkpoint, then those with many residents; like steps beside each other."""
+    found = [entry for kind in (real_model.CHECKPOINT, real_model.RESIDENTS) for entry in of_workload(entries, kind)]
+    return sorted(found, key=_kind_of_step)
+
+
+def _kind_of_step(entry: Entry) -> tuple[Any, ...]:
+    case = entry["case"]
+    return (entry["workload"], case["adapters"], case["mode"], case["threads"], case["rows"], case["tokens"])
 
 
 def bound_of(entry: Entry) -> float | None:

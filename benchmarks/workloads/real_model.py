@@ -88,20 +88,23 @@ class Shapes:
 
 
 def cases(shapes: Shapes, precision: str) -> list[WholeCase]:
-    """One adapter before several, decoding before training, one thread before two: what comes last may be left out."""
-    single = [
+    """Everything that is done, steps of little work first: what comes last may be left out."""
+    found = [
         *(
             WholeCase(DECODE, precision, rows, shapes.context, count)
             for count in shapes.threads
             for rows in shapes.rows
         ),
         *(WholeCase(TRAINING, precision, 1, T, count) for count in shapes.threads for T in shapes.training_tokens),
-    ]
-    mixed = [
         *(WholeCase(DECODE, precision, rows, shapes.context, 1, shapes.adapters) for rows in shapes.mixed_rows),
         *(WholeCase(TRAINING, precision, rows, T, 1, shapes.adapters) for rows, T in shapes.mixed_training),
     ]
-    return [*single, *mixed]
+    return sorted(found, key=lambda case: (case.mode == TRAINING, tokens_in(case)))
+
+
+def tokens_in(case: WholeCase) -> int:
+    """The tokens that go through the model in one step."""
+    return case.rows * (1 if case.mode == DECODE else case.tokens)
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -225,6 +228,5 @@ def tokens_of(model: Any, rows: int, tokens: int) -> Tensor:
 def bytes_moved(case: WholeCase, adapted: nn.Module) -> int:
     """Bytes read and written by rotating every adapted output as a pass of its own."""
     outputs = sum(layer.out_features for layer in adapted_layers(adapted).values())
-    tokens = case.rows * (1 if case.mode == DECODE else case.tokens)
     passes = PASSES[LAYER_TRAINING if case.mode == TRAINING else FORWARD]
-    return passes * tokens * outputs * PRECISIONS[case.precision].base.itemsize
+    return passes * tokens_in(case) * outputs * PRECISIONS[case.precision].base.itemsize

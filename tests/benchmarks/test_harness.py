@@ -114,3 +114,10 @@ def test_the_summary_pairs_each_rival_with_the_base_and_with_ours() -> None:
     assert found["ours"]["ratio"] == {"value": 2.0, "low": 2.0, "high": 2.0}
     assert found["theirs"]["ratio_to_roadie"]["value"] == 1.5
     assert "ratio_to_roadie" not in found["ours"]
+
+
+def test_time_is_that_of_the_processor_where_a_budget_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("benchmarks.harness.time.thread_time", lambda: float(next(ticks)))
+    rounds = measure({"a": lambda: None}, Budget(0, 2, 2, warm_up_calls=0, processor_time=True))
+    assert rounds.times_s == {"a": [1.0, 1.0]}  # a tick between two looks at the clock

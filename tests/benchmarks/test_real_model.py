@@ -61,6 +61,8 @@ def test_every_step_that_a_user_is_told_of_is_measured_on_one_thread_and_on_two(
         assert [case.rows for case in of_one if case.mode == DECODE] == [1, 8, 32]
         assert [case.rows * case.tokens for case in of_one if case.mode == TRAINING] == [64, 256, 1024]
     assert {case.mode for case in found if case.adapters == 32} == {DECODE, TRAINING}
+    assert found[0].rows == 1  # what has not begun when the time is over is left out: that is what takes longest
+    assert {whole.tokens_in(case) for case in found[-3:]} == {1024}
 
 
 def test_all_rivals_adapt_every_linear_layer_of_the_blocks_over_the_same_weights(
@@ -202,8 +204,9 @@ def test_one_command_measures_a_folder_and_prints_the_section_and_the_bounds(
     assert made["failures"] == made["left_out"] == []
     of_folder = [entry for entry in made["entries"] if entry["workload"] == CHECKPOINT]
     assert [entry["model"] for entry in of_folder] == ["some-llama"] * 6
-    assert [entry["case"]["mode"] for entry in of_folder] == [DECODE, DECODE, TRAINING, TRAINING, DECODE, TRAINING]
-    assert [tuple(entry["rivals"]) for entry in of_folder] == [*[NAMES] * 4, MIXED_NAMES, (FROZEN, ROADIE)]
+    found = {(entry["case"]["mode"], entry["case"]["adapters"]): tuple(entry["rivals"]) for entry in of_folder}
+    assert {names for (_, adapters), names in found.items() if adapters == 1} == {NAMES}
+    assert (found[DECODE, 3], found[TRAINING, 3]) == (MIXED_NAMES, (FROZEN, ROADIE))
     assert all(entry["rivals"][FROZEN]["ratio"]["value"] == 1 for entry in made["entries"])
     assert all({"limit_ms", "parameters", "adapted_layers"} <= set(entry) for entry in made["entries"])
     text = capsys.readouterr().out
@@ -214,14 +217,33 @@ def test_one_command_measures_a_folder_and_prints_the_section_and_the_bounds(
     assert str(tmp_path) not in path.read_text(encoding="utf-8")  # a record names the model, not where it lies
 
 
-def test_a_folder_without_a_model_is_refused(
+def test_what_cannot_be_measured_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ROADIE_BENCH_MODEL", raising=False)
-    for arguments, said in ((["--model", str(tmp_path)], "config.json"), ([], "--quick for a tiny random Llama")):
+    refused = {
+        "config.json": ["--model", str(tmp_path)],
+        "--quick for a tiny random Llama": [],
+        "use --threads 1": ["--processor-time", "--threads", "1", "2"],
+        "--quick has steps of its own": ["--quick", "--most-tokens", "64"],
+    }
+    for said, arguments in refused.items():
         with pytest.raises(SystemExit):
             real_model.main(arguments)
         assert said in capsys.readouterr().err
+
+
+def test_options_leave_steps_out_and_choose_the_clock(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    given = ["--most-tokens", "256", "--rounds", "3", "--processor-time", "--precision", "bf16"]
+    options = real_model._parse(["--model", str(tmp_path), *given])
+    shapes = real_model._shapes(options)
+    assert (shapes.threads, shapes.training_tokens, shapes.mixed_training) == ((1,), (64, 256), ((32, 8),))
+    budget = real_model._budget(options, whole.cases(shapes, "bf16")[0])
+    assert (budget.seconds, budget.min_rounds, budget.processor_time) == (0, 3, True)
+    titles = [task.title for task in real_model._tasks(options)]
+    assert all("bf16" in title for title in titles[1:])  # after the residents
+    assert len(titles) == 1 + 3 + 2 + 2 + 1
 
 
 def test_the_environment_names_a_checkpoint_and_an_option_its_name(
