@@ -53,10 +53,10 @@ RESERVED_NAMES = frozenset(
 
 @dataclass(frozen=True, eq=False, init=False)
 class LayerParameters:
-    """The RoAd parameters of one layer: of one rotation, or of several in a row.
+    """The RoAd parameters of one layer: of a chain of rotations, which in a plain adapter has one stage.
 
     theta (radians), alpha: ``[n]`` each, of one floating dtype and on one device; variant: a `Variant` or its name;
-    group_size: positive, even, divides D; or such group sizes of the rotations in a row, the first applied first, whose
+    group_size: positive, even, divides D; or such group sizes of the stages of a chain, the first applied first, whose
     parameters then lie end to end (kept as `stages`). Values are not looked at (they may live on the meta device).
     Raises `AdapterError` where the tensors do not fit, `ConfigError` for an unknown variant or a bad group size.
     """
@@ -76,7 +76,7 @@ class LayerParameters:
 
     @property
     def group_size(self) -> int:
-        """The group size of the one rotation; raises `AdapterError` where there are several in a row (see `stages`)."""
+        """The group size of the one rotation; raises `AdapterError` where there are several (see `stages`)."""
         if len(self.stages) != 1:
             raise AdapterError(
                 f"got a layer with several rotations in a row (group sizes {', '.join(map(str, self.stages))}) where one is "
@@ -93,7 +93,7 @@ class LayerParameters:
     def rotation(self) -> Rotation:
         """The one rotation these parameters stand for, ``[D]``, in float32 or wider; computed at every use.
 
-        Raises `AdapterError` where there are several in a row: see `rotations`.
+        Raises `AdapterError` where there are several: see `rotations`.
         """
         _ = self.group_size
         return self.rotations[0]
@@ -155,7 +155,7 @@ class Adapter:
 
     @property
     def stages(self) -> tuple[tuple[int, ...], ...]:
-        """The group sizes of the rotations in a row that outputs of layers have, each once; ``((64,),)`` in a plain adapter."""
+        """The chains that outputs of layers have, by their group sizes, each once; ``((64,),)`` in a plain adapter."""
         return tuple(sorted({layer.stages for path, layer in self.layers.items() if not is_input(path)}))
 
     @property
@@ -195,7 +195,7 @@ def layer_of(path: str) -> str:
 
 
 def stages_of(group_size: int | Sequence[int]) -> tuple[int, ...]:
-    """The group sizes of rotations in a row, given as they are or, for a single one, as a number; raises `ConfigError`."""
+    """The group sizes of a chain's stages, given as they are or, for a single one, as a number; raises `ConfigError`."""
     stages: Any = (group_size,) if isinstance(group_size, int) else group_size
     if isinstance(stages, str) or not isinstance(stages, Sequence) or not stages:
         raise ConfigError(
@@ -207,7 +207,7 @@ def stages_of(group_size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def refuse_chains(adapter: Adapter, where: str) -> None:
-    """Raise `AdapterError`, naming the layer, where `adapter` has several rotations in a row, which `where` does not take."""
+    """Raise `AdapterError`, naming the layer, where `adapter` has a chain of several stages, which `where` does not take."""
     for path, layer in adapter.layers.items():
         if len(layer.stages) > 1:
             raise AdapterError(
@@ -247,7 +247,7 @@ def out_features_of(variant: str | Variant, size: int, num_stages: int = 1) -> i
 def resolve_layer(config: Mapping[str, Any], module_path: str, width: int) -> tuple[Variant, tuple[int, ...]]:
     """The variant and the group sizes that `config` gives to the layer, or the input of one, at `module_path`.
 
-    width: the layer's outputs, or its in_features for an input. One group size for each rotation in a row, one in a plain
+    width: the layer's outputs, or its in_features for an input. One group size for each stage, one in a plain
     adapter. Raises `ConfigError`, naming the module, for an unknown variant, a bad pattern, a group size that does not divide
     `width` (with `adapt_group_size`: where `width` is odd), and an input that `config` does not rotate.
     """

@@ -168,7 +168,7 @@ def _factors(
 
 
 def _changes_of(site: LayerParameters | None, device: torch.device) -> list[Rotation]:
-    """R - I of each rotation in a row, whose blocks are those of a Rotation too: nothing cancels where R is near I."""
+    """R - I of each stage, whose blocks are those of a Rotation too: nothing cancels where R is near I."""
     if site is None:
         return []
     theta, alpha = (values.to(device).double() for values in (site.theta, site.alpha))

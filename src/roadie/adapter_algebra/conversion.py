@@ -76,7 +76,7 @@ def convert(adapter: Adapter, variant: str | Variant | None = None, *, group_siz
 
     Other tensors and settings are kept. With another group size a variant that cannot hold the result becomes road_2, unless
     one is asked for. Raises `ConfigError`, naming the layer, for a group size that does not fit or in which the adapter does
-    not turn, and `AdapterError` where parameters are not finite, or there are several rotations in a row.
+    not turn, and `AdapterError` where parameters are not finite, or a chain has several stages.
     """
     refuse_chains(adapter, "convert")
     regrouped = {path: _regrouped(path, layer, group_size) for path, layer in adapter.layers.items()}

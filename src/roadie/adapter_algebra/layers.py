@@ -3,7 +3,7 @@
 layers          of any of the adapters; to an adapter without a layer, that layer's rotation is the identity
 variant         the smallest that holds the result exactly: road_1 where both rows of every pair agree, else road_2
 group size      of each layer, that in which the adapters turn there
-in a row        rotations of several group sizes are combined as `roadie.algebra.chains` says, where one of the adapters has them
+chains          are combined as `roadie.algebra.chains` says, where one of the adapters has one of several stages
 inputs          a rotation of a layer's input is combined with those of the same input; products there are in reverse order,
                 because ``R2 (R1 W Q1) Q2`` has ``Q1 Q2``
 precision       float64 inside; parameters are stored in float32, or float64 where an adapter has float64
@@ -58,7 +58,7 @@ def combined(
 ) -> Adapter:
     """Each layer of any adapter: `combine` of the rotations of those that have it, by name, in float64.
 
-    combine_chains: the same for adapters of which one has several rotations in a row; None: such adapters are refused.
+    combine_chains: the same for adapters of which one has a chain of several stages; None: such adapters are refused.
     at_inputs: what stands for both at the inputs of layers; None: the same.
     Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or a result is too large.
     """
@@ -79,12 +79,12 @@ def combined(
 
 
 def has_chains(adapter: Adapter) -> bool:
-    """Whether a layer has several rotations in a row."""
+    """Whether a layer has a chain of several stages."""
     return any(len(layer.stages) > 1 for layer in adapter.layers.values())
 
 
 def _over_chains(adapters: Named, of_output: OfChains, of_input: OfChains) -> dict[str, Sequence[Rotation]]:
-    """As `_over_rotations`, of rotations in a row, which need no common pairing."""
+    """As `_over_rotations`, of chains, which need no common pairing."""
 
     def combine(path: str, parts: Mapping[str, LayerParameters]) -> Sequence[Rotation]:
         chains = {name: chain_in_float64(name, layer) for name, layer in parts.items()}
@@ -97,7 +97,7 @@ def over_layers(adapters: Named, measure: Callable[[Rotations], T]) -> dict[str,
     """Module path -> `measure` of the rotations, by name and in one pairing, of the adapters that have the layer.
 
     Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or are not finite, and
-    where one has several rotations in a row.
+    where one has a chain of several stages.
     """
     return _over_rotations(adapters, lambda _, parts: measure(parts))
 
@@ -141,7 +141,7 @@ def in_float64(name: str, layer: LayerParameters) -> Rotation:
 
 
 def chain_in_float64(name: str, layer: LayerParameters) -> tuple[Rotation, ...]:
-    """The layer's rotations in a row, as `in_float64`."""
+    """The layer's chain, as `in_float64`."""
     if not bool((torch.isfinite(layer.theta) & torch.isfinite(layer.alpha)).all()):
         raise AdapterError(
             f"{name}: got parameters that are not finite; wanted finite numbers; train the adapter again"
@@ -158,7 +158,7 @@ def stored(rotation: Rotation, variant: Variant, dtype: torch.dtype) -> LayerPar
 
 
 def stored_chain(chain: Sequence[Rotation], variant: Variant, dtype: torch.dtype) -> LayerParameters:
-    """`stored` of rotations in a row, whose parameters lie end to end."""
+    """`stored` of a chain, whose parameters lie end to end."""
     parts = [stored(rotation, variant, dtype) for rotation in chain]
     theta, alpha = torch.cat([part.theta for part in parts]), torch.cat([part.alpha for part in parts])
     return LayerParameters(theta, alpha, variant, [rotation.group_size for rotation in chain])

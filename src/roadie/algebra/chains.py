@@ -1,4 +1,4 @@
-"""Rotations in a row, and what the algebra makes of them.
+"""Chains, rotations one after the other, and what the algebra makes of them.
 
 A product of two chains is one after the other, and the inverse the inverses in reverse order: both exactly. What needs
 logarithms is done rotation by rotation, between chains of the same group sizes in the same order: a chain has no logarithm that

@@ -12,9 +12,9 @@ them: other metadata, another JSON layout, two spellings of one number, extra ke
 
 **The prefix.** Where the config says more than stock PEFT understands (`EXTRA_DEFAULTS`), the file's variant reads
 "roadie:road_1", so that stock PEFT raises "Invalid variant" where it would have loaded another meaning. Readers here
-strip it, `config_text` puts it back. An extension that this reader must not ignore needs another prefix: rotations in a
-row (``stages``) have "roadie-stages:", rotations of inputs (``input_stages``) "roadie-inputs:", and `save` warns that only roadie
-reads them. The parameters of rotations in a row lie end to end; those of the input of the layer at P are at P.road_input.
+strip it, `config_text` puts it back. An extension that this reader must not ignore needs another prefix: chains of
+several ``stages`` have "roadie-stages:", rotations of inputs (``input_stages``) "roadie-inputs:", and `save` warns that only
+roadie reads them. The parameters of a chain lie end to end; those of the input of the layer at P are at P.road_input.
 
 **One pair, never a mixture.** Both files are written and fsynced in a temporary folder beside the final ones. Where
 the config does not change, the weights are replaced by one rename. Otherwise: old config out, old weights out, new
@@ -134,7 +134,7 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Other files in the folder are left alone. What `save` writes, `load` reads: raises `CheckpointError` where the
     config does not give a layer the variant and group size it has, values are not finite, names clash, or the disk
     refuses (full, read-only); the checkpoint that was there then stays whole. Raises `ConfigError` for a config that
-    JSON cannot hold. Warns where the adapter has rotations in a row, or of inputs, which stock PEFT refuses to load.
+    JSON cannot hold. Warns where the adapter has chains of several stages, or rotates inputs, which stock PEFT refuses to load.
     """
     folder = Path(path)
     text = config_text({"peft_type": "ROAD", **adapter.config})
@@ -148,7 +148,7 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 
 
 def warn_of_chains(config: Mapping[str, object]) -> None:
-    """Say that roadie alone reads an adapter of this config, where it has rotations in a row, or of inputs."""
+    """Say that roadie alone reads an adapter of this config, where it has chains of several stages, or rotates inputs."""
     has_chains, has_inputs = (any(config.get(key) for key in keys) for keys in (CHAIN_KEYS, INPUT_KEYS))
     if has_chains or has_inputs:
         names = ["several rotations in a row (stages)"] * has_chains + [

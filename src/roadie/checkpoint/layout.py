@@ -11,7 +11,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 
 VARIANT_PREFIX = "roadie:"
-CHAIN_PREFIX = "roadie-stages:"  # readers that know VARIANT_PREFIX alone must refuse rotations in a row
+CHAIN_PREFIX = "roadie-stages:"  # readers that know VARIANT_PREFIX alone must refuse chains of several stages
 INPUT_PREFIX = "roadie-inputs:"  # and those that know these two, rotations of inputs
 PREFIXES = (VARIANT_PREFIX, CHAIN_PREFIX, INPUT_PREFIX)
 EXTRA_DEFAULTS: Mapping[str, Any] = {

@@ -49,7 +49,7 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            typer.echo(f"\nroadie: interrupted. {_what_is_kept(stop, ctx)}".rstrip(), err=True)
+            typer.echo(f"\nroadie: interrupted. {_what_is_saved(stop, ctx)}".rstrip(), err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
@@ -69,14 +69,14 @@ def _running(group: Any, ctx: Any) -> Iterator[Any]:
         yield from getattr(command, "commands", {"": command}).values()
 
 
-def _what_is_kept(stop: KeyboardInterrupt, ctx: Any) -> str:
-    kept = getattr(stop, "kept", None)
-    if kept is None:
+def _what_is_saved(stop: KeyboardInterrupt, ctx: Any) -> str:
+    saved = getattr(stop, "saved", None)
+    if saved is None:
         return "Nothing was written."
-    if not kept.can_go_on:
-        return str(kept.text)
+    if not saved.can_go_on:
+        return str(saved.text)
     resumed = ctx.meta[WRITTEN].replace(" --overwrite", "")
-    return f"{kept.text}\nGo on with: {resumed}{'' if ' --resume' in resumed else ' --resume'}"
+    return f"{saved.text}\nGo on with: {resumed}{'' if ' --resume' in resumed else ' --resume'}"
 
 
 app = typer.Typer(

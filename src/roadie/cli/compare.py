@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from roadie.cli.findings import AsJson, Output, Png, present
 from roadie.cli.options import AllowPickle, Overwrite
-from roadie.cli.reports import AsJson, Output, Png, present
 
 
 def compare(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from roadie.cli.findings import AsJson, Output, Png, present
 from roadie.cli.options import AllowPickle, Model, Overwrite, Revision, TrustRemoteCode
-from roadie.cli.reports import AsJson, Output, Png, present
 
 
 def inspect(

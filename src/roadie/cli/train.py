@@ -145,13 +145,13 @@ def train(
       accelerate launch --num_processes 2 -m roadie.cli train notes.txt --output notes-adapter
     """
     from roadie.cli.quiet import quiet_libraries
-    from roadie.training.checkpoints import kept_in, work_path
+    from roadie.training.checkpoints import saved_in, work_path
     from roadie.training.interruption import told
 
     if hub_public and not push_to_hub:
         raise ConfigError("got --hub-public without --push-to-hub; wanted a repository that it is said of; name it")
     recipe = options.recipe_of(ctx.params)
-    with told(lambda: kept_in(work_path(output))), quiet_libraries():
+    with told(lambda: saved_in(work_path(output))), quiet_libraries():
         from roadie.distributed.processes import joined
         from roadie.training.hub import HubPlace
         from roadie.training.models import ModelSource

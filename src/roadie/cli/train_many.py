@@ -65,9 +65,9 @@ def train_many(
     from roadie.cli.jobs_table import live_table
     from roadie.cli.quiet import quiet_libraries
     from roadie.training.interruption import told
-    from roadie.training.many.kept import kept_in
+    from roadie.training.many.saved import saved_in
 
-    with told(lambda: kept_in(work or jobs.with_suffix(".training"))), quiet_libraries():
+    with told(lambda: saved_in(work or jobs.with_suffix(".training"))), quiet_libraries():
         from roadie.distributed.processes import joined
         from roadie.training.many.run import train_many as run
         from roadie.training.models import ModelSource

@@ -74,7 +74,7 @@ class Blocks:
 def blocks_of(adapter: Adapter, name: str = "the adapter") -> Blocks:
     """The blocks of every layer of `adapter`, in float64; `name` is what errors call it.
 
-    Raises `AdapterError`, naming the layer, where parameters are not finite, or where there are several rotations in a row.
+    Raises `AdapterError`, naming the layer, where parameters are not finite, or where a chain has several stages.
     """
     refuse_chains(adapter, f"{name}, looked at")
     parts = [_split(rotation_of(layer, f"{name}, layer {path}")) for path, layer in adapter.layers.items()]

@@ -141,7 +141,7 @@ def _beside(weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _matrices(layer: Any, name: str) -> list[Tensor]:
-    """Of one adapter: a matrix for each of its rotations in a row, the first applied first."""
+    """Of one adapter: a matrix for each stage of its chain, the first applied first."""
     size = layer.group_size[name]
     stages = (size,) if isinstance(size, int) else size
     theta, alpha = (split_stages(store[name].detach(), len(stages)) for store in (layer.road_theta, layer.road_alpha))

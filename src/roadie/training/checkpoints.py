@@ -18,7 +18,7 @@ from typing import Any
 
 from roadie.errors import ConfigError
 from roadie.training.folders import OutputExists, check_free
-from roadie.training.interruption import NOTHING, Kept
+from roadie.training.interruption import NOTHING, Saved
 
 SETTINGS_NAME = "settings.json"
 STATE_NAME = "trainer_state.json"
@@ -82,11 +82,11 @@ def record_start(path: Path, settings: Mapping[str, Any], loss_before: float) ->
     temporary.replace(path / SETTINGS_NAME)
 
 
-def kept_in(folder: Path) -> Kept:
+def saved_in(folder: Path) -> Saved:
     """What an interrupted run leaves in its working folder, which is removed where that is nothing but settings."""
     checkpoint = last_complete(folder)
     if checkpoint is not None:
-        return Kept(f"Kept: the checkpoint after step {_steps(checkpoint)} in {folder}.", can_go_on=True)
+        return Saved(f"Kept: the checkpoint after step {_steps(checkpoint)} in {folder}.", can_go_on=True)
     ours = folder.is_dir() and all(
         path.name.startswith((SETTINGS_NAME, "checkpoint-", "tmp-checkpoint-")) for path in folder.iterdir()
     )

@@ -15,7 +15,7 @@ def tell_of_smaller_groups(
 ) -> None:
     """Warn where layers have smaller groups than `asked` for, which adapt_group_size allows.
 
-    sizes: the path and the group sizes (of one rotation, or of several in a row) of each adapted layer; whose: which of
+    sizes: the path and the group sizes, one a stage, of each adapted layer; whose: which of
     several adapters, to begin the line with.
     """
     found = sorted({(path.rpartition(".")[2], stages_of(size)) for path, size in sizes})

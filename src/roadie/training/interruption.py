@@ -1,6 +1,6 @@
 """Ctrl-C in something long: what has been done is kept, and the exception says what that is.
 
-    with told(lambda: kept_in(folder)):     whatever is interrupted in here raises `Interrupted`
+    with told(lambda: saved_in(folder)):    whatever is interrupted in here raises `Interrupted`
         with stop_request() as stop:        the first Ctrl-C asks, the second one ends at once
             while not stop.asked: ...
 
@@ -20,33 +20,33 @@ logger = logging.getLogger("roadie")
 
 
 @dataclass(frozen=True)
-class Kept:
+class Saved:
     """What an interruption leaves. text: in words; can_go_on: whether the same command goes on from it with --resume."""
 
     text: str
     can_go_on: bool = False
 
 
-NOTHING = Kept("Nothing is kept: no checkpoint was written yet.")
+NOTHING = Saved("Nothing is kept: no checkpoint was written yet.")
 
 
 class Interrupted(KeyboardInterrupt):
-    """A KeyboardInterrupt that knows what is kept."""
+    """A KeyboardInterrupt that knows what is saved."""
 
-    def __init__(self, kept: Kept) -> None:
-        super().__init__(kept.text)
-        self.kept = kept
+    def __init__(self, saved: Saved) -> None:
+        super().__init__(saved.text)
+        self.saved = saved
 
 
 @contextmanager
-def told(kept: Callable[[], Kept]) -> Iterator[None]:
-    """Within the block a KeyboardInterrupt becomes an `Interrupted` with what `kept` finds then."""
+def told(saved: Callable[[], Saved]) -> Iterator[None]:
+    """Within the block a KeyboardInterrupt becomes an `Interrupted` with what `saved` finds then."""
     try:
         yield
     except Interrupted:
         raise
     except KeyboardInterrupt:
-        raise Interrupted(kept()) from None
+        raise Interrupted(saved()) from None
 
 
 class StopRequest:

@@ -36,8 +36,8 @@ class Recipe:
     variant, group_size, target_modules, exclude_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the output layer.
     adapt_group_size: where a layer's outputs are no multiple of `group_size`, use their greatest common divisor;
         otherwise such a layer is an error.
-    stages: group sizes of several rotations in a row, such as (2, 16, 64), instead of one of `group_size`; None: one.
-    input_stages: group sizes of the rotation of each layer's input, one, (64,), or several in a row; None: outputs alone.
+    stages: group sizes of the stages of a chain, such as (2, 16, 64), instead of one of `group_size`; None: one.
+    input_stages: group sizes of the chain of each layer's input, one, (64,), or several; None: outputs alone.
     share: the pairs of every layer that are trained, as text for `roadie.share.Share`: "1/2", "1/2 interleaved"; None: all.
     learning_rate: peak; None: `default_learning_rate` of the model; warmup_ratio: share of the steps; weight_decay,
         max_grad_norm: as in AdamW and Trainer.

@@ -34,10 +34,10 @@ from roadie.training.checkpoints import (
     WorkFolder,
     check_output,
     former_rate,
-    kept_in,
     logged,
     open_work,
     record_start,
+    saved_in,
     work_path,
 )
 from roadie.training.corpus import Corpus, prepare_corpus
@@ -304,7 +304,7 @@ def _run(trainer: GlobalBatchTrainer | PreferenceTrainer, work: WorkFolder, reci
         trainer.add_callback(start)
         trainer.train(resume_from_checkpoint=str(work.checkpoint) if work.checkpoint else None)
     if stop.asked:
-        raise Interrupted(kept_in(work.path))
+        raise Interrupted(saved_in(work.path))
     return {
         "steps": trainer.state.global_step,
         "resumed_from_step": start.step,

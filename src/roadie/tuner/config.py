@@ -45,12 +45,12 @@ class RoadConfig(PeftConfig):
         group_size_pattern: regular expression -> group size, where it differs; matched in the same way.
         adapt_group_size: where a group size does not divide a layer's out_features, use their greatest common divisor
             (if it is even) instead of refusing the layer.
-        stages: group sizes of several rotations in a row, the first applied first, such as [2, 16, 64]; each has parameters
+        stages: group sizes of a chain of several rotations, the first applied first, such as [2, 16, 64]; each has parameters
             of its own, of the variant, and starts as the identity. None: one rotation, of group_size, which is not looked at
             where there are stages. Such adapters are saved so that stock PEFT refuses them.
         stages_pattern: regular expression -> stages, where they differ ([64]: one rotation); matched as in variant_pattern.
         input_stages: rotate the input of each layer too, ``z = R_out (W (R_in x) + b)``: the group sizes of R_in, one ([64]) or
-            several in a row, which divide in_features; its variant and start are those of the output. None: the output alone.
+            several, which divide in_features; its variant and start are those of the output. None: the output alone.
             Such adapters too are saved so that stock PEFT refuses them.
         input_stages_pattern: regular expression -> input_stages, where they differ ([]: the output alone there).
 

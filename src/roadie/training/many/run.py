@@ -21,13 +21,13 @@ from roadie.distributed.processes import join
 from roadie.training.interruption import told
 from roadie.training.many.job import Job, RunSettings
 from roadie.training.many.jobs_file import Plan, read_jobs
-from roadie.training.many.kept import kept_in
 from roadie.training.many.logs import Logs, NoLogs
 from roadie.training.many.observer import Observer
 from roadie.training.many.outputs import adapter_config, adapter_of, finished_result, write_output
 from roadie.training.many.preparation import Prepared, prepare, run_settings
 from roadie.training.many.rate_warnings import RateWarnings
 from roadie.training.many.result import JobResult, JobStatus, ManyResult
+from roadie.training.many.saved import saved_in
 from roadie.training.many.session import Session
 from roadie.training.many.sharing import Sharing, Spread
 from roadie.training.many.snapshot import Snapshot, read_snapshot, write_snapshot
@@ -136,7 +136,7 @@ class _Run:
             session = self._session(snapshot, ended, logs, [logs, *observers])
             before = session.step
             self._announce(session, ended, logs, observers)
-            with told(lambda: kept_in(self.work.path)):
+            with told(lambda: saved_in(self.work.path)):
                 session.run()
         finally:
             logs.close()

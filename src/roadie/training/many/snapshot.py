@@ -22,7 +22,7 @@ from torch import Tensor
 
 from roadie.bank.trainable import TrainableBank
 from roadie.errors import CheckpointError
-from roadie.training.many.kept import SNAPSHOT_NAME
+from roadie.training.many.saved import SNAPSHOT_NAME
 from roadie.training.many.state import ActiveJob, PreparedJob, Progress
 
 

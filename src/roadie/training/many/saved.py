@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from roadie.training.interruption import NOTHING, Kept
+from roadie.training.interruption import NOTHING, Saved
 
 SNAPSHOT_NAME = "checkpoint.safetensors"
 RUN_NAME = "run.json"
 RECORD_NAME = "training.json"
 
 
-def kept_in(work: Path) -> Kept:
+def saved_in(work: Path) -> Saved:
     """The checkpoints in a working folder, and the jobs of the run that have finished."""
     steps = [step for file in _snapshots(work) if (step := _step_of(file)) is not None]
     finished = list(_finished(work))
     parts = [f"the checkpoint after step {' and '.join(map(str, steps))} in {work}"] if steps else []
     parts += [f"{len(finished)} finished jobs ({', '.join(finished)})"] if finished else []
-    return Kept(f"Kept: {'; '.join(parts)}.", can_go_on=True) if parts else NOTHING
+    return Saved(f"Kept: {'; '.join(parts)}.", can_go_on=True) if parts else NOTHING
 
 
 def _snapshots(work: Path) -> list[Path]:
