@@ -1,7 +1,8 @@
-"""Every module says what it is in the first line of its docstring, so that no document needs a list of the files."""
+"""Every module says what it is in the first line of its docstring, and the glossary names what there is."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STRUCTURE = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "structure.py")))
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 MODULES = sorted(STRUCTURE.PACKAGE.rglob("*.py"))
 
 
@@ -60,3 +62,15 @@ def test_the_structure_of_some_packages(capsys: pytest.CaptureFixture[str]) -> N
     assert [line for line in printed.splitlines() if line.endswith("/")] == ["roadie/", "roadie/checkpoint/"]
     with pytest.raises(SystemExit, match=r"got chekpoint; wanted packages or modules of .*roadie"):
         STRUCTURE.main(["chekpoint"])
+
+
+def test_the_glossary_is_of_names_that_there_are() -> None:
+    """Each word once, and each name in code that is said to have a meaning stands in the code."""
+    glossary = ARCHITECTURE.partition("\n## Glossary\n")[2]
+    words = [
+        word for cell in re.findall(r"^\| ([^|]+) \| ", glossary, flags=re.MULTILINE)[1:] for word in cell.split(", ")
+    ]
+    assert len(words) > 25
+    assert len(words) == len(set(words))
+    code = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in MODULES)))
+    assert set(re.findall(r"(?<!`)`(\w+)`(?!`)", glossary)) - code == set()
