@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -202,22 +202,26 @@ class AdapterBank:
             )
         wishes = [parse(wish) for wish in names]
         with self._lock:
-            of_wish: dict[str | Blend | None, int] = {None: -1}
+            wanted = dict.fromkeys([wish for wish in wishes if wish is not None])
+            blends = [wish for wish in wanted if isinstance(wish, Blend)]
+            parts = {wish: None for wish in wanted if isinstance(wish, str)}
+            parts.update(dict.fromkeys([name for blend in blends for name in blend.names]))
             # Names before blends, and each held as soon as it is found: making a blend may let others go.
-            wanted = sorted({wish for wish in wishes if wish is not None}, key=lambda wish: isinstance(wish, Blend))
-            parts = [name for wish in wanted for name in (wish.names if isinstance(wish, Blend) else (wish,))]
-            held = self._book.lease([self._slot_of(name) for name in dict.fromkeys(parts)])
-            leases = []
-            for wish in wanted:
-                of_wish[wish] = slot = self._slot_of(wish)
+            of_wish: dict[str | Blend | None, int] = {name: self._slot_of(name) for name in parts}
+            leases = [self._book.lease([*of_wish.values()])]
+            if blends:
+                leases.append(self._book.lease([of_wish[wish] for wish in wanted if wish in of_wish]))
+            for blend in blends:
+                of_wish[blend] = slot = self._slot_of(blend)
                 leases.append(self._book.lease((slot,)))
-            held.close()  # a blend, once made, does not read its parts
+            if blends:
+                leases.pop(0).close()  # a blend, once made, does not read its parts
+            of_wish[None] = -1
             slots = torch.tensor([of_wish[wish] for wish in wishes], dtype=torch.int64)
             slots._roadie_leases = leases  # type: ignore[attr-defined]
             return slots
 
-    @contextmanager
-    def rows(self, slots: Tensor | Sequence[Wish], *, expansion: int = 1) -> Iterator[None]:
+    def rows(self, slots: Tensor | Sequence[Wish], *, expansion: int = 1) -> AbstractContextManager[Any]:
         """Within the block, row b of every batch uses ``slots[b]``.
 
         slots: integers ``[B]``, or ``[B, T]`` for a slot a token (a packed batch is ``[1, T]``), or a sequence of B wishes.
@@ -229,8 +233,7 @@ class AdapterBank:
         # Layers remember where a batch lay; the leases hang on the tensor that was given, and end with the choice.
         choice = Choice(slots.clone(), expansion, model=self.model, held=slots)
         choice.check(self._book.num_slots)
-        with self._routing.chosen(self.model, choice):
-            yield
+        return self._routing.chosen(choice, self.model)
 
     def close(self) -> None:
         """Take the bank off the model, which is then what it was."""
@@ -373,16 +376,15 @@ class AdapterBank:
             self._book.drop(wish)
 
     def _slot_of(self, wish: str | Blend) -> int:
-        if isinstance(wish, str):
-            self._require(wish)
-        else:
+        if isinstance(wish, Blend):
             for name in wish.names:
                 self._require(name)
             wish = Blend(wish.weights, tuple(self._versions[name] for name in wish.names))
         slot = self._book.use(wish)
         if slot is not None:
             return slot
-        assert isinstance(wish, Blend)
+        if isinstance(wish, str):
+            raise self._unknown(wish)
         return self._publish([wish], self._blend(wish))[0]
 
     def _blend(self, wish: Blend) -> dict[str, list[Rows]]:
@@ -402,8 +404,11 @@ class AdapterBank:
 
     def _require(self, name: str) -> None:
         if name not in self._book:
-            known = ", ".join(map(repr, list(self.names)[:8])) or "none"
-            raise RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")
+            raise self._unknown(name)
+
+    def _unknown(self, name: str) -> RoutingError:
+        known = ", ".join(map(repr, list(self.names)[:8])) or "none"
+        return RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")
 
 
 def _has(parts: Sequence[Rows], index: int) -> bool:

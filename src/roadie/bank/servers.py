@@ -18,13 +18,13 @@ from roadie.errors import ConfigError, RoutingError
 class Server(Protocol):
     """What serves a model: an `AdapterBank`."""
 
-    def rows(self, slots: Tensor | Sequence[Any]) -> AbstractContextManager[None]:
+    def rows(self, slots: Tensor | Sequence[Any]) -> AbstractContextManager[Any]:
         """Puts the slots of the rows in force for a block."""
         ...
 
 
 _servers: WeakKeyDictionary[nn.Module, Server] = WeakKeyDictionary()
-_of_tuner: list[Callable[[nn.Module, Any], AbstractContextManager[None]]] = []
+_of_tuner: list[Callable[[nn.Module, Any], AbstractContextManager[Any]]] = []
 
 
 def serve(model: nn.Module, server: Server) -> None:
@@ -39,12 +39,12 @@ def stop_serving(model: nn.Module) -> None:
     _servers.pop(model, None)
 
 
-def announce(rows_of_tuner: Callable[[nn.Module, Any], AbstractContextManager[None]]) -> None:
+def announce(rows_of_tuner: Callable[[nn.Module, Any], AbstractContextManager[Any]]) -> None:
     """How the rows of models with RoAd layers are put in force."""
     _of_tuner[:] = [rows_of_tuner]
 
 
-def rows(model: nn.Module, slots: Tensor | Sequence[Any]) -> AbstractContextManager[None]:
+def rows(model: nn.Module, slots: Tensor | Sequence[Any]) -> AbstractContextManager[Any]:
     """Within the block, row b of every batch uses adapter ``slots[b]``.
 
     model: one that an `AdapterBank` serves, or a PeftModel or any model with RoAd layers inside, compiled or not. slots: an

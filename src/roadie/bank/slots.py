@@ -26,8 +26,7 @@ class SlotLease:
         if slots:
             self._returned.append(slots)
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = close
 
 
 class SlotBook:

@@ -17,8 +17,9 @@ Legend: as in `roadie.bank.families`; B rows of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,42 +137,33 @@ class TrainableBank:
     def attached(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
         """Within the block the sites `paths` are rotated wherever rows are routed (`routed`)."""
         with ExitStack() as stack:
-            stack.enter_context(self._routing.attached(model))
+            stack.callback(self._routing.detach, self._routing.attach(model))
             for path in paths:
                 module = model.get_submodule(layer_of(path))
                 if is_input(path):
-                    handle = module.register_forward_pre_hook(self._input_hook(path))
+                    handle = module.register_forward_pre_hook(partial(self._at_input, path))
                 else:
-                    handle = module.register_forward_hook(self._hook(path))
+                    handle = module.register_forward_hook(partial(self._at_output, path))
                 stack.callback(handle.remove)
             yield
 
-    @contextmanager
-    def routed(self, slots: Tensor) -> Iterator[None]:
+    def routed(self, slots: Tensor) -> AbstractContextManager[Any]:
         """Within the block row b of a batch uses the adapter at ``slots[b]`` (int64 ``[B]`` or ``[B, T]``); -1: none."""
-        with self._routing.in_force(Choice(slots)):
-            yield
+        return self._routing.chosen(Choice(slots))
 
-    def _hook(self, path: str) -> Any:
-        def rotated(module: nn.Module, _: Any, y: Tensor) -> Tensor | None:
-            layer, choice = self._tables.get(path), self._routing.current()
-            if layer is None or choice is None:
-                return None
+    def _at_output(self, path: str, module: nn.Module, _: Any, y: Tensor) -> Tensor:
+        return self._rotated(path, module, y, _gives_fresh_memory(module))
+
+    def _at_input(self, path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self._rotated(path, module, inputs[0], False), *inputs[1:]
+
+    def _rotated(self, path: str, module: nn.Module, y: Tensor, is_fresh: bool) -> Tensor:
+        layer, choice = self._tables.get(path), self._routing.current()
+        if layer is None or choice is None:
+            return y
+        if not is_input(path):
             check_output(y, module, path)
-            slots = choice.placed(y, module, self._rows_of(layer.families))
-            return layer.rotated(y, slots, _gives_fresh_memory(module))
-
-        return rotated
-
-    def _input_hook(self, path: str) -> Any:
-        def rotated(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            layer, choice = self._tables.get(path), self._routing.current()
-            if layer is None or choice is None:
-                return None
-            slots = choice.placed(inputs[0], module, self._rows_of(layer.families))
-            return layer.rotated(inputs[0], slots, False), *inputs[1:]
-
-        return rotated
+        return layer.rotated(y, choice.placed(y, module, self._rows_of(layer.families)), is_fresh)
 
     def _rows_of(self, families: tuple[int, ...]) -> tuple[int, ...] | None:
         """For each slot its row in a table of these families, or -1, as it is for slot -1; None where the rows are the slots."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from enum import Enum
 from typing import Any, NamedTuple
@@ -33,8 +33,6 @@ from roadie.errors import RoutingError
 from roadie.linear import is_linear
 
 logger = logging.getLogger("roadie")
-
-Off = Callable[[], AbstractContextManager[None]]
 
 INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "input_features", "input_values")
 """Arguments of a model that have a row in front, and then its tokens."""
@@ -66,20 +64,22 @@ _kinds: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
 _are_sure: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Models that were looked at -> whether each of their linear layers has the rows in front, or all tokens flat."""
 _cannot_be_run: WeakSet[nn.Module] = WeakSet()
-offs: ContextVar[tuple[Off, ...]] = ContextVar("roadie_rows_off", default=())
-"""What takes the rows that the calling thread chose out of force, while the model is run on one row."""
+routings_in_force: ContextVar[tuple[Any, ...]] = ContextVar("roadie_routings", default=())
+"""Where the calling thread has put rows in force: they do not hold while the model is run on one row."""
 
 
 class Calls:
     """The calls of a model while rows are in force: how many tokens they had, and the last one.
 
-    num_rows: B; expansion: how many consecutive rows generation makes of one. is_sure: whether sizes tell what each layer of
-    `model` is given.
+    num_rows: B; expansion: how many consecutive rows generation makes of one; is_compiled: whether a part of `model` is, None
+    where that is not known yet. is_sure: whether sizes tell what each layer of a compiled `model` is given.
     """
 
-    def __init__(self, num_rows: int, expansion: int = 1, model: nn.Module | None = None) -> None:
-        self.num_rows, self.expansion = num_rows, expansion
-        self.is_sure = model is not None and _are_sure.get(_core(model), False)
+    def __init__(
+        self, num_rows: int, expansion: int = 1, model: nn.Module | None = None, is_compiled: bool | None = None
+    ) -> None:
+        self.num_rows, self.expansion, self.is_compiled = num_rows, expansion, is_compiled
+        self.is_sure = is_compiled is not False and model is not None and _are_sure.get(_core(model), False)
         self.tokens: set[int] = set()
         self._last: Call | None = None
         self._has_looked = False
@@ -89,14 +89,15 @@ class Calls:
         given = _inputs(args, kwargs)
         if not given:
             return
-        self._check_number(given[0])
+        rows, first = self.num_rows, given[0]  # several texts a row: [B, n, T]
+        if len(first) not in (rows, rows * self.expansion) and first.shape[:2].numel() != rows:
+            raise RoutingError(
+                wrong_number(rows, len(first)) + "Wanted adapters or slots, one for each row of the input."
+            )
         self._last = Call(model, args, kwargs)
-        self.tokens.update(x.shape[1] for x in given if x.dim() > (2 if x.is_floating_point() else 1))
-
-    def _check_number(self, x: Tensor) -> None:
-        rows = self.num_rows
-        if len(x) not in (rows, rows * self.expansion) and x.shape[:2].numel() != rows:  # the last: several texts a row
-            raise RoutingError(wrong_number(rows, len(x)) + "Wanted adapters or slots, one for each row of the input.")
+        for x in given:
+            if x.dim() > (2 if x.is_floating_point() else 1):
+                self.tokens.add(x.shape[1])
 
     def check(self, y: Tensor, site: nn.Module, slots: Tensor) -> None:
         """Raise `RoutingError` unless `site`, which gives y, or is given it, has the rows in front, or all tokens flat."""
@@ -125,7 +126,11 @@ class Calls:
 
     def look(self, model: nn.Module) -> None:
         """`model` is called now; where a part of it is compiled, find out whether sizes tell what its layers are given."""
-        if self.is_sure or self._has_looked or max(self.tokens, default=1) == 1 or not has_compiled_part(model):
+        if self.is_sure or self._has_looked or max(self.tokens, default=1) == 1:
+            return
+        if self.is_compiled is None:
+            self.is_compiled = has_compiled_part(model)
+        if not self.is_compiled:
             return
         if _core(model) not in _are_sure and self._last is not None:
             self._look(self._last)
@@ -323,8 +328,7 @@ def _goes_by_row(one: Sight, pair: Sight, module: nn.Module) -> bool:
 
 def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """What has the rows of a call in front, and then, mostly, the tokens of each."""
-    named = [kwargs.get(name) for name in INPUTS]
-    found = [value for value in (*args, *named) if isinstance(value, Tensor) and value.dim() > 0]
+    found = [value for value in (*args, *map(kwargs.get, INPUTS)) if isinstance(value, Tensor) and value.dim() > 0]
     return found or [value for value in kwargs.values() if isinstance(value, Tensor) and value.dim() > 1][:1]
 
 
@@ -350,8 +354,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
-        for off in offs.get():
-            stack.enter_context(off())
+        for routing in routings_in_force.get():
+            stack.enter_context(routing.chosen(None))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))

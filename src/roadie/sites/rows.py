@@ -14,23 +14,26 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from copy import copy
-from threading import Lock
-from typing import Any, Generic, NamedTuple, TypeVar
+from functools import cached_property
+from threading import RLock
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from roadie.errors import RoutingError
-from roadie.sites.layout import Calls, before_calls, by_size, is_doubtful, offs, plain, wrapped, wrong_number
+from roadie.sites.layout import (
+    Calls,
+    before_calls,
+    by_size,
+    is_doubtful,
+    plain,
+    routings_in_force,
+    wrapped,
+    wrong_number,
+)
 
 _MOST_PLACES = 64  # shapes of which a choice remembers where the rows lie: a model has a few for each number of tokens
-
-
-class _Place(NamedTuple):
-    """The slots in the shape of what a site gives, and whether sizes leave a doubt about them."""
-
-    slots: Tensor
-    is_doubtful: bool
 
 
 class Choice:
@@ -38,8 +41,9 @@ class Choice:
 
     slots: integers ``[B]``, or ``[B, T]`` for a slot a token, kept as int64; expansion: how many consecutive rows generation
     makes of one; model: whose rows they are; device: where the slots are read, if not where they are; held: what lives as long
-    as something may read them; calls: of the model while the choice is in force, where another choice shares them. mark: what
-    others remember a choice by, so that they do not keep its slots. Raises `RoutingError` for what are no slots.
+    as something may read them; calls: of the model while the choice is in force, where another choice shares them; is_compiled:
+    whether a part of the model is, None where that is to be looked up. mark: what others remember a choice by, so that they do
+    not keep its slots. Raises `RoutingError` for what are no slots.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Choice:
         device: torch.device | None = None,
         held: object = None,
         calls: Calls | None = None,
+        is_compiled: bool | None = None,
     ) -> None:
         if slots.is_floating_point() or slots.dtype == torch.bool or slots.dim() == 0:
             raise RoutingError(
@@ -59,25 +64,23 @@ class Choice:
         slots = slots.to(torch.int64)
         self.slots = slots if device is None else slots.to(device)
         self.expansion, self.held, self.mark = expansion, held, object()
-        self.calls = Calls(slots.shape[0], expansion, model) if calls is None else calls
-        self._host = slots if slots.device.type == "cpu" else None
-        self._places: dict[Hashable, _Place] = {}
+        self.calls = Calls(slots.shape[0], expansion, model, is_compiled) if calls is None else calls
+        if slots.device.type == "cpu":
+            self.host = slots
+        self._places: dict[Hashable, tuple[Tensor, bool]] = {}  # and whether sizes leave a doubt
         self._checked: set[Hashable] = set()
 
-    @property
+    @cached_property
     def host(self) -> Tensor:
         """The slots on the CPU, so that looking at them does not wait for a device."""
-        if self._host is None:
-            self._host = self.slots.cpu()
-        return self._host
+        return self.slots.cpu()
 
     def check(self, num_slots: int) -> None:
         """Raise `RoutingError` unless the slots are from -1 to num_slots - 1."""
-        lowest, highest = (int(each) for each in self.host.aminmax()) if self.host.numel() else (-1, -1)
+        lowest, highest = map(int, self.host.aminmax()) if self.host.numel() else (-1, -1)
         if lowest < -1 or highest >= num_slots:
             raise RoutingError(
-                f"got slots from {lowest} to {highest}; wanted -1 (the base model) to {num_slots - 1}: there are "
-                f"{num_slots} slots"
+                f"got slots from {lowest} to {highest}; wanted -1 (the base model) to {num_slots - 1}, the last adapter"
             )
 
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -105,10 +108,11 @@ class Choice:
                 self._places.clear()
             with torch.inference_mode(False):  # other calls of the block may be trained, and keep it for backward
                 place = self._places[key] = self._place(y, of_slot)
-        if place.is_doubtful and (site, lead) not in self._checked:
-            self._check(y, site)
+        slots, is_in_doubt = place
+        if is_in_doubt and (site, lead) not in self._checked:
+            self.calls.check(y, site, self.slots)
             self._checked.add((site, lead))
-        return place.slots
+        return slots
 
     def placed_on_host(self, y: Tensor, site: nn.Module) -> Tensor:
         """As `placed`, on the CPU."""
@@ -118,13 +122,13 @@ class Choice:
         return found
 
     def _placed_in_graph(self, y: Tensor, site: nn.Module, of_slot: tuple[int, ...] | None) -> Tensor:
-        place = self._place(y, of_slot)
+        slots, is_in_doubt = self._place(y, of_slot)
         may_be_rows = y.dim() == 2 and len(y) == len(self.slots)  # which they are, but in an expert of many
-        if place.is_doubtful and not may_be_rows and not self.calls.is_sure:
-            _check_in_eager(self, y, site)
-        return place.slots
+        if is_in_doubt and not may_be_rows and not self.calls.is_sure:
+            _check_in_eager(self.calls, y, site, self.slots)
+        return slots
 
-    def _place(self, y: Tensor, of_slot: tuple[int, ...] | None) -> _Place:
+    def _place(self, y: Tensor, of_slot: tuple[int, ...] | None) -> tuple[Tensor, bool]:
         found = by_size(self.slots, self.expansion, y)
         if found is None:
             raise RoutingError(
@@ -134,13 +138,10 @@ class Choice:
         is_in_doubt = is_doubtful(y, found)
         if of_slot is not None:
             found = torch.tensor(of_slot, device=found.device)[found]
-        return _Place(found.to(y.device), is_in_doubt)
-
-    def _check(self, y: Tensor, site: nn.Module) -> None:
-        self.calls.check(y, site, self.slots)
+        return found.to(y.device), is_in_doubt
 
 
-_check_in_eager: Callable[[Choice, Tensor, nn.Module], None] = torch.compiler.disable(Choice._check)
+_check_in_eager: Callable[[Calls, Tensor, nn.Module, Tensor], None] = torch.compiler.disable(Calls.check)
 
 C = TypeVar("C", bound=Choice)
 
@@ -155,8 +156,8 @@ class Routing(Generic[C]):
         self.here: ContextVar[C | None] = ContextVar("roadie_rows", default=None)
         self._latest: C | None = None
         self._in_force: list[C | None] = []
-        self._done: dict[Hashable, tuple[ExitStack, list[None]]] = {}
-        self._lock = Lock()
+        self._attached: dict[tuple[nn.Module, bool], tuple[ExitStack, list[None]]] = {}
+        self._lock = RLock()
 
     def current(self) -> C | None:
         """What holds for the calling thread; in a compiled model, and in autograd's threads, what was chosen last."""
@@ -168,73 +169,64 @@ class Routing(Generic[C]):
         return choice
 
     @contextmanager
-    def chosen(self, model: nn.Module, choice: C) -> Iterator[None]:
-        """Within the block the choice holds for `model`, whose calls are noted and whose checkpointed blocks keep their rows."""
-        with self.attached(model), self.in_force(choice):
-            yield
-
-    @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
-        """Within the block calls of `model` are noted, and what it checkpoints keeps its rows."""
-        with ExitStack() as stack:
-            if not torch.compiler.is_compiling():
-                stack.enter_context(self.once(("calls", model), lambda: self._note_calls(model)))
-                if torch.is_grad_enabled():
-                    stack.enter_context(self.once(("checkpoints", model), lambda: self._keep_in_checkpoints(model)))
-            yield
-
-    @contextmanager
-    def in_force(self, choice: C | None) -> Iterator[None]:
-        """Within the block the choice holds; None: nobody chose."""
+    def chosen(self, choice: C | None, model: nn.Module | None = None) -> Iterator[C | None]:
+        """Within the block the choice holds (None: nobody chose), for `model`, which is attached meanwhile where it is given."""
         if torch.compiler.is_compiling():
             before, self._latest = self._latest, choice
             try:
-                yield
+                yield choice
             finally:
                 self._latest = before
             return
-        self._enter(choice)
-        token, off = self.here.set(choice), offs.set((*offs.get(), self._off))
-        try:
-            yield
-        finally:
-            offs.reset(off)
-            self.here.reset(token)
-            self._leave(choice)
-
-    def _off(self) -> Any:
-        return self.in_force(None)
-
-    def _enter(self, choice: C | None) -> None:
+        key = None if model is None else self.attach(model)
         with self._lock:
             self._in_force.append(choice)
             self._latest = choice
-
-    def _leave(self, choice: C | None) -> None:
-        """Other threads may have entered since, and not left yet."""
-        with self._lock:
-            places = [place for place, other in enumerate(self._in_force) if other is choice]
-            del self._in_force[places[-1]]
-            self._latest = self._in_force[-1] if self._in_force else None
-
-    @contextmanager
-    def once(self, key: Hashable, do: Callable[[], ExitStack]) -> Iterator[None]:
-        """Within the block what `do` did is done: by the first of several that want it, in any thread; the last undoes it."""
-        with self._lock:
-            if key not in self._done:
-                self._done[key] = do(), []
-            undo, users = self._done[key]
-            users.append(None)
+        here, all_of_thread = self.here.set(choice), routings_in_force.set((*routings_in_force.get(), self))
         try:
-            yield
+            yield choice
         finally:
-            with self._lock:
-                users.pop()
-                if not users:
-                    del self._done[key]
-                    undo.close()
+            with self._lock:  # other threads may have entered since, and not left yet
+                place = len(self._in_force) - 1
+                while self._in_force[place] is not choice:
+                    place -= 1
+                del self._in_force[place]
+                self._latest = self._in_force[-1] if self._in_force else None
+            if key is not None:
+                self.detach(key)
+            routings_in_force.reset(all_of_thread)
+            self.here.reset(here)
 
-    def _note_calls(self, model: nn.Module) -> ExitStack:
+    def attach(self, model: nn.Module) -> tuple[nn.Module, bool]:
+        """From now on calls of `model` are noted, and what it checkpoints keeps its rows, until what this gives is detached.
+
+        Several, also of several threads, may have attached it: the first does it, the last to detach undoes it.
+        """
+        key = model, torch.is_grad_enabled()
+        with self._lock:
+            if key not in self._attached:
+                with ExitStack() as undo:
+                    self.prepare(model, undo)
+                    self._attached[key] = undo.pop_all(), []
+            self._attached[key][1].append(None)
+        return key
+
+    def detach(self, key: tuple[nn.Module, bool]) -> None:
+        """Undo `attach`, of which this is what it gave."""
+        with self._lock:
+            undo, users = self._attached[key]
+            users.pop()
+            if not users:
+                del self._attached[key]
+                undo.close()
+
+    def prepare(self, model: nn.Module, undo: ExitStack) -> None:
+        """What is done to a model while it is attached; undo: takes what takes it back."""
+        self._note_calls(model, undo)
+        if torch.is_grad_enabled():
+            self._keep_in_checkpoints(model, undo)
+
+    def _note_calls(self, model: nn.Module, undo: ExitStack) -> None:
         """From now on choices know how the model is called, or the model inside, where PEFT wraps it."""
 
         def starts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -247,28 +239,26 @@ class Routing(Generic[C]):
             if choice is not None:
                 choice.ends(module)
 
-        stack = ExitStack()
         for part in wrapped(model):
-            stack.callback(before_calls(part, starts))
-            stack.callback(part.register_forward_hook(ends, always_call=True).remove)
-        return stack
+            undo.callback(before_calls(part, starts))
+            undo.callback(part.register_forward_hook(ends, always_call=True).remove)
 
-    def _keep_in_checkpoints(self, model: nn.Module) -> ExitStack:
+    def _keep_in_checkpoints(self, model: nn.Module, undo: ExitStack) -> None:
         """From now on what transformers checkpoints in `model` runs with the rows it had, also when it runs again in backward."""
-        stack = ExitStack()
         for module in model.modules():
             original = module.__dict__.get("_gradient_checkpointing_func")
             if callable(original) and getattr(module, "gradient_checkpointing", False):
                 module._gradient_checkpointing_func = self._keeping_rows(original)  # type: ignore[assignment]
-                stack.callback(setattr, module, "_gradient_checkpointing_func", original)
-        return stack
+                undo.callback(setattr, module, "_gradient_checkpointing_func", original)
 
     def _keeping_rows(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             choice = copy(self.current())  # as it is now: a call of the model may be over when the block runs again
+            if choice is None or torch.compiler.is_compiling():
+                return original(function, *args, **kwargs)
 
             def with_rows(*inputs: Any, **named: Any) -> Any:
-                with self.in_force(choice):
+                with self.chosen(choice):
                     return function(*inputs, **named)
 
             return original(with_rows, *args, **kwargs)

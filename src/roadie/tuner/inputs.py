@@ -64,9 +64,7 @@ class RoadInput(nn.Module, RoadLayer):
                 return z
         return x if self._disable_adapters else self._rotated(x, is_fresh=False)
 
-    def _turned(
-        self, y: Tensor, table: Chain, slots: Tensor | None, names: tuple[str | Blend, ...], is_fresh: bool
-    ) -> Tensor:
+    def _turned(self, y: Tensor, table: Chain, slots: Tensor | None, names: tuple[str, ...], is_fresh: bool) -> Tensor:
         z = super()._turned(y, table, slots, names, is_fresh)
         if slots is None and can_rotate_chain_in_place(y, table):
             self._remember(y, table, names[0])
@@ -86,8 +84,8 @@ class RoadInput(nn.Module, RoadLayer):
     def _in_order(self) -> Iterable[str]:
         return reversed(list(super()._in_order()))
 
-    def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> Chain | None:
-        return super()._table_of_wishes(wishes, batch) if any(map(self._rotates, wishes)) else None
+    def _table_of(self, choice: AdapterChoice) -> Chain | None:
+        return super()._table_of(choice) if any(map(self._rotates, choice.names)) else None
 
     def _slots_of(self, y: Tensor, choice: AdapterChoice) -> Tensor:
         if all(map(self._rotates, choice.names)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -150,16 +150,11 @@ class RoadModel(BaseTuner):
         """
         setattr(parent, child_name, new_module)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         """PEFT enters this around every forward and generate, with the arguments of the call."""
         self._awaited = None
         names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        with adapter_rows(self, names, self._rows_made_of_one(kwargs)):
-            yield
+        return nullcontext() if names is None else adapter_rows(self, names, self._rows_made_of_one(kwargs))
 
     def _rows_made_of_one(self, kwargs: dict[str, Any]) -> int:
         """How many consecutive rows generation makes of each input row: beams, or returned sequences."""

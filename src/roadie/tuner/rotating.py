@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from roadie.adapter import stages_of
 from roadie.bank.attachment import LayerRotation
-from roadie.bank.blends import Blend
 from roadie.bank.live import on_this_process
 from roadie.errors import ConfigError
 from roadie.kernels import (
@@ -34,7 +33,6 @@ from roadie.kernels import (
 )
 from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_size, to_dense
 from roadie.tuner.output import KeptForBackward, one_rotation
-from roadie.tuner.residents import names_in
 from roadie.tuner.routing import AdapterChoice, RoadRouting
 from roadie.tuner.table import PLAIN, LastRotation, SlotParameters, TableCache, build_chain, with_blends
 from roadie.tuner.trained import rotated_by_one, trained_chain
@@ -167,9 +165,8 @@ class RoadLayer(BaseTunerLayer):
 
     def _rotated(self, y: Tensor, is_fresh: bool) -> Tensor:
         """y ``[..., D]``, each row rotated by the adapter that is in force for it; in place, where nobody else holds y."""
-        choice = self._routing.current()
-        if choice is not None:
-            return self._routed(y, choice, is_fresh)
+        if self._routing.current() is not None:
+            return self._routed(y, is_fresh)
         slot = self._trained_slot()
         if slot is not None:
             return self._trained(y, slot, is_fresh)
@@ -179,41 +176,39 @@ class RoadLayer(BaseTunerLayer):
                 y = self._turned(y, one_rotation(table), None, names, is_fresh)
         return y
 
-    def _routed(self, y: Tensor, choice: AdapterChoice, is_fresh: bool) -> Tensor:
+    def _routed(self, y: Tensor, is_fresh: bool) -> Tensor:
         """y, each row rotated as its wish says: from the bank, or from a table made for this batch."""
+        choice = self._routing.current()
+        assert choice is not None
         if not torch.compiler.is_compiling():
             in_bank = choice.in_bank
             if in_bank is not None and not (torch.is_grad_enabled() and choice.trains):
                 return y if self.resident is None else self.resident.by(in_bank, y, lambda: is_fresh)
-        table = self._table_of_wishes(choice.names, choice.mark)
-        return y if table is None else self._turned(y, table, self._slots_of(y, choice), choice.names, is_fresh)
+        table = self._table_of(choice)
+        return y if table is None else self._turned(y, table, self._slots_of(y, choice), choice.adapters, is_fresh)
 
     def _slots_of(self, y: Tensor, choice: AdapterChoice) -> Tensor:
         """Which row of the table each row of y uses; -1: none, and it passes bit for bit."""
         return choice.placed(y, self.get_base_layer())
 
-    def _table_of_wishes(self, wishes: tuple[str | Blend, ...], batch: object) -> Chain | None:
-        if not any(isinstance(wish, Blend) for wish in wishes):
-            return self._table(wishes, batch)  # type: ignore[arg-type]
-        parts = dict.fromkeys(name for wish in wishes for name in names_in(wish))
-        names = tuple(name for name in parts if name in self.road_theta)
-        return with_blends(self._table(names, batch), names, wishes) if names else None
+    def _table_of(self, choice: AdapterChoice) -> Chain | None:
+        """The table of what the rows of a batch wish for; None where that is the identity."""
+        if not choice.blends:
+            return self._table(choice.adapters, choice.mark)
+        names = tuple([name for name in choice.adapters if name in self.road_theta])
+        return with_blends(self._table(names, choice.mark), names, choice.names) if names else None
 
-    def _turned(
-        self, y: Tensor, table: Chain, slots: Tensor | None, names: tuple[str | Blend, ...], is_fresh: bool
-    ) -> Tensor:
+    def _turned(self, y: Tensor, table: Chain, slots: Tensor | None, names: tuple[str, ...], is_fresh: bool) -> Tensor:
         if is_fresh and can_rotate_chain_in_place(y, table):
             z = rotate_chain_(y, table, slots)
             if slots is None:
                 self._remember(z, table, names[0])
             return z
-        parts = {name for wish in names for name in names_in(wish)}
-        keep = self.kept_for_backward.of({self.variant[name] for name in parts if name in self.variant})
+        keep = self.kept_for_backward.of({self.variant[name] for name in names if name in self.variant})
         return rotate_chain(y, table, slots, keep=keep)
 
-    def _remember(self, y: Tensor, table: Chain, name: str | Blend) -> None:
+    def _remember(self, y: Tensor, table: Chain, name: str) -> None:
         """Get ready to rotate in the same way the next time, where all that the table was made from can be watched."""
-        assert isinstance(name, str)
         entry, active = self._tables.entries.get((name,)), self._active_adapter
         if entry is None or active not in (name, [name]):
             return

@@ -11,8 +11,9 @@ Legend: B rows of the batch, T tokens, S adapters. A slot is the position of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,39 +25,80 @@ from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import BASE, Blend, Wish, parse
 from roadie.bank.servers import announce
 from roadie.errors import RoutingError
-from roadie.sites.layout import has_compiled_part
 from roadie.sites.rows import Choice, Routing
 from roadie.tuner.residents import Residents, names_in
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What of a model rows are about, as long as its modules are the ones it had.
+
+    layers: the RoAd layers by path, in module order; where the model is one itself, it is called "layer". wholes: what PEFT
+    trains whole, modules_to_save and trainable tokens.
+    """
+
+    model: nn.Module
+    layers: dict[str, Any]
+    wholes: list[AuxiliaryTrainingWrapper]
+    _modules: list[nn.Module]
+    _children: list[dict[str, Any]]
+    _found: list[list[Any]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Parts:
+        root = "layer" if _has_rows(model) else ""
+        modules = dict(model.named_modules(prefix=root))
+        layers = {path: each for path, each in modules.items() if _has_rows(each)}
+        wholes = [each for each in modules.values() if isinstance(each, AuxiliaryTrainingWrapper)]
+        children = [each._modules for each in modules.values() if each._modules or isinstance(each, _LISTS)]
+        others = [each for each in modules.values() if not isinstance(each, nn.ParameterDict)]
+        return cls(model, layers, wholes, others, children, [list(each.values()) for each in children])
+
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether they are still what `model` has."""
+        return model is self.model and [list(children.values()) for children in self._children] == self._found
+
+    def are_compiled(self) -> bool:
+        """Whether the model was given to torch.compile, or a module in it, or is being compiled."""
+        for module in self._modules:
+            if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+                return True
+        return torch.compiler.is_compiling()
+
+    def slots(self) -> tuple[str, ...]:
+        """The names of the adapters in slot order: slot k belongs to the k-th name."""
+        known: dict[str, Any] = {}
+        for layer in self.layers.values():
+            known.update(layer.variant)
+        config = getattr(self.model, "peft_config", None)
+        ordered = [name for name in config if name in known] if isinstance(config, dict) else []
+        return tuple(dict.fromkeys([*ordered, *known]))
+
+
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class AdapterChoice(Choice):
     """The slots of one batch into `names`: the adapters (and blends of them) of the table, in slot order.
 
-    layers: the RoAd layers of `model` by path. in_bank: the same rows in slots of the model's bank, which has what they wish for
-    as it is now; None where no call of the model is running that the bank can serve. Raises `RoutingError` for slots out of
-    range, or merged adapters.
+    adapters: those that the names and blends are made of. in_bank: the same rows in slots of the model's bank, which has what
+    they wish for as it is now; None where no call of the model is running that the bank can serve. Raises `RoutingError` for
+    slots out of range.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: dict[str, Any],
-        slots: Tensor,
-        names: tuple[str | Blend, ...],
-        residents: Residents,
-        expansion: int = 1,
+        self, parts: Parts, slots: Tensor, names: tuple[str | Blend, ...], residents: Residents, expansion: int = 1
     ) -> None:
-        device = next(iter(layers.values())).get_base_layer_device() if layers else None
-        super().__init__(slots, expansion, model=model, device=device)
+        first = next(iter(parts.layers.values()), None)
+        device = None if first is None else first.get_base_layer_device()
+        super().__init__(slots, expansion, model=parts.model, device=device, is_compiled=parts.are_compiled())
         self.check(len(names))
-        if any(layer.merged or layer.held_by for layer in layers.values()):
-            raise RoutingError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        self.names, self._layers, self._residents = names, layers, residents
-        self._is_compiled = torch.compiler.is_compiling() or has_compiled_part(model)
-        self._model = model
+        self.names, self._parts, self._residents = names, parts, residents
+        self.blends = [name for name in names if isinstance(name, Blend)]
+        each = [name.names if isinstance(name, Blend) else (name,) for name in names]
+        self.adapters = tuple(dict.fromkeys([adapter for adapters in each for adapter in adapters]))
         self._running: nn.Module | None = None
+        self._used: tuple[str, ...] = ()
         self._bank: AdapterBank | None = None
         self._served: Choice | None = None
         self.in_bank: Choice | None = None
@@ -64,14 +106,13 @@ class AdapterChoice(Choice):
     @cached_property
     def trains(self) -> bool:
         """Whether a parameter of the adapters is trained."""
-        names = {name for wish in self.names for name in names_in(wish)}
-        slots = (layer._slot(name) for layer in self._layers.values() for name in names)
+        slots = (layer._slot(name) for layer in self._parts.layers.values() for name in self.adapters)
         return any(slot is not None and slot.requires_grad for slot in slots)
 
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called now: the bank serves the call, unless it is compiled, or trains what the rows wish for."""
         super().starts(model, args, kwargs)
-        if self._running is None and not self._is_compiled and not (torch.is_grad_enabled() and self.trains):
+        if self._running is None and not self.calls.is_compiled and not (torch.is_grad_enabled() and self.trains):
             self._running, self.in_bank = model, self._from_bank()
 
     def ends(self, model: nn.Module) -> None:
@@ -80,16 +121,16 @@ class AdapterChoice(Choice):
             self._running = self.in_bank = None
 
     def _from_bank(self) -> Choice | None:
-        wishes = {slot: self.names[slot] for slot in self.host.unique().tolist() if slot >= 0}
-        names = dict.fromkeys(name for wish in wishes.values() for name in names_in(wish))
-        if self._served is not None and self._residents.are_unwritten(names, self._bank):
+        if self._served is not None and self._residents.are_unwritten(self._used, self._bank):
             return self._served
-        held = self._residents.admit(self._model, self._layers, list(wishes.values()))
+        wishes = {slot: self.names[slot] for slot in self.host.unique().tolist() if slot >= 0}
+        self._used = tuple(dict.fromkeys([name for wish in wishes.values() for name in names_in(wish)]))
+        held = self._residents.admit(self._parts.model, self._parts.layers, list(wishes.values()))
         if held is None:
             return None
+        self._bank = self._residents.bank
         place = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is -1 too: the base model
         place[list(wishes)] = held
-        self._bank = self._residents.bank
         self._served = Choice(place[self.host], self.expansion, device=self.slots.device, held=held, calls=self.calls)
         return self._served
 
@@ -100,96 +141,77 @@ class RoadRouting(Routing[AdapterChoice]):
     def __init__(self) -> None:
         super().__init__()
         self.residents = Residents()
+        self._parts: Parts | None = None
 
-    @contextmanager
+    def parts_of(self, model: nn.Module) -> Parts:
+        """What of the model rows are about, looked up again where its modules are others."""
+        parts = self._parts
+        if parts is None or not parts.are_of(model):
+            parts = self._parts = Parts.of(model)
+        return parts
+
     def by_name(
-        self,
-        model: nn.Module,
-        layers: dict[str, Any],
-        slots: Tensor,
-        names: tuple[str | Blend, ...],
-        expansion: int = 1,
-    ) -> Iterator[AdapterChoice]:
+        self, parts: Parts, slots: Tensor, names: tuple[str | Blend, ...], expansion: int = 1
+    ) -> AbstractContextManager[Any]:
         """Within the block row b of every batch uses ``names[slots[b]]``."""
-        choice = AdapterChoice(model, layers, slots, names, self.residents, expansion)
-        with self.chosen(model, choice), self.once(("whole modules", model), lambda: self._route_whole_modules(model)):
-            yield choice
+        for layer in parts.layers.values():
+            if layer.__dict__.get("merged_adapters") or layer.held_by:  # of an input its layer knows
+                raise RoutingError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+        return self.chosen(AdapterChoice(parts, slots, names, self.residents, expansion), parts.model)
 
-    def _route_whole_modules(self, model: nn.Module) -> ExitStack:
-        """From now on each row goes through its adapter's copy of what PEFT trains whole: modules_to_save, trainable tokens."""
-        stack = ExitStack()
-        for wrapper in model.modules():
-            if isinstance(wrapper, AuxiliaryTrainingWrapper):
-                wrapper.__dict__["forward"] = _by_row(wrapper, self)
-                stack.callback(wrapper.__dict__.pop, "forward", None)
-        return stack
+    def prepare(self, model: nn.Module, undo: ExitStack) -> None:
+        """As for any model; and each row goes through its adapter's copy of what PEFT trains whole."""
+        super().prepare(model, undo)
+        for wrapper in self.parts_of(model).wholes:
+            wrapper.__dict__["forward"] = _by_row(wrapper, self)
+            undo.callback(wrapper.__dict__.pop, "forward", None)
 
 
 def shared_routing(model: nn.Module) -> RoadRouting:
     """The routing that the RoAd layers of `model` share; a new one where there are none yet."""
-    return _routing_of(road_layers(model))
+    for module in model.modules():
+        routing = module.__dict__.get("_routing")
+        if isinstance(routing, RoadRouting):
+            return routing
+    return RoadRouting()
 
 
-def adapter_slots(layers: Iterable[Any], config: Any) -> tuple[str, ...]:
-    """The names of the adapters of RoAd layers in slot order, which is that of `config`: slot k belongs to the k-th name."""
-    known: dict[str, None] = {}
-    for layer in layers:
-        known.update(dict.fromkeys(layer.road_theta))
-    ordered = [name for name in config if name in known] if isinstance(config, dict) else []
-    return tuple(dict.fromkeys([*ordered, *known]))
+def _has_rows(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("_routing"), RoadRouting)
 
 
-def road_layers(model: nn.Module) -> dict[str, Any]:
-    """The RoAd layers of a model by path, in module order; where it is one itself, it is called "layer"."""
-    root = "layer" if isinstance(getattr(model, "_routing", None), RoadRouting) else ""
-    modules = model.named_modules(prefix=root)
-    return {path: module for path, module in modules if isinstance(getattr(module, "_routing", None), RoadRouting)}
+def rows(model: nn.Module, slots: Tensor | Sequence[str]) -> AbstractContextManager[Any]:
+    """As `roadie.rows`, for a model with RoAd layers inside: slot k is the k-th adapter of ``model.peft_config``.
 
-
-@contextmanager
-def rows(model: nn.Module, slots: Tensor | Sequence[str]) -> Iterator[None]:
-    """Within the block, row b of every batch uses adapter ``slots[b]``.
-
-    model: a PeftModel, or any model with RoAd layers inside, compiled or not. slots: an integer tensor, ``[B]`` for a
-    slot a row or ``[B, T]`` for a slot a token (-1: the base model; k: the k-th adapter of ``model.peft_config``), or a
-    sequence of B wishes: adapter names, "__base__" or None for the base model, mappings of names to weights for blends. Works in
-    training too: each row's gradient goes to its own adapter (to all of a blend), and trainable adapters that no row uses get a
-    gradient of zero: the table holds all adapters, so that a compiled model stays one program whatever the rows choose.
-
-    Raises `RoutingError` for unknown adapters, slots out of range, or a model with merged adapters.
+    The table holds all adapters, so that a compiled model stays one program whatever the rows choose. Raises `RoutingError` for
+    unknown adapters, slots out of range, or a model with merged adapters.
     """
-    layers = road_layers(model)
-    table: tuple[str | Blend, ...] = adapter_slots(layers.values(), getattr(model, "peft_config", None))
+    routing = shared_routing(model)
+    parts = routing.parts_of(model)
+    table: tuple[str | Blend, ...] = parts.slots()
     if not isinstance(slots, Tensor):
-        wishes = _checked_wishes(slots, table)
+        wishes = _wishes(parts, slots)
         table = (*table, *dict.fromkeys(wish for wish in wishes if isinstance(wish, Blend)))
         slots = _slots_in(table, wishes)
-    with _routing_of(layers).by_name(model, layers, slots, table):
-        yield
+    return routing.by_name(parts, slots, table)
 
 
 announce(rows)
 
 
-@contextmanager
-def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int) -> Iterator[AdapterChoice]:
+def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int) -> AbstractContextManager[Any]:
     """Route the rows of one call by name, where generation may make `expansion` consecutive rows of each.
 
     Where nothing is compiled the table holds just the adapters that are asked for: others cost nothing and get no gradient.
     """
-    layers = road_layers(model)
-    table: tuple[str | Blend, ...] = adapter_slots(layers.values(), getattr(model, "peft_config", None))
-    wishes = _checked_wishes(adapter_names, table)
-    wanted = dict.fromkeys(wish for wish in wishes if wish is not None)
-    if not has_compiled_part(model):
-        table = tuple(name for name in table if name in wanted)
-    table = (*table, *(wish for wish in wanted if isinstance(wish, Blend)))
-    with _routing_of(layers).by_name(model, layers, _slots_in(table, wishes), table, expansion) as choice:
-        yield choice
-
-
-def _routing_of(layers: dict[str, Any]) -> RoadRouting:
-    return next((layer._routing for layer in layers.values()), None) or RoadRouting()
+    routing = shared_routing(model)
+    parts = routing.parts_of(model)
+    wishes = _wishes(parts, adapter_names)
+    names = parts.slots() if parts.are_compiled() else sorted({wish for wish in wishes if isinstance(wish, str)})
+    table = (*names, *dict.fromkeys([wish for wish in wishes if isinstance(wish, Blend)]))
+    return routing.by_name(parts, _slots_in(table, wishes), table, expansion)
 
 
 def _slots_in(table: tuple[str | Blend, ...], wishes: Sequence[str | Blend | None]) -> Tensor:
@@ -197,15 +219,20 @@ def _slots_in(table: tuple[str | Blend, ...], wishes: Sequence[str | Blend | Non
     return torch.tensor([-1 if wish is None else position[wish] for wish in wishes], dtype=torch.int64)
 
 
-def _checked_wishes(adapter_names: Sequence[Wish], known: Iterable[str | Blend]) -> list[str | Blend | None]:
+def _wishes(parts: Parts, adapter_names: Sequence[Wish]) -> list[str | Blend | None]:
     if isinstance(adapter_names, (str, Mapping)):
         raise RoutingError(f"got adapter_names={adapter_names!r}; wanted a list with one adapter name for each row")
-    wishes = [parse(wish) for wish in adapter_names]
-    unknown = sorted({name for wish in wishes for name in names_in(wish)} - set(known))
+    wishes = [wish if type(wish) is str and wish != BASE else parse(wish) for wish in adapter_names]
+    unknown = {wish for wish in wishes if type(wish) is str}
+    unknown.update([name for wish in wishes if isinstance(wish, Blend) for name in wish.names])
+    for layer in parts.layers.values():
+        unknown.difference_update(layer.variant)
+        if not unknown:
+            return wishes
     if unknown:
         raise RoutingError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Wanted names among "
-            f"{sorted(map(str, known))} or {BASE!r}; load the adapter first."
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. Wanted names among "
+            f"{sorted(parts.slots())} or {BASE!r}; load the adapter first."
         )
     return wishes
 

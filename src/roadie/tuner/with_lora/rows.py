@@ -5,8 +5,8 @@ Legend: B rows of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,21 +32,16 @@ class LoraChoice(Choice):
         return places
 
 
-@contextmanager
-def lora_rows(model: nn.Module, names: Sequence[str | None], *, expansion: int = 1) -> Iterator[None]:
+def lora_rows(model: nn.Module, names: Sequence[str | None], *, expansion: int = 1) -> AbstractContextManager[Any]:
     """Within the block, row b of every batch uses the LoRA adapter ``names[b]``, in inference and in training.
 
     model: what `add_lora` gave. names: B names; None or "__base__": no LoRA in this row. expansion: how many consecutive rows
     generation makes of one (beams, returned sequences). Which RoAd adapter a row uses is chosen beside it, by `roadie.rows`
     or by `adapter_names`. Raises `RoutingError` for unknown names, and where LoRA is merged.
     """
-    layers: list[Any] = [
-        module for module in model.modules() if isinstance(getattr(module, "lora_routing", None), Routing)
-    ]
+    layers: list[Any] = [each for each in model.modules() if isinstance(getattr(each, "lora_routing", None), Routing)]
     choice = LoraChoice(model, [None if name == BASE else name for name in _checked(layers, names)], expansion)
-    routing: Routing[LoraChoice] = layers[0].lora_routing
-    with routing.chosen(model, choice):
-        yield
+    return layers[0].lora_routing.chosen(choice, model)
 
 
 def _checked(layers: Sequence[Any], names: Sequence[str | None]) -> Sequence[str | None]:
