@@ -15,15 +15,18 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from benchmarks.rivals import AGAIN, FROZEN, PEFT_IA3, PEFT_LORA, PEFT_ROAD, ROADIE
+from benchmarks.rivals import AGAIN, FROZEN, PEFT_IA3, PEFT_LORA, PEFT_ROAD, ROADIE, ROADIE_STAGES
 from benchmarks.tables import MIB, bytes_per_s
-from benchmarks.verdicts import of_workload
+from benchmarks.verdicts import of_workload, whole_models
 from benchmarks.workloads.adapters import BMM_LORA
+from benchmarks.workloads.model import TRAINING
+from benchmarks.workloads.real_model import CHECKPOINT
 from benchmarks.workloads.rotation import COPY, PEFT_APPLY, PEFT_APPLY_FP32
 
 Entry = dict[str, Any]
 STYLES = {
     ROADIE: ("#D55E00", "o"),
+    ROADIE_STAGES: ("#F0A875", "o"),
     PEFT_ROAD: ("#0072B2", "s"),
     PEFT_LORA: ("#009E73", "^"),
     PEFT_IA3: ("#CC79A7", "D"),
@@ -39,9 +42,26 @@ STYLES = {
 def draw(record: dict[str, Any], gpu: dict[str, Any] | None, folder: Path) -> list[Path]:
     """Draw every plot the entries allow; gives their files."""
     entries = record["entries"]
-    makers = {"layer": _layers, "rotation": _roofline, "model": _models}
+    makers = {CHECKPOINT: _checkpoint, "layer": _layers, "rotation": _roofline, "model": _models}
     drawn = [make(of_workload(entries, name), folder) for name, make in makers.items() if of_workload(entries, name)]
     return drawn if gpu is None else [*drawn, adapters_plot(gpu, folder / "performance-gpu-adapters.png")]
+
+
+def _checkpoint(entries: list[Entry], folder: Path) -> Path:
+    """Bars: time over the frozen model, by step, of models with one adapter on one thread."""
+    found = [e for e in whole_models(entries) if (e["case"]["threads"], e["case"]["adapters"]) == (1, 1)]
+    names = (ROADIE, ROADIE_STAGES, PEFT_ROAD, PEFT_LORA, PEFT_IA3)
+    figure, panel = plt.subplots(figsize=(11, 4))
+    labels = [f"{e['case']['mode']}\n{_amount(e['case'])}\n{e['case']['precision']}" for e in found]
+    _bars(panel, labels, {name: [entry["rivals"][name]["ratio"] for entry in found] for name in names})
+    panel.set_ylabel("time over the frozen model, one thread")
+    panel.set_ylim(bottom=0.9)
+    panel.set_title(entries[0]["model"], fontsize=10)
+    return _finish(figure, panel, folder / "performance-checkpoint.png")
+
+
+def _amount(case: dict[str, Any]) -> str:
+    return f"{case['rows'] * case['tokens']} tokens" if case["mode"] == TRAINING else f"{case['rows']} rows"
 
 
 def _layers(entries: list[Entry], folder: Path) -> Path:

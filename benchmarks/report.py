@@ -127,8 +127,8 @@ def whole_models_section(record: Record) -> str:
     """What the user of a model pays: a sentence, and a table of every step."""
     found = whole_models(record["entries"])
     parts = ["## A whole model, time over the frozen model\n", _WHOLE]
-    if not of_workload(found, CHECKPOINT):
-        parts.append(_NO_CHECKPOINT)
+    is_measured = bool(of_workload(found, CHECKPOINT))
+    parts.append(_image("checkpoint", "Time over the frozen model, by step") if is_measured else _NO_CHECKPOINT)
     for title in dict.fromkeys(entry["model"] for entry in found):
         of_model = [entry for entry in found if entry["model"] == title]
         size = (

@@ -13,7 +13,7 @@ from benchmarks import plan, record, report, run
 from benchmarks.harness import Budget
 from benchmarks.losses import losses
 from benchmarks.machine import machine_name, slug
-from benchmarks.rivals import FROZEN, PEFT_IA3, PEFT_LORA, PEFT_ROAD, RIVALS, ROADIE
+from benchmarks.rivals import FROZEN, PEFT_IA3, PEFT_LORA, PEFT_ROAD, RIVALS, ROADIE, ROADIE_STAGES
 from benchmarks.verdicts import inverted, verdicts
 from benchmarks.workloads import kept, with_limit
 from benchmarks.workloads.model import ModelSize
@@ -67,6 +67,7 @@ def synthetic() -> dict[str, Any]:
     what = {"what": kept.SILU, "precision": "fp32", "mode": "eager"}
     model = {"mode": "training step", "precision": "fp32", "rows": 2, "tokens": 256, "size": asdict(ModelSize())}
     step = {"precision": "fp32", "threads": 1, "adapters": 1}
+    all_of = {**rivals, ROADIE_STAGES: rival(slower, slower)}
     sizes_of_model = {"model": "Some-Llama", "parameters": 135_000_000, "adapted_layers": 210}
     entries = [
         timed("layer", {"mode": "forward", "precision": "bf16", **sizes}, rivals),
@@ -76,8 +77,8 @@ def synthetic() -> dict[str, Any]:
         {"workload": "kept", "case": what, "bytes": of_silu},
         {"workload": "kept", "case": {**what, "mode": kept.PARTITIONED}, "bytes": of_silu},
         {"workload": "peak", "case": {"what": "model", **model}, "bytes": amounts},
-        timed("checkpoint", {"mode": "decode", "rows": 8, "tokens": 32, **step}, rivals, **sizes_of_model),
-        timed("checkpoint", {"mode": "training step", "rows": 1, "tokens": 64, **step}, rivals, **sizes_of_model),
+        timed("checkpoint", {"mode": "decode", "rows": 8, "tokens": 32, **step}, all_of, **sizes_of_model),
+        timed("checkpoint", {"mode": "training step", "rows": 1, "tokens": 64, **step}, all_of, **sizes_of_model),
     ]
     machine = {
         "name": "some-cpu-2-cores",
@@ -260,4 +261,5 @@ def test_plots_are_drawn_of_whatever_is_there(tmp_path: Path) -> None:
     path = report.write(synthetic(), None, tmp_path)
     assert path == tmp_path / "performance.md"
     images = {image.name for image in (tmp_path / "images").iterdir()}
-    assert images == {"performance-layer.png", "performance-roofline.png", "performance-model.png"}
+    assert images == {f"performance-{what}.png" for what in ("checkpoint", "layer", "roofline", "model")}
+    assert images == set(re.findall(r"\]\(images/([^)]+)\)", path.read_text(encoding="utf-8")))
