@@ -91,8 +91,8 @@ def fit_to_disk(
         found = _from_text(folder, is_lora, source, text, on_layer, settings)
     else:
         found = _from_weights(folder, is_lora, source, on_layer, settings)
-    sizes = ((path, layer.group_size) for path, layer in found.layers.items())
-    tell_of_smaller_groups(sizes, fit.Settings(**settings).group_size)
+    sizes = ((path, (layer.group_size,)) for path, layer in found.layers.items())
+    tell_of_smaller_groups(sizes, (fit.Settings(**settings).group_size,))
     with whole_folder(output, overwrite=overwrite) as new:
         checkpoint.save(found.adapter, new)
     method = "LoRA adapter" if is_lora else "whole model"

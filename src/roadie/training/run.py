@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from roadie.adapter import stages_of
 from roadie.checkpoint import WEIGHTS_NAME
 from roadie.distributed.processes import Processes, join
 from roadie.errors import ConfigError
@@ -201,8 +202,8 @@ def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
     )
     adapted = get_peft_model(base, config)
     layers = (m for m in adapted.named_modules() if isinstance(m[1], RoadLayer) and not isinstance(m[1], RoadInput))
-    sizes = ((path, size) for path, layer in layers for size in layer.group_size.values())
-    tell_of_smaller_groups(sizes, recipe.stages or recipe.group_size)
+    sizes = ((path, stages_of(size)) for path, layer in layers for size in layer.group_size.values())
+    tell_of_smaller_groups(sizes, recipe.stages or (recipe.group_size,))
     if recipe.packing:
         check_packable(adapted)
     stop_watching(adapted)  # `RateWatch` looks at the losses, and knows the schedule

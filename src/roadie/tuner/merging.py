@@ -24,8 +24,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from roadie.algebra.chains import compose_chains
 from roadie.errors import AdapterError, MergeError
-from roadie.rotation import Rotation, compose, inverse, pair_rows
+from roadie.rotation import Rotation, inverse, pair_rows
 from roadie.tuner.patch import Patch, make_patch
 
 logger = logging.getLogger("roadie")
@@ -72,13 +73,7 @@ def _on(rotations: Sequence[Rotation], device: torch.device) -> tuple[Rotation, 
 
 def combined(rotations: Sequence[Rotation]) -> tuple[Rotation, ...]:
     """The rotations applied in the order given, as few as possible: neighbours of one group size are composed."""
-    result: list[Rotation] = []
-    for rotation in rotations:
-        if result and result[-1].group_size == rotation.group_size:
-            result[-1] = compose(rotation, result[-1])
-        else:
-            result.append(rotation)
-    return tuple(result)
+    return compose_chains(rotations, ())
 
 
 def pieces(weight: Tensor, turns: Turns, dim: int) -> Iterator[tuple[Tensor, Turns]]:

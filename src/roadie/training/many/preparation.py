@@ -65,7 +65,7 @@ def _prepare(job: Job, data: JobData, base: Any, targets: dict[Any, Any]) -> Pre
     except (ConfigError, UnsupportedLayer) as error:
         raise type(error)(f"job {job.name!r}: {error}") from None
     sizes = ((layer.path, layer.stages) for layer in layers if not is_input(layer.path))
-    tell_of_smaller_groups(sizes, job.recipe.stages or job.recipe.group_size, f"job {job.name}: ")
+    tell_of_smaller_groups(sizes, job.recipe.stages or (job.recipe.group_size,), f"job {job.name}: ")
     return PreparedJob(job, data, layers, steps_of(job, data))
 
 
