@@ -66,6 +66,19 @@ def test_files_that_documents_name_exist(document: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+STANDING = [
+    path for path in DOCUMENTS if path.parent.name != "decisions" and path.name != "CHANGELOG.md"
+]  # not of the past
+
+
+@pytest.mark.parametrize("document", STANDING, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_modules_that_documents_name_exist(document: Path) -> None:
+    """As the rules name them, `package/module.py`, from the package on."""
+    packages = "|".join(sorted({path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE}))
+    named = re.findall(rf"`((?:{packages})/[\w/]+\.py)`", document.read_text(encoding="utf-8"))
+    assert [name for name in named if not (PACKAGE / name).exists()] == []
+
+
 def test_every_claim_about_peft_names_a_test_there_is() -> None:
     table = section(README, "Beside PEFT's own RoAd")
     named = re.findall(r"^\|.*\| ([^|]+) \|$", table, flags=re.MULTILINE)[1:]  # without the heading
