@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -27,33 +28,37 @@ from roadie.tuner.table import can_be_kept
 
 _FEWEST_SLOTS = 16
 
-Kind: TypeAlias = "tuple[str, int | tuple[int, ...]]"  # variant and group size, or sizes
+Kind: TypeAlias = "tuple[str | None, int | tuple[int, ...] | None]"  # variant and group size, or sizes
+_Store: TypeAlias = "tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], dict[str, int | tuple[int, ...]]]"
 
 
 @dataclass
 class _Resident:
     """An adapter as it was when it was put into the bank."""
 
-    kinds: list[Kind | None]  # of each layer
+    kinds: list[Kind]  # of each layer
     parameters: list[Tensor]
     versions: list[int]
     addresses: list[int]
     watched: Watched
     storages: list[torch.UntypedStorage]  # kept, so that an address cannot come back as another's
+    is_on_cpu: bool  # elsewhere what is trained is not kept
 
     @classmethod
-    def of(cls, kinds: list[Kind | None], parameters: list[Tensor], watched: Watched) -> _Resident:
+    def of(cls, kinds: list[Kind], parameters: list[Tensor], watched: Watched) -> _Resident:
         versions = [tensor._version for tensor in parameters]
         addresses = [tensor.data_ptr() for tensor in parameters]
         storages = [tensor.untyped_storage() for tensor in parameters]
-        return cls(kinds, parameters, versions, addresses, watched, storages)
+        is_on_cpu = all(tensor.device.type == "cpu" for tensor in parameters)
+        return cls(kinds, parameters, versions, addresses, watched, storages, is_on_cpu)
 
-    def is_current(self, kinds: list[Kind | None], parameters: list[Tensor]) -> bool:
+    def is_current(self, kinds: list[Kind], parameters: list[Tensor]) -> bool:
         return (
             len(parameters) == len(self.parameters)
-            and all(new is old for new, old in zip(parameters, self.parameters, strict=True))
+            and all(map(is_, parameters, self.parameters))
             and kinds == self.kinds
             and self.is_unwritten()
+            and (self.is_on_cpu or all(map(can_be_kept, parameters)))
             and [tensor.data_ptr() for tensor in parameters] == self.addresses
             and self.watched.are_unchanged()
         )
@@ -104,6 +109,7 @@ class Residents:
     def __init__(self) -> None:
         self._bank: AdapterBank | None = None
         self._layers: dict[str, Any] = {}
+        self._stores: list[_Store] = []
         self._seen: dict[str, _Resident] = {}
         self._lock = Lock()  # several threads may run one model
 
@@ -116,14 +122,29 @@ class Residents:
             return self._admit(model, layers, wishes)
 
     def _admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Tensor | None:
-        names = dict.fromkeys(name for wish in wishes for name in names_in(wish))
-        parameters = {name: _parameters(layers, name) for name in names}
-        if not all(can_be_kept(tensor) for tensors in parameters.values() for tensor in tensors):
-            return None
-        self._fit(model, layers, [tensor for tensors in parameters.values() for tensor in tensors])
-        self._make_room(len(set(wishes)), list(names))
-        self._keep_current(parameters)
+        if (layers is not self._layers and layers != self._layers) or self._has_moved():
+            self.clear()
+        self._layers, self._stores = layers, [_store(layer) for layer in layers.values()]
+        names = dict.fromkeys([name for wish in wishes for name in names_in(wish)])
+        now = {name: self._now(name) for name in names}
+        stale = [name for name in names if not self._is_current(name, *now[name])]
+        if stale or self._bank is None:
+            tensors = [tensor for _, parameters in now.values() for tensor in parameters]
+            if not all(map(can_be_kept, tensors)):
+                return None
+            if not self._fit(model, tensors):
+                stale = list(names)
+        self._make_room(len({*self._seen, *stale}) + len(set(wishes)))
+        if stale:
+            self._keep({name: now[name] for name in stale})
         return self.bank.slots([dict(wish.weights) if isinstance(wish, Blend) else wish for wish in wishes])
+
+    def _now(self, name: str) -> tuple[list[Kind], list[Tensor]]:
+        """Of which kind an adapter is in each layer, and its parameters; looked up without the detours of nn.Module."""
+        return (
+            [(variant.get(name), size.get(name)) for _, _, variant, size in self._stores],
+            [tensor for theta, alpha, *_ in self._stores if name in theta for tensor in (theta[name], alpha[name])],
+        )
 
     def are_unwritten(self, names: Iterable[str], bank: AdapterBank | None) -> bool:
         """Whether no parameter of adapters in `bank` was written to since, by an operation that torch counts."""
@@ -139,44 +160,49 @@ class Residents:
         """Forget everything."""
         if self._bank is not None:
             self._bank.close()
-        self._bank, self._layers = None, {}
+        self._bank = None
         self._seen.clear()
 
-    def _fit(self, model: nn.Module, layers: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """A bank for these layers where they are, whose tables round nothing."""
-        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in parameters) else torch.float32
-        bank = self._bank
-        if bank is not None:
-            is_wide_enough = bank.dtype == dtype or bank.dtype == torch.float64
-            if is_wide_enough and layers == self._layers and all(map(_is_at_home, layers.values())):
-                return
-            self.clear()
-        self._layers = layers
-        self._bank = AdapterBank(model, _FEWEST_SLOTS, dtype=dtype, hold=_InLayers(layers))
+    def _has_moved(self) -> bool:
+        """Whether a table is not where its layer computes."""
+        held = [
+            (layer, layer.resident.table.current[0]) for layer in self._layers.values() if layer.resident is not None
+        ]
+        return [table.direct.device for _, table in held] != [layer.get_base_layer_device() for layer, _ in held]
 
-    def _make_room(self, num_wishes: int, names: list[str]) -> None:
+    def _fit(self, model: nn.Module, parameters: Sequence[Tensor]) -> bool:
+        """A bank for the layers, whose tables round nothing; whether it is the one that there was."""
+        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in parameters) else torch.float32
+        if self._bank is not None and self._bank.dtype in (dtype, torch.float64):
+            return True
+        self.clear()
+        self._bank = AdapterBank(model, _FEWEST_SLOTS, dtype=dtype, hold=_InLayers(self._layers))
+        return False
+
+    def _make_room(self, num_slots: int) -> None:
         """Adapters never give way to others here: the bank grows. Those that the model no longer has go."""
-        bank = self.bank
-        for name in [name for name in self._seen if not _parameters(self._layers, name)]:
+        gone = set(self._seen)
+        for theta, *_ in self._stores:
+            gone -= theta.keys()
+            if not gone:
+                break
+        for name in gone:
             self._forget(name)
-        needed = len({*self._seen, *names}) + num_wishes
-        if needed > bank.num_slots:
-            bank.grow(2 * needed)
+        if num_slots > self.bank.num_slots:
+            self.bank.grow(2 * num_slots)
+
+    def _keep(self, stale: dict[str, tuple[list[Kind], list[Tensor]]]) -> None:
+        self.bank.update({name: _adapter(self._layers, name) for name in stale})
+        watched = Watched.each([parameters for _, parameters in stale.values()])
+        for (name, (kinds, parameters)), content in zip(stale.items(), watched, strict=True):
+            self._seen[name] = _Resident.of(kinds, parameters, content)
 
     def _forget(self, name: str) -> None:
         del self._seen[name]
         if name in self.bank:
             self.bank.evict(name)
 
-    def _keep_current(self, parameters: dict[str, list[Tensor]]) -> None:
-        kinds = {name: _kinds(self._layers, name) for name in parameters}
-        stale = [name for name, tensors in parameters.items() if not self._is_current(name, kinds[name], tensors)]
-        if stale:
-            self.bank.update({name: _adapter(self._layers, name) for name in stale})
-        for name, watched in zip(stale, Watched.each([parameters[name] for name in stale]), strict=True):
-            self._seen[name] = _Resident.of(kinds[name], parameters[name], watched)
-
-    def _is_current(self, name: str, kinds: list[Kind | None], parameters: list[Tensor]) -> bool:
+    def _is_current(self, name: str, kinds: list[Kind], parameters: list[Tensor]) -> bool:
         seen = self._seen.get(name)
         return seen is not None and name in self.bank and seen.is_current(kinds, parameters)
 
@@ -186,20 +212,9 @@ def names_in(wish: str | Blend | None) -> tuple[str, ...]:
     return wish.names if isinstance(wish, Blend) else () if wish is None else (wish,)
 
 
-def _parameters(layers: dict[str, Any], name: str) -> list[Tensor]:
-    return [tensor for layer in layers.values() for tensor in _parameters_of(layer, name)]
-
-
-def _parameters_of(layer: Any, name: str) -> list[Tensor]:
-    """theta and alpha of an adapter in a layer, if it has them; looked up without the detours of nn.Module."""
-    theta = layer._modules["road_theta"]._parameters.get(name)
-    return [] if theta is None else [theta, layer._modules["road_alpha"]._parameters[name]]
-
-
-def _kinds(layers: dict[str, Any], name: str) -> list[Kind | None]:
-    return [
-        (layer.variant[name], layer.group_size[name]) if name in layer.variant else None for layer in layers.values()
-    ]
+def _store(layer: Any) -> _Store:
+    theta, alpha = layer._modules["road_theta"]._parameters, layer._modules["road_alpha"]._parameters
+    return theta, alpha, layer.variant, layer.group_size
 
 
 def _adapter(layers: dict[str, Any], name: str) -> Adapter:
@@ -211,9 +226,3 @@ def _adapter(layers: dict[str, Any], name: str) -> Adapter:
                 layer.road_theta[name], layer.road_alpha[name], layer.variant[name], layer.group_size[name]
             )
     return Adapter(parts)
-
-
-def _is_at_home(layer: Any) -> bool:
-    """Whether the layer's table is where the layer computes."""
-    resident = layer.resident
-    return resident is None or resident.table.current[0].direct.device == layer.get_base_layer_device()
