@@ -154,3 +154,23 @@ def test_a_layer_that_is_called_by_itself_within_the_block_sees_what_is_written(
         after = layer(x)
     assert not torch.allclose(after[0], before[0])
     assert torch.equal(after[1], before[1])
+
+
+def test_what_is_written_after_a_call_that_raised_is_seen() -> None:
+    model = _adapted(tiny_llama(), "q_proj", "down_proj")
+    with torch.no_grad(), roadie.rows(model, ["a", "b", "a", "b"]):
+        with pytest.raises(ValueError, match="Length"):
+            model(input_ids=IDS[:3])
+        handle = model.get_base_model().lm_head.register_forward_hook(_refuse)
+        with pytest.raises(ArithmeticError):
+            model(input_ids=IDS)
+        handle.remove()
+        for layer in (module for module in model.modules() if isinstance(module, roadie.RoadLayer)):
+            layer.road_theta["a"].add_(0.3)
+        got = _logits(model)
+    model.set_adapter("a")
+    torch.testing.assert_close(got[0], _logits(model)[0])
+
+
+def _refuse(*_: Any) -> None:
+    raise ArithmeticError

@@ -89,7 +89,7 @@ class Choice:
         self.calls.look(model)
 
     def ends(self, model: nn.Module) -> None:
-        """A call of the model is over, or has raised."""
+        """A call of the model is over; not called where it has raised."""
 
     def placed(self, y: Tensor, site: nn.Module, of_slot: tuple[int, ...] | None = None) -> Tensor:
         """The slots for what `site`, a linear layer, gives or is given: y ``[..., D]``; in the shape of y's first dimensions.
@@ -241,7 +241,7 @@ class Routing(Generic[C]):
 
         for part in wrapped(model):
             undo.callback(before_calls(part, starts))
-            undo.callback(part.register_forward_hook(ends, always_call=True).remove)
+            undo.callback(part.register_forward_hook(ends).remove)
 
     def _keep_in_checkpoints(self, model: nn.Module, undo: ExitStack) -> None:
         """From now on what transformers checkpoints in `model` runs with the rows it had, also when it runs again in backward."""

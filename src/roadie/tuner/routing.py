@@ -112,7 +112,10 @@ class AdapterChoice(Choice):
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called now: the bank serves the call, unless it is compiled, or trains what the rows wish for."""
         super().starts(model, args, kwargs)
-        if self._running is None and not self.calls.is_compiled and not (torch.is_grad_enabled() and self.trains):
+        if self._running not in (None, model):  # in a call of what is around it; a call of itself has raised
+            return
+        self._running = self.in_bank = None
+        if not self.calls.is_compiled and not (torch.is_grad_enabled() and self.trains):
             self._running, self.in_bank = model, self._from_bank()
 
     def ends(self, model: nn.Module) -> None:
