@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from roadie.adapter import INPUT_SUFFIX
-from roadie.bank.servers import Server, serve, stop_serving
 from roadie.bank.table import LayerTable
 from roadie.kernels import (
     Chain,
@@ -105,14 +104,6 @@ def _as_before(last: _Last, y: Tensor) -> Tensor | None:
 class Hold(Protocol):
     """How a bank gets at the layers of a model."""
 
-    def open(self, model: nn.Module, server: Server) -> None:
-        """Called once, when the bank is made."""
-        ...
-
-    def close(self, model: nn.Module) -> None:
-        """Called when the bank is closed."""
-        ...
-
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
         """Path in the base model -> every site that an adapter can rotate; its width as `out_features` (or a Conv1D's)."""
         ...
@@ -147,13 +138,7 @@ class LayerInput:
 
 
 class Hooks:
-    """Forward hooks on the linear layers of any model, which `roadie.rows` then finds."""
-
-    def open(self, model: nn.Module, server: Server) -> None:
-        serve(model, server)
-
-    def close(self, model: nn.Module) -> None:
-        stop_serving(model)
+    """Forward hooks on the linear layers of any model."""
 
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
         """Inside PEFT's layers the base layer."""

@@ -28,6 +28,7 @@ from roadie.bank.admission import Prepared, Rows, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.live import live_adapter
+from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
 from roadie.bank.table import LayerTable
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
@@ -78,7 +79,8 @@ class AdapterBank:
         self._changed = threading.Condition(self._lock)
         self._routing: Routing[Choice] = Routing()
         self.storage_version = 0
-        self._hold.open(model, self)
+        if hold is None:
+            serve(model, self)  # whom `roadie.rows` then finds
 
     def admit(self, name: str, source: Adapter | Prepared | str | Path | tuple[nn.Module, str]) -> int:
         """Take an adapter in, validated first; gives its slot. Where the bank is full a blend leaves, or the least
@@ -238,7 +240,8 @@ class AdapterBank:
     def close(self) -> None:
         """Take the bank off the model, which is then what it was."""
         with self._lock:
-            self._hold.close(self.model)
+            if isinstance(self._hold, Hooks):
+                stop_serving(self.model)
             self._detach.close()
             self._attached.clear()
             self._blends.clear()

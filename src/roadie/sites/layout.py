@@ -246,33 +246,27 @@ class Sight:
         """Run the model on what `pick` makes of each tensor that has the rows in front; None where that is not possible."""
         if call.model in _cannot_be_run or any(map(_is_shared_out, call.model.parameters())):
             return None  # other processes would have to run theirs too
-        seen, num_rows = cls(), len(_inputs(call.args, call.kwargs)[0])
+        seen, num_rows, thread = cls(), len(_inputs(call.args, call.kwargs)[0]), threading.get_ident()
         kwargs = {name: value for name, value in call.kwargs.items() if name not in _LEFT_OUT}
+
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if threading.get_ident() == thread and isinstance(first, Tensor):
+                seen.leads.setdefault(module, []).append(tuple(first.shape[:-1]))
+                if first.dim() == 2:
+                    seen.prints[module] = first.float().square().sum(-1)
+
+        handle = register_module_forward_hook(hook)
         try:
-            with _undisturbed(call.model), seen._watching():
+            with _undisturbed(call.model):
                 call.model(*_picked(call.args, num_rows, pick), **_picked(kwargs, num_rows, pick))
         except Exception as error:  # whatever a model says to a single row, the call itself goes on
             logger.debug("a %s cannot be run on one row: %r", type(call.model).__name__, error)
             _cannot_be_run.add(call.model)
             return None
-        return seen
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        thread = threading.get_ident()
-
-        def hook(module: nn.Module, _: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output
-            if threading.get_ident() == thread and isinstance(first, Tensor):
-                self.leads.setdefault(module, []).append(tuple(first.shape[:-1]))
-                if first.dim() == 2:
-                    self.prints[module] = first.float().square().sum(-1)
-
-        handle = register_module_forward_hook(hook)
-        try:
-            yield
         finally:
             handle.remove()
+        return seen
 
 
 def _kinds_in(call: Call, tokens: set[int]) -> dict[nn.Module, Kind] | None:

@@ -33,7 +33,7 @@ from roadie.sites.layout import (
     wrong_number,
 )
 
-_MOST_PLACES = 64  # shapes of which a choice remembers where the rows lie: a model has a few for each number of tokens
+_MOST_SHAPES = 64  # of which a choice remembers where the rows lie: a model has a few for each number of tokens
 
 
 class Choice:
@@ -67,7 +67,7 @@ class Choice:
         self.calls = Calls(slots.shape[0], expansion, model, is_compiled) if calls is None else calls
         if slots.device.type == "cpu":
             self.host = slots
-        self._places: dict[Hashable, tuple[Tensor, bool]] = {}  # and whether sizes leave a doubt
+        self._by_shape: dict[Hashable, tuple[Tensor, bool]] = {}  # and whether sizes leave a doubt
         self._checked: set[Hashable] = set()
 
     @cached_property
@@ -102,13 +102,13 @@ class Choice:
             return self._placed_in_graph(y, site, of_slot)
         lead = y.shape[:-1]
         key = lead, y.device, of_slot
-        place = self._places.get(key)
-        if place is None:
-            if len(self._places) == _MOST_PLACES:
-                self._places.clear()
+        found = self._by_shape.get(key)
+        if found is None:
+            if len(self._by_shape) == _MOST_SHAPES:
+                self._by_shape.clear()
             with torch.inference_mode(False):  # other calls of the block may be trained, and keep it for backward
-                place = self._places[key] = self._place(y, of_slot)
-        slots, is_in_doubt = place
+                found = self._by_shape[key] = self._find(y, of_slot)
+        slots, is_in_doubt = found
         if is_in_doubt and (site, lead) not in self._checked:
             self.calls.check(y, site, self.slots)
             self._checked.add((site, lead))
@@ -122,13 +122,13 @@ class Choice:
         return found
 
     def _placed_in_graph(self, y: Tensor, site: nn.Module, of_slot: tuple[int, ...] | None) -> Tensor:
-        slots, is_in_doubt = self._place(y, of_slot)
+        slots, is_in_doubt = self._find(y, of_slot)
         may_be_rows = y.dim() == 2 and len(y) == len(self.slots)  # which they are, but in an expert of many
         if is_in_doubt and not may_be_rows and not self.calls.is_sure:
             _check_in_eager(self.calls, y, site, self.slots)
         return slots
 
-    def _place(self, y: Tensor, of_slot: tuple[int, ...] | None) -> tuple[Tensor, bool]:
+    def _find(self, y: Tensor, of_slot: tuple[int, ...] | None) -> tuple[Tensor, bool]:
         found = by_size(self.slots, self.expansion, y)
         if found is None:
             raise RoutingError(

@@ -22,7 +22,6 @@ from roadie.adapter import Adapter, LayerParameters
 from roadie.bank.attachment import LayerRotation
 from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import Blend
-from roadie.bank.servers import Server
 from roadie.kernels import Watched
 from roadie.tuner.table import can_be_kept
 
@@ -74,12 +73,6 @@ class _InLayers:
     def __init__(self, layers: dict[str, Any]) -> None:
         self._layers = layers
 
-    def open(self, model: nn.Module, server: Server) -> None:
-        pass
-
-    def close(self, model: nn.Module) -> None:
-        pass
-
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         return dict(self._layers)
 
@@ -96,11 +89,7 @@ class _InLayers:
 
     def attach(self, layer: Any, rotation: LayerRotation) -> Callable[[], None]:
         layer.resident = rotation
-
-        def detach() -> None:
-            layer.resident = None
-
-        return detach
+        return lambda: setattr(layer, "resident", None)
 
 
 class Residents:
@@ -165,10 +154,13 @@ class Residents:
 
     def _has_moved(self) -> bool:
         """Whether a table is not where its layer computes."""
-        held = [
-            (layer, layer.resident.table.current[0]) for layer in self._layers.values() if layer.resident is not None
-        ]
-        return [table.direct.device for _, table in held] != [layer.get_base_layer_device() for layer, _ in held]
+        for layer, (theta, *_) in zip(self._layers.values(), self._stores, strict=True):
+            if layer.resident is not None:
+                first = next(iter(theta.values()), None)
+                here = layer.get_base_layer_device() if first is None else first.device
+                if layer.resident.table.current[0].direct.device != here:
+                    return True
+        return False
 
     def _fit(self, model: nn.Module, parameters: Sequence[Tensor]) -> bool:
         """A bank for the layers, whose tables round nothing; whether it is the one that there was."""

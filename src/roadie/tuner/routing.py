@@ -153,17 +153,6 @@ class RoadRouting(Routing[AdapterChoice]):
             parts = self._parts = Parts.of(model)
         return parts
 
-    def by_name(
-        self, parts: Parts, slots: Tensor, names: tuple[str | Blend, ...], expansion: int = 1
-    ) -> AbstractContextManager[Any]:
-        """Within the block row b of every batch uses ``names[slots[b]]``."""
-        for layer in parts.layers.values():
-            if layer.__dict__.get("merged_adapters") or layer.held_by:  # of an input its layer knows
-                raise RoutingError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
-        return self.chosen(AdapterChoice(parts, slots, names, self.residents, expansion), parts.model)
-
     def prepare(self, model: nn.Module, undo: ExitStack) -> None:
         """As for any model; and each row goes through its adapter's copy of what PEFT trains whole."""
         super().prepare(model, undo)
@@ -191,14 +180,7 @@ def rows(model: nn.Module, slots: Tensor | Sequence[str]) -> AbstractContextMana
     The table holds all adapters, so that a compiled model stays one program whatever the rows choose. Raises `RoutingError` for
     unknown adapters, slots out of range, or a model with merged adapters.
     """
-    routing = shared_routing(model)
-    parts = routing.parts_of(model)
-    table: tuple[str | Blend, ...] = parts.slots()
-    if not isinstance(slots, Tensor):
-        wishes = _wishes(parts, slots)
-        table = (*table, *dict.fromkeys(wish for wish in wishes if isinstance(wish, Blend)))
-        slots = _slots_in(table, wishes)
-    return routing.by_name(parts, slots, table)
+    return _chosen(model, slots, are_all=True)
 
 
 announce(rows)
@@ -209,12 +191,27 @@ def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int
 
     Where nothing is compiled the table holds just the adapters that are asked for: others cost nothing and get no gradient.
     """
+    return _chosen(model, adapter_names, expansion)
+
+
+def _chosen(
+    model: nn.Module, wanted: Tensor | Sequence[Wish], expansion: int = 1, *, are_all: bool = False
+) -> AbstractContextManager[Any]:
+    """are_all: whether the table holds all adapters."""
     routing = shared_routing(model)
     parts = routing.parts_of(model)
-    wishes = _wishes(parts, adapter_names)
-    names = parts.slots() if parts.are_compiled() else sorted({wish for wish in wishes if isinstance(wish, str)})
-    table = (*names, *dict.fromkeys([wish for wish in wishes if isinstance(wish, Blend)]))
-    return routing.by_name(parts, _slots_in(table, wishes), table, expansion)
+    for layer in parts.layers.values():
+        if layer.__dict__.get("merged_adapters") or layer.held_by:  # of an input its layer knows
+            raise RoutingError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+    table: tuple[str | Blend, ...] = parts.slots() if are_all or parts.are_compiled() else ()
+    if not isinstance(wanted, Tensor):
+        wishes = _wishes(parts, wanted)
+        blends = dict.fromkeys([wish for wish in wishes if isinstance(wish, Blend)])
+        table = (*(table or sorted({wish for wish in wishes if isinstance(wish, str)})), *blends)
+        wanted = _slots_in(table, wishes)
+    return routing.chosen(AdapterChoice(parts, wanted, table, routing.residents, expansion), model)
 
 
 def _slots_in(table: tuple[str | Blend, ...], wishes: Sequence[str | Blend | None]) -> Tensor:
@@ -267,10 +264,13 @@ def _mix(wrapper: AuxiliaryTrainingWrapper, choice: AdapterChoice, x: Tensor, *a
     members: dict[str, list[int]] = {}
     for row, slot in enumerate(slots.tolist()):
         members.setdefault(_whole(choice.names[slot] if slot >= 0 else BASE, copies), []).append(row)
-    parts = [
-        _through_copy(wrapper, name, x[torch.tensor(indices, device=x.device)], *args, **kwargs)
-        for name, indices in members.items()
-    ]
+    parts = []
+    for name, indices in members.items():
+        part = x[torch.tensor(indices, device=x.device)]
+        if name == BASE:
+            parts.append(wrapper.original_module(part, *args, **kwargs))
+        else:
+            parts.append(wrapper._forward_wrapped_mixed_batch(part, name, *args, **kwargs))
     order = torch.tensor([row for indices in members.values() for row in indices], dtype=torch.int64)
     joined = torch.cat(parts)
     return joined.index_select(0, order.argsort().to(joined.device))
@@ -284,9 +284,3 @@ def _whole(wish: str | Blend, copies: Iterable[str]) -> str:
             "wanted adapters that only rotate: whole modules do not blend"
         )
     return wish if isinstance(wish, str) and wish in copies else BASE
-
-
-def _through_copy(wrapper: AuxiliaryTrainingWrapper, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if name == BASE:
-        return wrapper.original_module(x, *args, **kwargs)
-    return wrapper._forward_wrapped_mixed_batch(x, name, *args, **kwargs)
