@@ -142,6 +142,20 @@ def test_other_rows_are_a_lookup_and_no_new_tables() -> None:
     assert _bank(model) is bank
 
 
+def test_rows_read_the_bank_that_names_filled() -> None:
+    """The paths of layers are others in the PeftModel than in the model that it holds."""
+    model = _model("a", "b")
+    rows = ["a", "b", "__base__", "a"]
+    wanted = _logits(model, adapter_names=rows)
+    bank = _bank(model)
+    admissions = bank._admissions
+    for called in (model, model.base_model, model.get_base_model()):
+        with torch.no_grad(), roadie.rows(called, rows):
+            assert torch.equal(called(input_ids=IDS).logits, wanted)
+    assert _bank(model) is bank
+    assert bank._admissions == admissions
+
+
 def test_deleted_adapters_leave_the_bank_and_their_names_can_come_back() -> None:
     model = _model("a", "b")
     _logits(model, adapter_names=["a", "b", "a", "b"])

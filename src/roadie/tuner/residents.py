@@ -98,6 +98,7 @@ class Residents:
     def __init__(self) -> None:
         self._bank: AdapterBank | None = None
         self._layers: dict[str, Any] = {}
+        self._given = self._layers  # the same layers, perhaps by other paths
         self._stores: list[_Store] = []
         self._seen: dict[str, _Resident] = {}
         self._lock = Lock()  # several threads may run one model
@@ -111,9 +112,13 @@ class Residents:
             return self._admit(model, layers, wishes)
 
     def _admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Tensor | None:
-        if (layers is not self._layers and layers != self._layers) or self._has_moved():
+        if layers is not self._given:
+            if list(layers.values()) != list(self._layers.values()):
+                self.clear()
+                self._layers = layers
+            self._given, self._stores = layers, [_store(layer) for layer in self._layers.values()]
+        if self._has_moved():
             self.clear()
-        self._layers, self._stores = layers, [_store(layer) for layer in layers.values()]
         names = dict.fromkeys([name for wish in wishes for name in names_in(wish)])
         now = {name: self._now(name) for name in names}
         stale = [name for name in names if not self._is_current(name, *now[name])]
