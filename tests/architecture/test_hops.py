@@ -52,14 +52,14 @@ LIMITS = {
     ("two_stages_training", "files"): Limit(bound=17, target=6),
     ("two_stages_training", "slope"): Limit(bound=284, target=30),
     ("two_stages_training", "intercept"): Limit(bound=10, target=40),
-    ("mixed_inference", "calls"): Limit(bound=69, target=30),
-    ("mixed_inference", "files"): Limit(bound=16, target=8),
-    ("mixed_inference", "slope"): Limit(bound=64, target=30),
-    ("mixed_inference", "intercept"): Limit(bound=132, target=40),
+    ("mixed_inference", "calls"): Limit(bound=20, target=30),
+    ("mixed_inference", "files"): Limit(bound=9, target=8),
+    ("mixed_inference", "slope"): Limit(bound=17, target=30),
+    ("mixed_inference", "intercept"): Limit(bound=130, target=40),
     ("mixed_training", "calls"): Limit(bound=177, target=60),
     ("mixed_training", "files"): Limit(bound=18, target=8),
     ("mixed_training", "slope"): Limit(bound=174, target=60),
-    ("mixed_training", "intercept"): Limit(bound=84, target=40),
+    ("mixed_training", "intercept"): Limit(bound=85, target=40),
 }
 
 

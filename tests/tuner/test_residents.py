@@ -156,6 +156,42 @@ def test_rows_read_the_bank_that_names_filled() -> None:
     assert bank._admissions == admissions
 
 
+def test_a_hook_on_a_base_layer_gets_what_the_layer_gave_when_rows_come_again() -> None:
+    model = _model("a", "b")
+    rows = ["a", "b", "__base__", "a"]
+    for _ in range(2):
+        wanted = _logits(model, adapter_names=rows)
+    layer = next(module for module in model.modules() if isinstance(module, roadie.RoadLayer))
+    given: list[tuple[Tensor, Tensor]] = []
+    layer.base_layer.register_forward_hook(lambda module, inputs, y: given.append((y, y.clone())))
+    assert torch.equal(_logits(model, adapter_names=rows), wanted)
+    assert torch.equal(*given[0])
+
+
+class FirstRow(nn.Module):
+    """Without tokens it has the rows in front; with tokens its layer is given those of the first row alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.up(x if x.dim() == 2 else x[0])
+        return result
+
+
+def test_rows_that_come_again_with_tokens_are_looked_at_again() -> None:
+    """As many tokens as rows: sizes alone do not tell."""
+    model = roadie.get_peft_model(FirstRow(), _config(target_modules=["up"]), adapter_name="a").eval()
+    model.add_adapter("b", _config(target_modules=["up"]))
+    rows = ["a", "b", "__base__", "a"]
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.zeros(4, 16), adapter_names=rows)
+        with pytest.raises(RoutingError, match="the sequence in front, or some of the tokens"):
+            model(torch.zeros(4, 4, 16), adapter_names=rows)
+
+
 def test_deleted_adapters_leave_the_bank_and_their_names_can_come_back() -> None:
     model = _model("a", "b")
     _logits(model, adapter_names=["a", "b", "a", "b"])

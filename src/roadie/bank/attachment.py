@@ -38,7 +38,6 @@ class _Last(NamedTuple):
     mark: object
     table: Chain
     prepared: PreparedRotation | None
-    in_place: bool
 
 
 class LayerRotation:
@@ -68,22 +67,21 @@ class LayerRotation:
             return rotate_chain(y, table, self.table.routed(choice.placed(y, self._site)))
         last = self._last
         if last is not None and last.mark is choice.mark and last.table is table and not torch.is_grad_enabled():
-            rotated = _as_before(last, y)
+            rotated = _as_before(last, y, is_fresh)
             if rotated is not None:
                 return rotated
         return self._rotated(y, choice, table, is_fresh)
 
     def _rotated(self, y: Tensor, choice: Choice, table: Chain, is_fresh: Callable[[], bool]) -> Tensor:
         if self.table.has_none(choice.host):
-            self._last = _Last(choice.mark, table, None, in_place=False)
+            self._last = _Last(choice.mark, table, None)
             return y
         slots = self.table.routed(choice.placed(y, self._site))
         if not can_rotate_chain_in_place(y, table):
             return rotate_chain(y, table, slots)
-        in_place = is_fresh()
-        z = rotate_chain_(y, table, slots) if in_place else rotate_chain(y, table, slots)
+        z = rotate_chain_(y, table, slots) if is_fresh() else rotate_chain(y, table, slots)
         prepared = prepare_chain(y, table, slots)
-        self._last = None if prepared is None else _Last(choice.mark, table, prepared, in_place)
+        self._last = None if prepared is None else _Last(choice.mark, table, prepared)
         return z
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
@@ -93,12 +91,12 @@ class LayerRotation:
         return type(None), ()
 
 
-def _as_before(last: _Last, y: Tensor) -> Tensor | None:
+def _as_before(last: _Last, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor | None:
     if last.prepared is None:
         return y
-    if not last.in_place:
-        return last.prepared.rotated(y)
-    return y if last.prepared.rotate_(y) else None
+    if is_fresh():
+        return y if last.prepared.rotate_(y) else None
+    return last.prepared.rotated(y)
 
 
 class Hold(Protocol):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from roadie.bank.slots import SlotBook
 from roadie.bank.table import LayerTable
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
 from roadie.rotation import Rotation
-from roadie.sites.rows import Choice, Routing
+from roadie.sites.layout import Calls
+from roadie.sites.rows import Choice, Mark, Routing
 
 
 class AdapterBank:
@@ -78,6 +79,8 @@ class AdapterBank:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._routing: Routing[Choice] = Routing()
+        self._writes = 0
+        self._last: tuple[Hashable, Tensor, Mark] | None = None
         self.storage_version = 0
         if hold is None:
             serve(model, self)  # whom `roadie.rows` then finds
@@ -237,6 +240,18 @@ class AdapterBank:
         choice.check(self._book.num_slots)
         return self._routing.chosen(choice, self.model)
 
+    def choice(self, slots: Tensor, expansion: int, calls: Calls, device: torch.device, held: object = None) -> Choice:
+        """The rows of a call that has begun, in these slots, on the CPU; see `Choice`.
+
+        Where the last one had the same, and nothing was written since, layers know already what they do.
+        """
+        kind = self._writes, expansion, device, frozenset(calls.tokens)
+        last = self._last
+        is_known = last is not None and last[0] == kind and last[1].shape == slots.shape and torch.equal(last[1], slots)
+        mark = last[2] if last is not None and is_known else Mark()
+        self._last = kind, slots, mark
+        return Choice(slots, expansion, device=device, held=held, calls=calls, mark=mark)
+
     def close(self) -> None:
         """Take the bank off the model, which is then what it was."""
         with self._lock:
@@ -349,6 +364,7 @@ class AdapterBank:
         return evicted is not None
 
     def _write(self, slots: Sequence[int], made: Mapping[str, Sequence[Rows]]) -> None:
+        self._writes += 1
         for path in made:
             if path not in self._attached:
                 self._attach(path)

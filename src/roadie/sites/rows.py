@@ -36,14 +36,25 @@ from roadie.sites.layout import (
 _MOST_SHAPES = 64  # of which a choice remembers where the rows lie: a model has a few for each number of tokens
 
 
+class Mark:
+    """What sites remember a choice by, and what is worked out of it once: neither its leases nor its calls.
+
+    by_shape: the slots for leading dimensions, and whether sizes leave a doubt; checked: where that was looked into.
+    """
+
+    def __init__(self) -> None:
+        self.by_shape: dict[Hashable, tuple[Tensor, bool]] = {}
+        self.checked: set[Hashable] = set()
+
+
 class Choice:
     """The slots of one batch.
 
     slots: integers ``[B]``, or ``[B, T]`` for a slot a token, kept as int64; expansion: how many consecutive rows generation
     makes of one; model: whose rows they are; device: where the slots are read, if not where they are; held: what lives as long
     as something may read them; calls: of the model while the choice is in force, where another choice shares them; is_compiled:
-    whether a part of the model is, None where that is to be looked up. mark: what others remember a choice by, so that they do
-    not keep its slots. Raises `RoutingError` for what are no slots.
+    whether a part of the model is, None where that is to be looked up; mark: of an earlier choice, where slots and numbers of
+    tokens are the same. Raises `RoutingError` for what are no slots.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class Choice:
         held: object = None,
         calls: Calls | None = None,
         is_compiled: bool | None = None,
+        mark: Mark | None = None,
     ) -> None:
         if slots.is_floating_point() or slots.dtype == torch.bool or slots.dim() == 0:
             raise RoutingError(
@@ -63,12 +75,10 @@ class Choice:
             )
         slots = slots.to(torch.int64)
         self.slots = slots if device is None else slots.to(device)
-        self.expansion, self.held, self.mark = expansion, held, object()
+        self.expansion, self.held, self.mark = expansion, held, mark or Mark()
         self.calls = Calls(slots.shape[0], expansion, model, is_compiled) if calls is None else calls
         if slots.device.type == "cpu":
             self.host = slots
-        self._by_shape: dict[Hashable, tuple[Tensor, bool]] = {}  # and whether sizes leave a doubt
-        self._checked: set[Hashable] = set()
 
     @cached_property
     def host(self) -> Tensor:
@@ -102,16 +112,17 @@ class Choice:
             return self._placed_in_graph(y, site, of_slot)
         lead = y.shape[:-1]
         key = lead, y.device, of_slot
-        found = self._by_shape.get(key)
+        by_shape, checked = self.mark.by_shape, self.mark.checked
+        found = by_shape.get(key)
         if found is None:
-            if len(self._by_shape) == _MOST_SHAPES:
-                self._by_shape.clear()
+            if len(by_shape) == _MOST_SHAPES:
+                by_shape.clear()
             with torch.inference_mode(False):  # other calls of the block may be trained, and keep it for backward
-                found = self._by_shape[key] = self._find(y, of_slot)
+                found = by_shape[key] = self._find(y, of_slot)
         slots, is_in_doubt = found
-        if is_in_doubt and (site, lead) not in self._checked:
+        if is_in_doubt and (site, lead) not in checked:
             self.calls.check(y, site, self.slots)
-            self._checked.add((site, lead))
+            checked.add((site, lead))
         return slots
 
     def placed_on_host(self, y: Tensor, site: nn.Module) -> Tensor:

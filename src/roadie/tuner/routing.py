@@ -134,7 +134,7 @@ class AdapterChoice(Choice):
         self._bank = self._residents.bank
         place = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is -1 too: the base model
         place[list(wishes)] = held
-        self._served = Choice(place[self.host], self.expansion, device=self.slots.device, held=held, calls=self.calls)
+        self._served = self._bank.choice(place[self.host], self.expansion, self.calls, self.slots.device, held)
         return self._served
 
 
