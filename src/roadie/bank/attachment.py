@@ -67,9 +67,11 @@ class LayerRotation:
             return rotate_chain(y, table, self.table.routed(choice.placed(y, self._site)))
         last = self._last
         if last is not None and last.mark is choice.mark and last.table is table and not torch.is_grad_enabled():
-            rotated = _as_before(last, y, is_fresh)
-            if rotated is not None:
-                return rotated
+            if last.prepared is None or (is_fresh() and last.prepared.rotate_(y)):
+                return y
+            z = last.prepared.rotated(y)
+            if z is not None:
+                return z
         return self._rotated(y, choice, table, is_fresh)
 
     def _rotated(self, y: Tensor, choice: Choice, table: Chain, is_fresh: Callable[[], bool]) -> Tensor:
@@ -89,14 +91,6 @@ class LayerRotation:
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
-
-
-def _as_before(last: _Last, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor | None:
-    if last.prepared is None:
-        return y
-    if is_fresh():
-        return y if last.prepared.rotate_(y) else None
-    return last.prepared.rotated(y)
 
 
 class Hold(Protocol):

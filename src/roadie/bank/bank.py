@@ -80,10 +80,10 @@ class AdapterBank:
         self._changed = threading.Condition(self._lock)
         self._routing: Routing[Choice] = Routing()
         self._writes = 0
-        self._last: tuple[Hashable, Tensor, Mark] | None = None
+        self._last: tuple[Hashable, Tensor, Mark] = None, torch.empty(0), Mark()
         self.storage_version = 0
         if hold is None:
-            serve(model, self)  # whom `roadie.rows` then finds
+            serve(model, self.rows)
 
     def admit(self, name: str, source: Adapter | Prepared | str | Path | tuple[nn.Module, str]) -> int:
         """Take an adapter in, validated first; gives its slot. Where the bank is full a blend leaves, or the least
@@ -246,10 +246,10 @@ class AdapterBank:
         Where the last one had the same, and nothing was written since, layers know already what they do.
         """
         kind = self._writes, expansion, device, frozenset(calls.tokens)
-        last = self._last
-        is_known = last is not None and last[0] == kind and last[1].shape == slots.shape and torch.equal(last[1], slots)
-        mark = last[2] if last is not None and is_known else Mark()
-        self._last = kind, slots, mark
+        before, as_before, mark = self._last
+        if kind != before or slots.shape != as_before.shape or not torch.equal(slots, as_before):
+            mark = Mark()
+            self._last = kind, slots, mark
         return Choice(slots, expansion, device=device, held=held, calls=calls, mark=mark)
 
     def close(self) -> None:

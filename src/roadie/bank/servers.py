@@ -7,31 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from roadie.errors import ConfigError, RoutingError
 
+RowsInForce = Callable[[Any], AbstractContextManager[Any]]  # of slots, or of what each row wishes for
 
-class Server(Protocol):
-    """What serves a model: an `AdapterBank`."""
-
-    def rows(self, slots: Tensor | Sequence[Any]) -> AbstractContextManager[Any]:
-        """Puts the slots of the rows in force for a block."""
-        ...
-
-
-_servers: WeakKeyDictionary[nn.Module, Server] = WeakKeyDictionary()
+_servers: WeakKeyDictionary[nn.Module, RowsInForce] = WeakKeyDictionary()
 _of_tuner: list[Callable[[nn.Module, Any], AbstractContextManager[Any]]] = []
 
 
-def serve(model: nn.Module, server: Server) -> None:
-    """From now on `server` serves `model`; raises `ConfigError` where another one does."""
+def serve(model: nn.Module, rows_of_bank: RowsInForce) -> None:
+    """From now on a bank serves `model`; raises `ConfigError` where another one does."""
     if model in _servers:
         raise ConfigError("got a model that a bank serves already; close that bank first, or admit into it")
-    _servers[model] = server
+    _servers[model] = rows_of_bank
 
 
 def stop_serving(model: nn.Module) -> None:
@@ -57,9 +50,9 @@ def rows(model: nn.Module, slots: Tensor | Sequence[Any]) -> AbstractContextMana
     gradient of zero: the table holds all adapters, so that a compiled model stays one program whatever the rows choose.
     Raises `RoutingError` for unknown adapters, slots out of range, or a model that nobody serves.
     """
-    server = _servers.get(model)
-    if server is not None:
-        return server.rows(slots)
+    rows_of_bank = _servers.get(model)
+    if rows_of_bank is not None:
+        return rows_of_bank(slots)
     for of_tuner in _of_tuner:
         return of_tuner(model, slots)
     raise RoutingError(

@@ -22,16 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from roadie.errors import RoutingError
-from roadie.sites.layout import (
-    Calls,
-    before_calls,
-    by_size,
-    is_doubtful,
-    plain,
-    routings_in_force,
-    wrapped,
-    wrong_number,
-)
+from roadie.sites import layout
 
 _MOST_SHAPES = 64  # of which a choice remembers where the rows lie: a model has a few for each number of tokens
 
@@ -65,7 +56,7 @@ class Choice:
         model: nn.Module | None = None,
         device: torch.device | None = None,
         held: object = None,
-        calls: Calls | None = None,
+        calls: layout.Calls | None = None,
         is_compiled: bool | None = None,
         mark: Mark | None = None,
     ) -> None:
@@ -76,7 +67,7 @@ class Choice:
         slots = slots.to(torch.int64)
         self.slots = slots if device is None else slots.to(device)
         self.expansion, self.held, self.mark = expansion, held, mark or Mark()
-        self.calls = Calls(slots.shape[0], expansion, model, is_compiled) if calls is None else calls
+        self.calls = layout.Calls(slots.shape[0], expansion, model, is_compiled) if calls is None else calls
         if slots.device.type == "cpu":
             self.host = slots
 
@@ -95,7 +86,7 @@ class Choice:
 
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model, or the one inside, is called with these arguments now, in eager mode."""
-        self.calls.note(plain(model), args, kwargs)
+        self.calls.note(layout.plain(model), args, kwargs)
         self.calls.look(model)
 
     def ends(self, model: nn.Module) -> None:
@@ -128,7 +119,7 @@ class Choice:
     def placed_on_host(self, y: Tensor, site: nn.Module) -> Tensor:
         """As `placed`, on the CPU."""
         self.placed(y, site)
-        found = by_size(self.host, self.expansion, y)
+        found = layout.by_size(self.host, self.expansion, y)
         assert found is not None
         return found
 
@@ -140,19 +131,19 @@ class Choice:
         return slots
 
     def _find(self, y: Tensor, of_slot: tuple[int, ...] | None) -> tuple[Tensor, bool]:
-        found = by_size(self.slots, self.expansion, y)
+        found = layout.by_size(self.slots, self.expansion, y)
         if found is None:
             raise RoutingError(
-                wrong_number(self.slots.shape[0], y.shape[0] if y.dim() > 1 else 1)
+                layout.wrong_number(self.slots.shape[0], y.shape[0] if y.dim() > 1 else 1)
                 + f"Wanted adapters or slots, one for each row (or each token) of what a layer gives, {tuple(y.shape)}."
             )
-        is_in_doubt = is_doubtful(y, found)
+        is_in_doubt = layout.is_doubtful(y, found)
         if of_slot is not None:
             found = torch.tensor(of_slot, device=found.device)[found]
         return found.to(y.device), is_in_doubt
 
 
-_check_in_eager: Callable[[Calls, Tensor, nn.Module, Tensor], None] = torch.compiler.disable(Calls.check)
+_check_in_eager: Callable[[layout.Calls, Tensor, nn.Module, Tensor], None] = torch.compiler.disable(layout.Calls.check)
 
 C = TypeVar("C", bound=Choice)
 
@@ -193,7 +184,10 @@ class Routing(Generic[C]):
         with self._lock:
             self._in_force.append(choice)
             self._latest = choice
-        here, all_of_thread = self.here.set(choice), routings_in_force.set((*routings_in_force.get(), self))
+        here, all_of_thread = (
+            self.here.set(choice),
+            layout.routings_in_force.set((*layout.routings_in_force.get(), self)),
+        )
         try:
             yield choice
         finally:
@@ -205,7 +199,7 @@ class Routing(Generic[C]):
                 self._latest = self._in_force[-1] if self._in_force else None
             if key is not None:
                 self.detach(key)
-            routings_in_force.reset(all_of_thread)
+            layout.routings_in_force.reset(all_of_thread)
             self.here.reset(here)
 
     def attach(self, model: nn.Module) -> tuple[nn.Module, bool]:
@@ -250,8 +244,8 @@ class Routing(Generic[C]):
             if choice is not None:
                 choice.ends(module)
 
-        for part in wrapped(model):
-            undo.callback(before_calls(part, starts))
+        for part in layout.wrapped(model):
+            undo.callback(layout.before_calls(part, starts))
             undo.callback(part.register_forward_hook(ends).remove)
 
     def _keep_in_checkpoints(self, model: nn.Module, undo: ExitStack) -> None:

@@ -10,7 +10,6 @@ Legend: B rows of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from operator import is_
 from threading import Lock
 from typing import Any, TypeAlias
@@ -31,25 +30,19 @@ Kind: TypeAlias = "tuple[str | None, int | tuple[int, ...] | None]"  # variant a
 _Store: TypeAlias = "tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], dict[str, int | tuple[int, ...]]]"
 
 
-@dataclass
 class _Resident:
-    """An adapter as it was when it was put into the bank."""
+    """An adapter as it was when it was put into the bank; kinds: of each layer."""
 
-    kinds: list[Kind]  # of each layer
-    parameters: list[Tensor]
-    versions: list[int]
-    addresses: list[int]
-    watched: Watched
-    storages: list[torch.UntypedStorage]  # kept, so that an address cannot come back as another's
-    is_on_cpu: bool  # elsewhere what is trained is not kept
-
-    @classmethod
-    def of(cls, kinds: list[Kind], parameters: list[Tensor], watched: Watched) -> _Resident:
-        versions = [tensor._version for tensor in parameters]
-        addresses = [tensor.data_ptr() for tensor in parameters]
-        storages = [tensor.untyped_storage() for tensor in parameters]
-        is_on_cpu = all(tensor.device.type == "cpu" for tensor in parameters)
-        return cls(kinds, parameters, versions, addresses, watched, storages, is_on_cpu)
+    def __init__(self, kinds: list[Kind], parameters: list[Tensor], watched: Watched) -> None:
+        self.kinds, self.parameters, self.watched = kinds, parameters, watched
+        self.versions = [tensor._version for tensor in parameters]
+        self.addresses = [tensor.data_ptr() for tensor in parameters]
+        self.storages = [
+            tensor.untyped_storage() for tensor in parameters
+        ]  # so that no address comes back as another's
+        self.is_on_cpu = all(
+            tensor.device.type == "cpu" for tensor in parameters
+        )  # elsewhere what is trained is not kept
 
     def is_current(self, kinds: list[Kind], parameters: list[Tensor]) -> bool:
         return (
@@ -192,7 +185,7 @@ class Residents:
         self.bank.update({name: _adapter(self._layers, name) for name in stale})
         watched = Watched.each([parameters for _, parameters in stale.values()])
         for (name, (kinds, parameters)), content in zip(stale.items(), watched, strict=True):
-            self._seen[name] = _Resident.of(kinds, parameters, content)
+            self._seen[name] = _Resident(kinds, parameters, content)
 
     def _forget(self, name: str) -> None:
         del self._seen[name]
