@@ -38,8 +38,8 @@ INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_emb
 """Arguments of a model that have a row in front, and then its tokens."""
 _LEFT_OUT = ("past_key_values", "labels", "cache_position", "position_ids", "use_cache")
 """Arguments that the run on one row does without: what it would change, and what has no row in front."""
-
-
+_OF_SHARED = ("device_mesh", "_is_flat_param", "ds_id")
+"""What parameters have of which other processes hold parts: FSDP2 and tensor parallelism, FSDP1, ZeRO-3."""
 SAME = 1e-2
 """How far apart squared lengths of one token may be in two batches, of the largest: a few roundings in bfloat16 (2^-9)."""
 
@@ -244,7 +244,8 @@ class Sight:
     @classmethod
     def of(cls, call: Call, pick: Callable[[Tensor], Tensor]) -> Sight | None:
         """Run the model on what `pick` makes of each tensor that has the rows in front; None where that is not possible."""
-        if call.model in _cannot_be_run or any(map(_is_shared_out, call.model.parameters())):
+        shared = (hasattr(parameter, name) for parameter in call.model.parameters() for name in _OF_SHARED)
+        if call.model in _cannot_be_run or any(shared):
             return None  # other processes would have to run theirs too
         seen, num_rows, thread = cls(), len(_inputs(call.args, call.kwargs)[0]), threading.get_ident()
         kwargs = {name: value for name, value in call.kwargs.items() if name not in _LEFT_OUT}
@@ -335,11 +336,6 @@ def _picked(value: Any, num_rows: int, pick: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_picked(part, num_rows, pick) for part in value)
     return value
-
-
-def _is_shared_out(parameter: Tensor) -> bool:
-    """Whether other processes hold parts of it: FSDP2 and tensor parallelism, FSDP1, ZeRO-3."""
-    return any(hasattr(parameter, name) for name in ("device_mesh", "_is_flat_param", "ds_id"))
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def _wishes(parts: Parts, adapter_names: Sequence[Wish]) -> list[str | Blend | N
     if isinstance(adapter_names, (str, Mapping)):
         raise RoutingError(f"got adapter_names={adapter_names!r}; wanted a list with one adapter name for each row")
     wishes = [wish if type(wish) is str and wish != BASE else parse(wish) for wish in adapter_names]
-    unknown = {wish for wish in wishes if type(wish) is str}
+    unknown = {wish for wish in wishes if isinstance(wish, str)}
     unknown.update([name for wish in wishes if isinstance(wish, Blend) for name in wish.names])
     for layer in parts.layers.values():
         unknown.difference_update(layer.variant)
