@@ -33,7 +33,7 @@ from benchmarks.workloads.decoding import static_step
 from benchmarks.workloads.model import TARGETS, ModelSize, llama
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
-from roadie.kernels import RotationTable, prepare_rotation, rotate_rows_
+from roadie.kernels import RotationTable, prepare_rotation, rotate_
 from roadie.testing import stock_peft
 from roadie.testing.rival import is_stock
 
@@ -89,7 +89,7 @@ def _rotation_share(base: nn.Linear, x: Tensor, table: RotationTable, slots: Ten
         y = base(x)
         between = time.perf_counter()
         if prepared is None or not prepared.rotate_(y):
-            rotate_rows_(y, table, slots)
+            rotate_(y, table, slots)
         layers.append(between - start)
         rotations.append(time.perf_counter() - between)
     return median_ratio(rotations[2:], layers[2:])
@@ -126,7 +126,7 @@ def growth() -> list[dict[str, Any]]:
     for tokens in (1, 16):
         tables = {count: random_table(count) for count in (1, 10, 100, 1000, 10_000)}
         y = torch.randn(ROWS, tokens, WIDTH)
-        runs = {f"{count}": partial(rotate_rows_, y, table, spread_slots(count)) for count, table in tables.items()}
+        runs = {f"{count}": partial(rotate_, y, table, spread_slots(count)) for count, table in tables.items()}
         with torch.no_grad():
             rounds = measure(runs, Budget(4.0, 20))
         summary = summarise(rounds, "1000", None)

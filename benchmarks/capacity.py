@@ -33,7 +33,7 @@ from benchmarks.harness import Budget, measure, threads
 from benchmarks.statistics import median_ratio, summarise
 from benchmarks.workloads.model import TARGETS, ModelSize, llama
 from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters
-from roadie.kernels import Chain, PreparedRotation, RotationTable, prepare_chain, rotate_chain, rotate_chain_
+from roadie.kernels import Chain, PreparedRotation, RotationTable, prepare_rotation, rotate, rotate_
 from roadie.rotation import parameter_size
 
 
@@ -110,19 +110,19 @@ class Site:
 
     def __init__(self, chain: Chain, slots: torch.Tensor, like: torch.Tensor) -> None:
         self._chain, self._slots = chain, slots
-        self._prepared: PreparedRotation | None = prepare_chain(like, chain, slots) if chain else None
+        self._prepared: PreparedRotation | None = prepare_rotation(like, chain, slots) if chain else None
 
     def rotate_(self, y: torch.Tensor) -> None:
         """In place, as a layer's output."""
         if self._chain and (self._prepared is None or not self._prepared.rotate_(y)):
-            rotate_chain_(y, self._chain, self._slots)
+            rotate_(y, self._chain, self._slots)
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
         """In new memory, as a layer's input."""
         if not self._chain:
             return x
         z = None if self._prepared is None else self._prepared.rotated(x)
-        return rotate_chain(x, self._chain, self._slots) if z is None else z
+        return rotate(x, self._chain, self._slots) if z is None else z
 
 
 def _shares(base: nn.Linear, x: torch.Tensor, sites: dict[str, list[Site]], rounds: int) -> dict[str, dict[str, float]]:

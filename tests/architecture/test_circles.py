@@ -12,8 +12,6 @@ import pytest
 from tests.architecture.imports import imports
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
-# Files that are in a circle still. One that no longer is must leave this list.
-STILL_IN_A_CIRCLE = frozenset({"roadie.tuner.inputs", "roadie.tuner.layer"})
 
 Graph = dict[str, frozenset[str]]
 
@@ -66,11 +64,7 @@ def graph() -> Graph:
 
 def test_files_do_not_import_each_other_in_a_circle(graph: Graph) -> None:
     assert len(graph) > 250
-    assert [arrows(circle, graph) for circle in circles(graph) if not set(circle) <= STILL_IN_A_CIRCLE] == []
-
-
-def test_what_still_is_in_a_circle_is(graph: Graph) -> None:
-    assert {module for circle in circles(graph) for module in circle} == STILL_IN_A_CIRCLE
+    assert [arrows(circle, graph) for circle in circles(graph)] == []
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from tests.kernels import cases
 from torch import Tensor
 
 from roadie.errors import AdapterError, KernelError, RoutingError
-from roadie.kernels import RotationTable, prepare_chain, rotate_chain, rotate_chain_, rotate_rows, using
-from roadie.kernels.chain import Chain
+from roadie.kernels import Chain, RotationTable, prepare_rotation, rotate, rotate_, using
 from roadie.kernels.cpu import table_work
-from roadie.kernels.schema import row_rotations
-from roadie.rotation import Rotation, rotate
+from roadie.kernels.table import row_rotations
+from roadie.rotation import Rotation
+from roadie.rotation import rotate as in_a_row
 from roadie.testing.accuracy import assert_same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +42,7 @@ def alone(x: Tensor, chain: Chain, slot: int) -> Tensor:
     """A row through the rotations of its slot, by `roadie.rotation`."""
     sizes = [t.group_sizes if isinstance(t.group_sizes, int) else int(t.group_sizes[slot]) for t in chain]
     stages = [Rotation(t.direct[slot], t.cross[slot], size) for t, size in zip(chain, sizes, strict=True) if size]
-    return rotate(x, *stages) if slot >= 0 else x.clone()
+    return in_a_row(x, *stages) if slot >= 0 else x.clone()
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +63,11 @@ def test_each_row_is_that_row_alone(sizes, dtype, narrow, name):
     x[0, 0, 0], x[2, 1, 3] = torch.inf, torch.nan  # a slot with fewer rotations does not spread them, nor does the base
     before = x.clone()
     with using(name):
-        z = rotate_chain(x, chain, slots)
+        z = rotate(x, chain, slots)
         assert_same_bits(x, before, "x")
         for row, slot in enumerate(slots.tolist()):
             assert_same_bits(z[row], alone(x[row], chain, slot), f"row {row}, slot {slot}")
-        in_place = rotate_chain_(x, chain, slots)
+        in_place = rotate_(x, chain, slots)
         assert in_place is x
         assert_same_bits(x, z, "in place")
 
@@ -78,16 +78,16 @@ def test_threads_strides_and_slots_of_tokens_change_nothing(dtype):
     slots = torch.randint(-1, 4, (8, 700), generator=torch.Generator().manual_seed(2))
     x = torch.randn(8, 700, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     torch.set_num_threads(1)
-    one = rotate_chain(x, chain, slots)
+    one = rotate(x, chain, slots)
     torch.set_num_threads(2)
-    assert_same_bits(rotate_chain(x, chain, slots), one, "two threads")
+    assert_same_bits(rotate(x, chain, slots), one, "two threads")
     with using("eager"):
-        assert_same_bits(rotate_chain(x, chain, slots), one, "eager")
+        assert_same_bits(rotate(x, chain, slots), one, "eager")
     wide = torch.zeros(8, 700, 256, dtype=dtype)
     wide[..., :128] = x
-    assert_same_bits(rotate_chain(wide[..., :128], chain, slots), one, "strided")
+    assert_same_bits(rotate(wide[..., :128], chain, slots), one, "strided")
     flat = wide.view(-1, 256)[:, :128]
-    rotate_chain_(flat, chain, slots.view(-1))
+    rotate_(flat, chain, slots.view(-1))
     assert_same_bits(flat.unflatten(0, (8, 700)), one, "strided, in place")
     assert not wide[..., 128:].any()
 
@@ -96,7 +96,7 @@ def test_tables_that_rows_read_count_as_work_to_share_and_those_of_one_slot_do_n
     chain = chain_of(NESTED, 128)
 
     def work(slots):
-        return table_work([row_rotations(torch.empty(6, 128), t.direct, t.cross, slots, t.sizes, 2) for t in chain])
+        return table_work([row_rotations(torch.empty(6, 128), t, slots) for t in chain])
 
     assert work(None) == 0
     assert (
@@ -108,10 +108,10 @@ def test_tables_that_rows_read_count_as_work_to_share_and_those_of_one_slot_do_n
 def test_one_slot_for_all_rows_and_a_chain_of_one():
     chain = chain_of([(2, 16, 64)], 128)
     x = torch.randn(5, 128)
-    assert_same_bits(rotate_chain(x, chain, None), alone(x, chain, 0), "slot 0")
-    assert_same_bits(rotate_chain(x, chain[:1], None), rotate_rows(x, chain[0], None), "one rotation")
+    assert_same_bits(rotate(x, chain, None), alone(x, chain, 0), "slot 0")
+    assert_same_bits(rotate(x, chain[:1], None), rotate(x, chain[0], None), "one rotation")
     empty = torch.empty(0, 128)
-    assert rotate_chain(empty, chain, None).shape == empty.shape
+    assert rotate(empty, chain, None).shape == empty.shape
 
 
 @cases.needs_compiled_kernel
@@ -119,9 +119,9 @@ def test_one_slot_for_all_rows_and_a_chain_of_one():
 def test_prepared_it_is_the_same_and_refuses_what_it_was_not_made_for(dtype):
     chain, slots = chain_of(NESTED, 128), torch.tensor([1, 0, -1, 2])
     x = torch.randn(4, 7, 128).to(dtype)
-    wanted = rotate_chain(x, chain, slots)
+    wanted = rotate(x, chain, slots)
     watched = torch.zeros(3), torch.ones(3)
-    prepared = prepare_chain(x, chain, slots, watched)
+    prepared = prepare_rotation(x, chain, slots, watched)
     assert prepared is not None
     y = x.clone()
     assert prepared.rotate_(y)
@@ -145,7 +145,7 @@ def test_gradients_in_float32_are_those_of_float64(name, routed):
         leaves = [x.to(dtype)] + [v.to(dtype) for t in chain for v in (t.direct, t.cross)]
         leaves = [leaf.clone().requires_grad_() for leaf in leaves]
         tables = [RotationTable(*leaves[2 * k + 1 : 2 * k + 3], t.group_sizes) for k, t in enumerate(chain)]
-        return torch.autograd.grad((rotate_chain(leaves[0], tuple(tables), slots) * probe.to(dtype)).sum(), leaves)
+        return torch.autograd.grad((rotate(leaves[0], tuple(tables), slots) * probe.to(dtype)).sum(), leaves)
 
     with using(name):
         narrow = gradients(torch.float32)
@@ -165,7 +165,7 @@ def test_gradients_are_those_of_differences(routed):
 
     def rotated(x: Tensor, *vectors: Tensor) -> Tensor:
         pairs = zip(vectors[::2], vectors[1::2], chain, strict=True)
-        return rotate_chain(x, tuple(RotationTable(d, c, t.group_sizes) for d, c, t in pairs), slots)
+        return rotate(x, tuple(RotationTable(d, c, t.group_sizes) for d, c, t in pairs), slots)
 
     assert torch.autograd.gradcheck(rotated, leaves)
     assert torch.autograd.gradgradcheck(rotated, leaves)
@@ -176,9 +176,9 @@ def test_bad_arguments_are_refused_before_anything_is_written():
     x = torch.randn(2, 128)
     before = x.clone()
     with pytest.raises(AdapterError, match="two tables"):
-        rotate_chain(x, (*chain, chain_of(NESTED, 64)[0]), torch.tensor([0, 1]))
+        rotate(x, (*chain, chain_of(NESTED, 64)[0]), torch.tensor([0, 1]))
     with pytest.raises(RoutingError, match="int64"):
-        rotate_chain(x, chain, torch.tensor([0, 1], dtype=torch.int32))
+        rotate(x, chain, torch.tensor([0, 1], dtype=torch.int32))
     assert_same_bits(x, before, "x")
 
 
@@ -189,10 +189,10 @@ def test_the_compiled_kernel_refuses_slots_and_sizes_before_anything_is_written(
     before = x.clone()
     for slots in ([0, 4], [0, -2]):
         with pytest.raises(KernelError, match="a slot is not between"):
-            rotate_chain_(x, chain, torch.tensor(slots))
+            rotate_(x, chain, torch.tensor(slots))
     odd = RotationTable(chain[0].direct, chain[0].cross, torch.tensor([2, 6, 2, 2], dtype=torch.int32))
     with pytest.raises(KernelError, match="a group size is not even, or does not divide"):
-        rotate_chain_(x, (*chain, odd), torch.tensor([0, 1]))
+        rotate_(x, (*chain, odd), torch.tensor([0, 1]))
     assert_same_bits(x, before, "x")
 
 
@@ -203,7 +203,7 @@ def test_plain_operations_refuse_slots_before_anything_is_written(slots):
     x = torch.randn(2, 128)
     before = x.clone()
     with using("eager"), pytest.raises(KernelError, match=r"got slots from .* wanted -1 \(the base\) to 3"):
-        rotate_chain_(x, tuple(gaps), torch.tensor(slots))
+        rotate_(x, tuple(gaps), torch.tensor(slots))
     assert_same_bits(x, before, "x")
 
 
@@ -215,9 +215,9 @@ def test_triton_gives_the_same_in_its_interpreter():
         "import test_chain as t\n"
         "chain, slots = t.chain_of(t.NESTED, 128), torch.tensor([1, 0, -1, 2, 0, 3])\n"
         "x = torch.randn(6, 3, 128)\n"
-        "wanted = t.rotate_chain(x, chain, slots)\n"
+        "wanted = t.rotate(x, chain, slots)\n"
         "with t.using('triton'):\n"
-        "    t.assert_same_bits(t.rotate_chain(x, chain, slots), wanted, 'triton')\n"
+        "    t.assert_same_bits(t.rotate(x, chain, slots), wanted, 'triton')\n"
         "print('same')\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from roadie.errors import AdapterError, ConfigError, KernelError, RoutingError
-from roadie.kernels import Keep, RotationTable, rotate, rotate_, rotate_rows, rotate_rows_, using
+from roadie.kernels import Keep, RotationTable, rotate, rotate_, using
 from roadie.rotation import Rotation
 from roadie.rotation import rotate as rotate_plainly
 from roadie.testing.accuracy import assert_same_bits
@@ -52,9 +52,9 @@ def test_rows_are_rotated_one_by_one(implementation: str, data: st.DataObject) -
     if data.draw(st.booleans()):
         x = x.transpose(0, -2).contiguous().transpose(0, -2)
     with skipped_without(implementation):
-        assert_same_bits(rotate_rows(x, t, slots), one_by_one(x, t, slots), "rows")
+        assert_same_bits(rotate(x, t, slots), one_by_one(x, t, slots), "rows")
         before = x.clone()
-        assert rotate_rows_(x, t, slots) is x
+        assert rotate_(x, t, slots) is x
         assert_same_bits(x, one_by_one(before, t, slots), "in place")
 
 
@@ -93,7 +93,7 @@ def test_any_strides(view) -> None:
 def test_in_place_writes_nothing_but_its_rows() -> None:
     x = values(4, 16)
     before = x.clone()
-    rotate_rows_(x[:, :8], table(1), None)
+    rotate_(x[:, :8], table(1), None)
     assert_same_bits(x[:, 8:].contiguous(), before[:, 8:].contiguous(), "the other columns")
     assert not torch.equal(x, before)
 
@@ -104,12 +104,12 @@ def test_tables_and_sizes_of_any_strides() -> None:
     strided = RotationTable(t.direct[::2, :8], t.cross.T.contiguous().T[::2, :8], sizes)
     slots = torch.tensor([[0, 9], [1, 9], [-1, 9]])[:, 0]
     x = values(3, 8)
-    assert_same_bits(rotate_rows(x, strided, slots), one_by_one(x, strided, slots), "rows")
+    assert_same_bits(rotate(x, strided, slots), one_by_one(x, strided, slots), "rows")
 
 
 def test_a_rotation_of_everything_uses_slot_0_and_its_size() -> None:
     t, x = table(2, 8, torch.tensor([8, 2], dtype=torch.int32)), values(3, 8)
-    assert_same_bits(rotate_rows(x, t, None), one_by_one(x, t, torch.zeros(3, dtype=torch.int64)), "rows")
+    assert_same_bits(rotate(x, t, None), one_by_one(x, t, torch.zeros(3, dtype=torch.int64)), "rows")
 
 
 def changed(**changes: object) -> RotationTable:
@@ -148,23 +148,21 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(what: str, implementation: str | None) -> None:
     t, x, slots, error, why = REFUSED[what]
     before = x.clone()
-    for function in (rotate_rows, rotate_rows_):
+    for function in (rotate, rotate_):
         with using(implementation or "eager") if implementation else torch.no_grad(), pytest.raises(error, match=why):
             function(x, t, slots)
     assert torch.equal(x, before)
 
 
 def test_a_table_is_not_taken_for_a_rotation() -> None:
-    with pytest.raises(AdapterError, match="use rotate_rows"):
+    with pytest.raises(AdapterError, match="make a RotationTable"):
         rotate(values(3, 8), Rotation(values(2, 8), values(2, 8), 4))
 
 
 def test_keep_is_one_of_two_words() -> None:
-    assert torch.equal(
-        rotate_rows(values(3, 8), table(), None, keep=Keep.OUTPUT), rotate_rows(values(3, 8), table(), None)
-    )
+    assert torch.equal(rotate(values(3, 8), table(), None, keep=Keep.OUTPUT), rotate(values(3, 8), table(), None))
     with pytest.raises(ConfigError, match="'input' or 'output'"):
-        rotate_rows(values(3, 8), table(), None, keep="both")
+        rotate(values(3, 8), table(), None, keep="both")
 
 
 @pytest.mark.parametrize("which", ["x", "direct", "cross"])
@@ -172,19 +170,19 @@ def test_in_place_refuses_to_lose_a_gradient(which: str) -> None:
     t, x = table(), values(3, 8)
     {"x": x, "direct": t.direct, "cross": t.cross}[which].requires_grad_()
     before = x.detach().clone()
-    with pytest.raises(AdapterError, match="use rotate_rows"):
-        rotate_rows_(x, t, None)
+    with pytest.raises(AdapterError, match="use rotate"):
+        rotate_(x, t, None)
     assert_same_bits(x.detach(), before, "x")
     with torch.no_grad():
-        wanted = rotate_rows(x, t, None)
-        assert_same_bits(rotate_rows_(x, t, None).detach(), wanted, "without gradient")
+        wanted = rotate(x, t, None)
+        assert_same_bits(rotate_(x, t, None).detach(), wanted, "without gradient")
 
 
 def test_autograd_sees_that_what_it_saved_was_changed_in_place() -> None:
     x = values(3, 8).requires_grad_()
     z = x.sigmoid()  # which keeps its output
     with torch.no_grad():
-        rotate_rows_(z, table(), None)
+        rotate_(z, table(), None)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
 
@@ -192,19 +190,19 @@ def test_autograd_sees_that_what_it_saved_was_changed_in_place() -> None:
 def test_inference_mode() -> None:
     with torch.inference_mode():
         x = values(3, 8)
-        wanted = rotate_rows(x, table(), None)
-        assert torch.equal(rotate_rows_(x, table(), None), wanted)
+        wanted = rotate(x, table(), None)
+        assert torch.equal(rotate_(x, table(), None), wanted)
 
 
 @pytest.mark.parametrize("device", ["fake", "meta"])
 @pytest.mark.parametrize("slots", [None, (0, -1, 1)])
-@pytest.mark.parametrize("function", [rotate_rows, rotate_rows_])
+@pytest.mark.parametrize("function", [rotate, rotate_])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_tensors_without_memory(device: str, slots: tuple[int, ...] | None, function, gradient: bool) -> None:
     with FakeTensorMode() if device == "fake" else torch.device("meta"):
         x, direct, cross = torch.empty(3, 5, 8, dtype=torch.bfloat16), torch.empty(2, 8), torch.empty(2, 8)
         routed = None if slots is None else torch.empty(3, dtype=torch.int64)
-        if gradient and function is rotate_rows:
+        if gradient and function is rotate:
             direct.requires_grad_()
         z = function(x, RotationTable(direct, cross, 4), routed)
         assert (z.shape, z.dtype, z.device) == (x.shape, x.dtype, x.device)
@@ -216,12 +214,12 @@ def test_tensors_without_memory(device: str, slots: tuple[int, ...] | None, func
 @pytest.mark.parametrize("keep", ["input", "output"])
 def test_what_torch_func_computes(keep: str) -> None:
     t, x = table(1), values(5, 3, 8)
-    wanted = rotate_rows(x, t, None)
-    mapped = torch.vmap(lambda row: rotate_rows(row, t, None, keep=keep))(x)
+    wanted = rotate(x, t, None)
+    mapped = torch.vmap(lambda row: rotate(row, t, None, keep=keep))(x)
     assert_same_bits(mapped, wanted, "vmap")
 
     def of(direct: Tensor) -> Tensor:
-        return rotate_rows(x, RotationTable(direct, t.cross, 4), None, keep=keep)
+        return rotate(x, RotationTable(direct, t.cross, 4), None, keep=keep)
 
     value, tangent = torch.func.jvp(of, (t.direct,), (torch.ones_like(t.direct),))
     assert_same_bits(value, wanted, "jvp")
@@ -237,7 +235,7 @@ def test_a_singular_slot_that_no_row_uses_gets_a_gradient_of_zero(name: str) -> 
     cross = torch.zeros(2, 8, requires_grad=True)
     table = RotationTable(direct, cross, 4)
     with using(name):
-        z = rotate_rows(torch.ones(3, 8), table, torch.tensor([0, -1, 0]), keep="output")
+        z = rotate(torch.ones(3, 8), table, torch.tensor([0, -1, 0]), keep="output")
         gradients = torch.autograd.grad(z.sum(), (direct, cross))
     for gradient in gradients:
         assert gradient[0].any()

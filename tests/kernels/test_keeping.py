@@ -18,7 +18,7 @@ import roadie
 from roadie.bank.families import AdaptedLayer
 from roadie.bank.trainable import TrainableBank
 from roadie.errors import InPlaceError
-from roadie.kernels import Keep, RotationTable, rotate_chain, rotate_rows
+from roadie.kernels import Keep, RotationTable, rotate
 from roadie.rotation import Variant
 from roadie.testing import randomise
 from roadie.testing.accuracy import assert_within, unit_roundoff
@@ -57,24 +57,24 @@ class _Looking(TorchDispatchMode):
 
 def by_door(keep: Keep) -> _Way:
     (table,) = tables()
-    return _Way(lambda x: rotate_rows(x, table, None, keep=keep), [table.direct, table.cross])
+    return _Way(lambda x: rotate(x, table, None, keep=keep), [table.direct, table.cross])
 
 
 def by_operation(keep: Keep) -> _Way:
     """As under a mode of torch, which does not take the shorter way past its dispatcher."""
     (table,) = tables()
 
-    def rotate(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         with _Looking():
-            return rotate_rows(x, table, None, keep=keep)
+            return rotate(x, table, None, keep=keep)
 
-    return _Way(rotate, [table.direct, table.cross])
+    return _Way(rotated, [table.direct, table.cross])
 
 
 def by_chain(keep: Keep) -> _Way:
     chain = tuple(tables(2))
     leaves = [vector for table in chain for vector in (table.direct, table.cross)]
-    return _Way(lambda x: rotate_chain(x, chain, None, keep=keep), leaves)
+    return _Way(lambda x: rotate(x, chain, None, keep=keep), leaves)
 
 
 def by_layer(keep: Keep) -> _Way:
@@ -319,7 +319,7 @@ def test_a_copy_is_the_same_memory_until_somebody_writes(way: str) -> None:
 
 def test_under_a_compiler_nothing_is_changed_in_place() -> None:
     (table,) = tables()
-    used = _Way(torch.compile(lambda x: shifted(rotate_rows(x, table, None, keep="copy")), backend="aot_eager"), [])
+    used = _Way(torch.compile(lambda x: shifted(rotate(x, table, None, keep="copy")), backend="aot_eager"), [])
     used.leaves = [table.direct, table.cross]
     wanted = gradients(by_door(Keep.INPUT), shifted)
     for saved in ("by torch", "recomputed", "on the CPU"):
@@ -332,14 +332,14 @@ def test_under_a_compiler_nothing_is_changed_in_place() -> None:
 def test_under_a_compiler_tables_that_are_changed_in_place_are_what_they_were(keep: Keep) -> None:
     (table,) = tables()
 
-    def rotate(x: Tensor, *, in_place: bool) -> Tensor:
+    def rotated(x: Tensor, *, in_place: bool) -> Tensor:
         direct = table.direct * 1.0
-        z = rotate_rows(x, RotationTable(direct, table.cross, 4), None, keep=keep)
+        z = rotate(x, RotationTable(direct, table.cross, 4), None, keep=keep)
         return z * (direct.mul_(2.0) if in_place else direct * 2.0)
 
-    compiled = torch.compile(rotate, backend="aot_eager")
+    compiled = torch.compile(rotated, backend="aot_eager")
     leaves = [table.direct, table.cross]
-    wanted = gradients(_Way(lambda x: rotate(x, in_place=False), leaves), torch.sin)
+    wanted = gradients(_Way(lambda x: rotated(x, in_place=False), leaves), torch.sin)
     assert_close(gradients(_Way(lambda x: compiled(x, in_place=True), leaves), torch.sin), wanted)
     torch._dynamo.reset()
 
@@ -353,7 +353,7 @@ def test_on_a_gpu_a_change_does_not_reach_a_copy(hooks: Callable[[], AbstractCon
         leaves = [table.direct.detach().cuda().requires_grad_(), table.cross.detach().cuda().requires_grad_()]
         x = values(ROWS, WIDTH, seed=9).cuda().requires_grad_()
         with hooks():
-            result = shifted(rotate_rows(x, RotationTable(*leaves, 4), None, keep=keep))
+            result = shifted(rotate(x, RotationTable(*leaves, 4), None, keep=keep))
         loss = (result * values(ROWS, WIDTH, seed=8).cuda()).sum()
         results.append([gradient.cpu() for gradient in torch.autograd.grad(loss, [x, *leaves])])
     assert_close(results[1], results[0])

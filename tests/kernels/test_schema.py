@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from roadie.errors import InPlaceError, KernelError
-from roadie.kernels import RotationTable, rotate_rows, using
+from roadie.kernels import RotationTable, rotate, using
 from roadie.rotation import Rotation, condition_number
 from roadie.testing.accuracy import assert_same_bits, assert_within, unit_roundoff
 
@@ -50,7 +50,7 @@ def gradients(
     keep: str, slots: Tensor | None, sizes: int | Tensor, tensors: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
     x, direct, cross = tensors
-    z = rotate_rows(x, RotationTable(direct, cross, sizes), slots, keep=keep)
+    z = rotate(x, RotationTable(direct, cross, sizes), slots, keep=keep)
     weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(5)).to(z.dtype)
     return torch.autograd.grad((z * weight).sum(), tensors)
 
@@ -60,7 +60,7 @@ def gradients(
 @pytest.mark.parametrize("sizes", SIZES)
 def test_gradcheck(keep: str, slots: str, sizes: str) -> None:
     def function(x: Tensor, direct: Tensor, cross: Tensor) -> Tensor:
-        return rotate_rows(x, RotationTable(direct, cross, SIZES[sizes]), SLOTS[slots], keep=keep)
+        return rotate(x, RotationTable(direct, cross, SIZES[sizes]), SLOTS[slots], keep=keep)
 
     def operation(x: Tensor, direct: Tensor, cross: Tensor) -> Tensor:
         uniform = isinstance(SIZES[sizes], int)
@@ -169,7 +169,7 @@ def kept_of_size(x: Tensor, function) -> tuple[Tensor, list[int]]:
 def test_one_tensor_is_kept(keep: str, dtype: torch.dtype, compiled: bool) -> None:
     x, direct, cross = leaves(dtype, torch.float32)
     x = (x * 1).detach().repeat(8, 1, 1).requires_grad_()
-    rotation = torch.compile(rotate_rows, backend="aot_eager", fullgraph=True) if compiled else rotate_rows
+    rotation = torch.compile(rotate, backend="aot_eager", fullgraph=True) if compiled else rotate
     z, kept = kept_of_size(x, lambda: rotation(x, RotationTable(direct, cross, 4), None, keep=keep))
     assert kept == [(x if keep == "input" else z).untyped_storage().data_ptr()]
 
@@ -179,9 +179,9 @@ def test_nothing_is_kept_where_the_table_needs_no_gradient(keep: str) -> None:
     x, direct, cross = leaves(torch.float32)
     x = x.detach().repeat(8, 1, 1).requires_grad_()
     t = RotationTable(direct.detach(), cross.detach(), 4)
-    z, kept = kept_of_size(x, lambda: rotate_rows(x, t, None, keep=keep))
+    z, kept = kept_of_size(x, lambda: rotate(x, t, None, keep=keep))
     assert kept == []
-    wanted = torch.autograd.grad(rotate_rows(x, RotationTable(direct, cross, 4), None).sum(), x)[0]
+    wanted = torch.autograd.grad(rotate(x, RotationTable(direct, cross, 4), None).sum(), x)[0]
     assert_same_bits(torch.autograd.grad(z.sum(), x)[0], wanted, "gradient of x")
 
 
@@ -190,7 +190,7 @@ def test_nothing_is_kept_where_the_table_needs_no_gradient(keep: str) -> None:
 def test_each_gradient_alone(keep: str, which: int) -> None:
     wanted = gradients(keep, None, 4, leaves(torch.float32))[which]
     tensors = [t.detach().requires_grad_(i == which) for i, t in enumerate(leaves(torch.float32))]
-    z = rotate_rows(tensors[0], RotationTable(tensors[1], tensors[2], 4), None, keep=keep)
+    z = rotate(tensors[0], RotationTable(tensors[1], tensors[2], 4), None, keep=keep)
     weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
     (z * weight).sum().backward()
     assert_same_bits(tensors[which].grad, wanted, "gradient")
@@ -199,7 +199,7 @@ def test_each_gradient_alone(keep: str, which: int) -> None:
 
 def test_no_rows_no_gradient() -> None:
     x, direct, cross = torch.empty(0, 12, requires_grad=True), *leaves(torch.float32)[1:]
-    rotate_rows(x, RotationTable(direct, cross, 4), None).sum().backward()
+    rotate(x, RotationTable(direct, cross, 4), None).sum().backward()
     assert x.grad.shape == (0, 12)
     assert torch.equal(direct.grad, torch.zeros(3, 12))
     assert torch.equal(cross.grad, torch.zeros(3, 12))
@@ -214,13 +214,13 @@ def test_compiled_is_eager(backend: str, slots: str, keep: str) -> None:
 
     @torch.compile(backend=counter, fullgraph=True)
     def compiled(x: Tensor, direct: Tensor, cross: Tensor, routed: Tensor | None) -> Tensor:
-        return rotate_rows(x, RotationTable(direct, cross, 4), routed, keep=keep)
+        return rotate(x, RotationTable(direct, cross, 4), routed, keep=keep)
 
     routed = [SLOTS[slots]] if SLOTS[slots] is None else [SLOTS[slots], torch.tensor([0, 2, 2, -1])]
     for values in routed:
         tensors = leaves(torch.float32)
         z = compiled(*tensors, values)
-        wanted = rotate_rows(tensors[0], RotationTable(*tensors[1:], 4), values, keep=keep)
+        wanted = rotate(tensors[0], RotationTable(*tensors[1:], 4), values, keep=keep)
         assert_same_bits(z, wanted, "z")
         weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
         found = torch.autograd.grad((z * weight).sum(), tensors)
@@ -235,7 +235,7 @@ def test_activation_checkpoints(keep: str, reentrant: bool) -> None:
     wanted = gradients(keep, SLOTS["rows"], 4, tensors)
 
     def function(x: Tensor) -> Tensor:
-        return rotate_rows(x, RotationTable(*tensors[1:], 4), SLOTS["rows"], keep=keep)
+        return rotate(x, RotationTable(*tensors[1:], 4), SLOTS["rows"], keep=keep)
 
     z = checkpoint(function, tensors[0], use_reentrant=reentrant)
     weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
@@ -249,7 +249,7 @@ def test_autocast_changes_nothing(keep: str) -> None:
     tensors = leaves(torch.float32)
     wanted = gradients(keep, None, 4, tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        assert rotate_rows(tensors[0], RotationTable(*tensors[1:], 4), None).dtype == torch.float32
+        assert rotate(tensors[0], RotationTable(*tensors[1:], 4), None).dtype == torch.float32
         found = gradients(keep, None, 4, tensors)
     for value, expected in zip(found, wanted, strict=True):
         assert_same_bits(value, expected, "gradient")
@@ -261,7 +261,7 @@ def test_an_output_changed_in_place_is_noticed(by: str) -> None:
 
     def rotated(keep: str) -> Tensor:
         if by == "door":
-            return rotate_rows(x, RotationTable(direct, cross, 4), None, keep=keep)
+            return rotate(x, RotationTable(direct, cross, 4), None, keep=keep)
         return torch.ops.roadie.rotate_rows(x, direct, cross, None, None, 4, keep != "input")
 
     with pytest.raises(InPlaceError, match="set_kept_for_backward"):
@@ -275,7 +275,7 @@ def test_an_output_changed_in_place_is_noticed(by: str) -> None:
 def test_an_input_changed_in_place_is_noticed() -> None:
     x, direct, cross = leaves(torch.float32)
     h = x * 1
-    z = rotate_rows(h, RotationTable(direct, cross, 4), None, keep="input")
+    z = rotate(h, RotationTable(direct, cross, 4), None, keep="input")
     h.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation") as raised:
         z.sum().backward()
@@ -307,6 +307,4 @@ def test_second_derivatives_of_the_door(keep: str, sizes: Any, slots: Tensor | N
         torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((3, 2, 12), (3, 12), (3, 12))
     )
     inputs = [x.requires_grad_(), (direct.abs() + 1).requires_grad_(), cross.requires_grad_()]
-    assert torch.autograd.gradgradcheck(
-        lambda x, d, c: rotate_rows(x, RotationTable(d, c, sizes), slots, keep=keep), inputs
-    )
+    assert torch.autograd.gradgradcheck(lambda x, d, c: rotate(x, RotationTable(d, c, sizes), slots, keep=keep), inputs)

@@ -139,12 +139,16 @@ def without_the_patch(rows: Tensor, turns: Any, patch: Any) -> Tensor:
     return merging.rotated_rows(rows, turns)
 
 
-def other_rows(self: Any, y: Tensor, is_fresh: bool, _routed: Callable[..., Tensor] = RoadInput._routed) -> Tensor:
-    return _routed(self, y.flip(0), is_fresh).flip(0)
+def other_rows(self: Any, y: Tensor, *rest: Any, _routed: Callable[..., Tensor] = RoadInput._routed) -> Tensor:
+    return _routed(self, y.flip(0), *rest).flip(0)
 
 
-def first_adapter_for_rows_without(self: Any, y: Tensor, is_fresh: bool) -> Tensor:
+def first_adapter_for_rows_without(self: Any, y: Tensor, *_: Any) -> Tensor:
     return rotation.rotate(y, *self.rotations("default"))
+
+
+def as_outputs(self: Any, names: Any) -> Any:
+    return self.active_adapters if names is None else names
 
 
 def of_bias(self: merging.Turns) -> merging.Turns:
@@ -166,7 +170,12 @@ MISTAKES = {
     "patch forgotten": (merging, "_restored", without_the_patch, restored),
     "input not transposed": (layer, "transposed", lambda turn: turn, inputs_merged),
     "bias turned by the input": (merging.Turns, "of_bias", property(of_bias), inputs_merged),
-    "order of inputs": (RoadInput, "_in_order", lambda self: self.active_adapters, inputs_in_order),
+    "order of inputs": (
+        RoadInput,
+        "names_for",
+        lambda self, names: self.active_adapters if names is None else names,
+        inputs_in_order,
+    ),
     "rows of inputs": (RoadInput, "_routed", other_rows, inputs_by_row),
     "inputs of rows without": (RoadInput, "_routed", first_adapter_for_rows_without, inputs_by_row),
     "inputs not saved": (roadie.RoadModel, "_get_adapter_state_dict", without_inputs, inputs_saved),

@@ -17,7 +17,7 @@ import roadie
 from roadie.errors import LearningRateWarning
 from roadie.learning_rate import default_learning_rate
 from roadie.testing import tiny_llama
-from roadie.tuner.angle_watch import FIRST_VERDICT, GROWS, SLOWEST
+from roadie.tuner.angle_watch import FIRST_VERDICT, GROWS, SLOWEST, AngleWatch
 
 RECIPE = default_learning_rate(64)
 
@@ -58,7 +58,8 @@ def _train(
 
 
 def _hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_pre_hooks) for module in model.modules())
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return sum(isinstance(hook, AngleWatch) for hook in hooks)
 
 
 @pytest.mark.parametrize("rate", [1e-6, 2e-5, 5e-5])

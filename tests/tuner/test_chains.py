@@ -47,7 +47,7 @@ def test_a_chain_starts_as_the_identity_with_parameters_for_each_rotation(varian
     assert torch.equal(model(x), plain)
     layer = layer_of(model)
     assert layer.road_theta["default"].shape == (3 * size,)
-    assert layer.group_size["default"] == (2, 8, 16)
+    assert layer.stages["default"] == (2, 8, 16)
     assert len(layer.rotations("default")) == 3
     with pytest.raises(ConfigError, match="3 rotations in a row; wanted a single rotation"):
         layer.rotation("default")
@@ -92,13 +92,13 @@ def test_a_stage_that_does_not_divide_a_layer_is_refused_or_adapted() -> None:
     with pytest.raises(ConfigError, match=r"divisible by group_size \(64\).*out_features=16.*Module: 'first'"):
         adapted(stages=[2, 64])
     model = adapted(stages=[2, 64], adapt_group_size=True)
-    assert layer_of(model).group_size["default"] == (2, 16)
+    assert layer_of(model).stages["default"] == (2, 16)
 
 
 def test_stages_may_differ_from_module_to_module() -> None:
     model = adapted(stages=None, group_size=4, stages_pattern={"second": [2, 8]})
     assert layer_of(model, "first").group_size["default"] == 4
-    assert layer_of(model, "second").group_size["default"] == (2, 8)
+    assert layer_of(model, "second").stages["default"] == (2, 8)
     with pytest.warns(RuntimeWarning, match=r"stages_pattern keys did not match any targeted module.*third"):
         adapted(stages_pattern={"third": [2, 8]})
 

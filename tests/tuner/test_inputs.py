@@ -88,7 +88,7 @@ def test_an_input_starts_as_the_identity_with_parameters_of_its_own_width(varian
     assert isinstance(road_input, RoadInput)
     assert isinstance(road_input, roadie.RoadLayer)
     assert road_input.road_theta["default"].shape == road_input.road_alpha["default"].shape == (2 * size,)
-    assert (road_input.variant["default"], road_input.group_size["default"]) == (variant, (2, 8))
+    assert (road_input.variant["default"], road_input.stages["default"]) == (variant, (2, 8))
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "first" in name}
     path = "base_model.model.first"
     sites = (path, f"{path}.road_input")
@@ -217,7 +217,7 @@ def test_a_layer_whose_adapters_leave_inputs_alone_has_no_such_part() -> None:
     model = adapted(input_stages=None, input_stages_pattern={"second": [4, 8]})
     assert layer_of(model, "first").road_input is None
     assert "road_input" not in layer_of(model, "first")._modules
-    assert layer_of(model, "second").road_input.group_size == {"default": (4, 8)}
+    assert layer_of(model, "second").road_input.stages == {"default": (4, 8)}
 
 
 @pytest.mark.parametrize("inputs", [False, True])
@@ -228,8 +228,8 @@ def test_the_short_way_of_decoding_gives_the_same_bits_and_sees_changes(inputs: 
     with torch.no_grad():
         first = model(x)
         is_compiled = no_compiled_kernel() is None
-        assert (layer._tables.last is not None) == is_compiled
-        assert not inputs or (layer.road_input._tables.last is not None) == is_compiled
+        assert (layer._kept.last is not None) == is_compiled
+        assert not inputs or (layer.road_input._kept.last is not None) == is_compiled
         assert_same_bits(model(x), first, "the short way")
         site = layer.road_input if inputs else layer
         site.road_theta["default"].data.mul_(0.5)
@@ -279,8 +279,8 @@ def test_a_size_that_does_not_divide_the_inputs_is_refused_or_adapted() -> None:
         roadie.get_peft_model(base, config(input_stages=[2, 16]))
     assert type(base.first) is nn.Linear
     model = adapted(input_stages=[2, 16], adapt_group_size=True)
-    assert layer_of(model, "first").road_input.group_size["default"] == (2, 8)
-    assert layer_of(model, "second").road_input.group_size["default"] == (2, 16)
+    assert layer_of(model, "first").road_input.stages["default"] == (2, 8)
+    assert layer_of(model, "second").road_input.stages["default"] == (2, 16)
 
 
 def test_a_pattern_without_a_module_is_told() -> None:
@@ -501,7 +501,7 @@ def test_adapters_with_and_without_inputs_come_and_go() -> None:
     assert torch.equal(model(x), plain)
     model.add_adapter("turned", config(input_stages=[2, 8]))
     model.set_adapter("turned")
-    assert layer.road_input.group_size == {"turned": (2, 8)}
+    assert layer.road_input.stages == {"turned": (2, 8)}
     assert torch.equal(model(x), linear_chain(8, 16, 16)(x))
 
 

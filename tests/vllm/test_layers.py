@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from roadie.errors import AdapterError, ConfigError
+from roadie.kernels import rotate as rotate_slots
 from roadie.rotation import Rotation, rotate
 from roadie.vllm import layers
-from roadie.vllm.layers import RotatedColumn, RotatedMergedColumn, RotatedMergedQKV, RotatedQKV, RotatedRow
-from roadie.vllm.table import SlotTable, rotated
+from roadie.vllm.layers import RotatedColumn, RotatedMergedColumn, RotatedMergedQKV, RotatedQKV, RotatedRow, slot_table
 
 HEAD = 16
 
@@ -52,7 +52,7 @@ def qkv(kind: type, rank: int, num_ranks: int, *, heads: int = 8, kv_heads: int 
         "kv_proj_shard_size": kv,
         "q_proj_total_size": heads * HEAD,
         "kv_proj_total_size": kv_heads * HEAD,
-        "slot_tables": (SlotTable(1, q + 2 * kv, torch.device("cpu")),),
+        "slot_tables": (slot_table(1, q + 2 * kv, torch.device("cpu")),),
     }
     torch.nn.Module.__init__(layer)
     for name, value in values.items():
@@ -113,7 +113,7 @@ def merged(*widths: int) -> Any:
 
 def with_tables(layer: Any, *widths: int) -> Any:
     object.__setattr__(layer, "table_widths", widths)
-    object.__setattr__(layer, "slot_tables", tuple(SlotTable(2, width, torch.device("cpu")) for width in widths))
+    object.__setattr__(layer, "slot_tables", tuple(slot_table(2, width, torch.device("cpu")) for width in widths))
     return layer
 
 
@@ -157,7 +157,7 @@ class Wrapper(torch.nn.Module):
         torch.nn.Module.__init__(self.layer)
         self.layer.base_layer = torch.nn.Identity()
         self.layer.table_widths = widths
-        self.layer.slot_tables = tuple(SlotTable(num_slots, width, torch.device("cpu")) for width in widths)
+        self.layer.slot_tables = tuple(slot_table(num_slots, width, torch.device("cpu")) for width in widths)
         self.layer.punica_wrapper = SimpleNamespace(_token_lora_indices=torch.full((64,), -1))
 
     def forward(self, output: torch.Tensor) -> torch.Tensor:
@@ -190,16 +190,20 @@ def test_each_token_is_rotated_by_its_slot_compiled_or_not(widths: tuple[int, ..
 
 
 def test_the_memory_of_a_table_never_moves() -> None:
-    table = SlotTable(3, 8, torch.device("cpu"))
-    before = [tensor.data_ptr() for tensor in (table.rotations.direct, table.rotations.cross, table.rotations.sizes)]
-    table.write(1, a_rotation(8, 4))
-    table.write(1, None)
-    table.write(2, a_rotation(8, 2))
-    assert before == [
-        tensor.data_ptr() for tensor in (table.rotations.direct, table.rotations.cross, table.rotations.sizes)
-    ]
+    table = slot_table(3, 8, torch.device("cpu"))
+
+    def addresses() -> list[int]:
+        (one,) = table.current
+        assert one.sizes is not None
+        return [tensor.data_ptr() for tensor in (one.direct, one.cross, one.sizes)]
+
+    before = addresses()
+    table.write([1], [a_rotation(8, 4)])
+    table.clear([1])
+    table.write([2], [a_rotation(8, 2)])
+    assert before == addresses()
     y = torch.randn(3, 8)
-    assert torch.equal(rotated(y.clone(), table, torch.tensor([1, 0, -1])), y)
+    assert torch.equal(rotate_slots(y.clone(), table.current, torch.tensor([1, 0, -1])), y)
 
 
 def test_every_kind_of_layer_is_one_of_vllms_with_our_methods() -> None:

@@ -19,25 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from roadie.adapter import INPUT_SUFFIX
-from roadie.bank.table import LayerTable
 from roadie.kernels import (
     Chain,
+    Keep,
     PreparedRotation,
-    can_rotate_chain_in_place,
-    prepare_chain,
-    rotate_chain,
-    rotate_chain_,
+    prepare_checked,
+    rotate,
+    rotate_checked,
 )
 from roadie.linear import check_output, in_features, is_linear, out_features, refusals
 from roadie.sites.rows import Choice, Routing
+from roadie.sites.table import SlotTable
 
 
 class _Last(NamedTuple):
-    """How a layer was rotated the last time, and for whom; prepared: None where no row had a rotation."""
+    """How a layer was rotated the last time, and for whom; prepared: from the second time on; slots: None where none has one."""
 
     mark: object
     table: Chain
-    prepared: PreparedRotation | None
+    slots: Tensor | None
+    prepared: PreparedRotation | None = None
 
 
 class LayerRotation:
@@ -47,7 +48,7 @@ class LayerRotation:
     """
 
     def __init__(
-        self, table: LayerTable, routing: Routing[Choice], site: nn.Module, path: str = "an adapted layer"
+        self, table: SlotTable, routing: Routing[Choice], site: nn.Module, path: str = "an adapted layer"
     ) -> None:
         self.table, self.path, self._routing, self._site = table, path, routing, site
         self._last: _Last | None = None
@@ -64,27 +65,34 @@ class LayerRotation:
         """As `of`, by this choice."""
         table = self.table.current
         if torch.compiler.is_compiling():
-            return rotate_chain(y, table, self.table.routed(choice.placed(y, self._site)))
+            return rotate(y, table, self.table.routed(choice.placed(y, self._site)))
         last = self._last
         if last is not None and last.mark is choice.mark and last.table is table and not torch.is_grad_enabled():
-            if last.prepared is None or (is_fresh() and last.prepared.rotate_(y)):
-                return y
-            z = last.prepared.rotated(y)
-            if z is not None:
-                return z
-        return self._rotated(y, choice, table, is_fresh)
-
-    def _rotated(self, y: Tensor, choice: Choice, table: Chain, is_fresh: Callable[[], bool]) -> Tensor:
+            rotated = self._again(last, y, is_fresh)
+            if rotated is not None:
+                return rotated
         if self.table.has_none(choice.host):
             self._last = _Last(choice.mark, table, None)
             return y
         slots = self.table.routed(choice.placed(y, self._site))
-        if not can_rotate_chain_in_place(y, table):
-            return rotate_chain(y, table, slots)
-        z = rotate_chain_(y, table, slots) if is_fresh() else rotate_chain(y, table, slots)
-        prepared = prepare_chain(y, table, slots)
-        self._last = None if prepared is None else _Last(choice.mark, table, prepared)
-        return z
+        self._last = _Last(choice.mark, table, slots)
+        return rotate_checked(y, table, slots, Keep.INPUT, is_fresh())
+
+    def _again(self, last: _Last, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor | None:
+        """As the last time; None where that cannot be, with nothing computed. Whoever comes again may come often."""
+        prepared = last.prepared
+        if last.slots is None:
+            return y
+        if prepared is None:
+            if last.slots.shape != y.shape[: last.slots.dim()]:
+                return None
+            prepared = prepare_checked(y, last.table, last.slots)
+            if prepared is None:
+                return None
+            self._last = last._replace(prepared=prepared)
+        if is_fresh():
+            return y if prepared.rotate_(y) else None
+        return prepared.rotated(y)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None

@@ -30,11 +30,11 @@ from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.live import live_adapter
 from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
-from roadie.bank.table import LayerTable
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
 from roadie.rotation import Rotation
 from roadie.sites.layout import Calls
 from roadie.sites.rows import Choice, Mark, Routing
+from roadie.sites.table import SlotTable
 
 
 class AdapterBank:
@@ -379,7 +379,7 @@ class AdapterBank:
     def _attach(self, path: str) -> None:
         module = self._modules[path]
         width, device = out_features_of(module), self._device_of(path)
-        table = LayerTable(width, self._book.num_slots, self._dtype, device, is_sparse=is_input(path))
+        table = SlotTable(width, self._book.num_slots, self._dtype, device, is_sparse=is_input(path))
         self._attached[path] = rotation = LayerRotation(table, self._routing, self._hold.linear(module), path)
         self._detach.callback(self._hold.attach(module, rotation))
 

@@ -30,8 +30,9 @@ def live_adapter(model: nn.Module, name: str, part: Callable[[Tensor], Tensor] =
         if name not in getattr(module, "road_theta", ()):
             continue
         layer: Any = module
+        sizes = getattr(layer, "stages", None) or layer.group_size  # PEFT's layers have one rotation
         theta, alpha = (part(store[name]).detach().clone() for store in (layer.road_theta, layer.road_alpha))
-        layers[path.removeprefix(_PREFIX)] = LayerParameters(theta, alpha, layer.variant[name], layer.group_size[name])
+        layers[path.removeprefix(_PREFIX)] = LayerParameters(theta, alpha, layer.variant[name], sizes[name])
     if not layers:
         raise AdapterError(
             f"got adapter {name!r} of a {type(model).__name__} that has no layer with it; wanted a loaded one"

@@ -24,26 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from roadie.adapter import is_input, layer_of
 from roadie.bank.families import AdaptedLayer, Family, Stack
-from roadie.bank.table import NO_ROTATION
 from roadie.errors import RoutingError
-from roadie.kernels import (
-    Chain,
-    Keep,
-    RotationStep,
-    RotationTable,
-    rotate_chain,
-    saved_tensors,
-    settled,
-    takes_kernels,
-    to_save,
-)
+from roadie.kernels import Chain, Keep, RotationTable, rotate_checked, table_of
 from roadie.linear import check_output
 from roadie.rotation import Rotation, Variant, from_parameters, identity, parameter_gradients, split_stages
 from roadie.sites.rows import Choice, Routing
+from roadie.sites.table import NO_ROTATION
 
 
 class TrainableBank:
@@ -198,13 +187,7 @@ class _LayerTable:
 
     def rotated(self, y: Tensor, slots: Tensor, is_fresh: bool) -> Tensor:
         """Each row of y by the row of the table that `slots` names; differentiable in y and the table."""
-        table = self.chain[0]
-        if len(self.chain) > 1 or not torch.is_grad_enabled() or not takes_kernels(y, table):
-            return rotate_chain(y, self.chain, slots, keep=self.keep)
-        keep = settled(self.keep, y)
-        into_y = is_fresh and keep is not Keep.INPUT and not y._is_view()
-        step = RotationStep(table, slots, keep)
-        return _Rotated.apply(y, table.direct, table.cross, step, into_y)
+        return rotate_checked(y, self.chain, slots, self.keep, is_fresh)
 
     def gradients_into(self, stack: Stack, index: int) -> Tensor:
         """Write the gradients of layer `index` of `stack`; the squares of their norms ``[S]``."""
@@ -247,43 +230,13 @@ def _table(parts: Sequence[tuple[int, Stack, int]], counts: Sequence[int], numbe
             one = identity(stack.out_features, 2, device=stack.parameters.device)
             count = stack.parameters.shape[2]
             rotations.append(Rotation(one.direct.expand(count, -1), one.cross.expand(count, -1), 2))
-    device = parts[0][1].parameters.device
-    return RotationTable(
-        _leaf([rotation.direct for rotation in rotations]),
-        _leaf([rotation.cross for rotation in rotations]),
-        _group_sizes(sizes, counts, device),
-    )
+    direct, cross = _leaf([each.direct for each in rotations]), _leaf([each.cross for each in rotations])
+    return table_of(direct, cross, [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)])
 
 
 def _leaf(parts: list[Tensor]) -> Tensor:
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     return whole.detach().requires_grad_()
-
-
-def _group_sizes(sizes: Sequence[int], counts: Sequence[int], device: torch.device) -> int | Tensor:
-    if len(set(sizes)) == 1:
-        return sizes[0]
-    each = [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)]
-    return torch.tensor(each, dtype=torch.int32, device=device)
-
-
-class _Rotated(torch.autograd.Function):
-    """A rotation by a table, in place of a y that nobody else holds where the output is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, direct: Tensor, cross: Tensor, step: RotationStep, into_y: bool) -> Tensor:
-        ctx.step = step
-        z = step.forward(y, into_y=into_y)
-        if into_y:
-            ctx.mark_dirty(y)
-        ctx.save_for_backward(to_save(ctx, y, z, step.keep, into_x=into_y))
-        return z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = saved_tensors(ctx)
-        return *ctx.step.backward(grad, kept, want_y=ctx.needs_input_grad[0]), None, None
 
 
 def _gives_fresh_memory(module: nn.Module) -> bool:

@@ -114,8 +114,8 @@ def _own_plan(model: nn.Module) -> dict[str, str]:
 
 
 def _check_slices(path: str, layer: Any, out_features: int, count: int) -> None:
-    for name, group_size in layer.group_size.items():
-        if not isinstance(group_size, int):
+    for name, (group_size, *others) in layer.stages.items():
+        if others:
             raise ConfigError(
                 f"{path}: got adapter {name!r} with rotations in a row (stages); wanted one rotation, since the parameters of "
                 "several lie end to end; train it data parallel"

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import Adapter, stages_of
+from roadie.adapter import Adapter
 from roadie.bank.live import live_adapter
 from roadie.distributed.layers import STORES, adapter_parameters, road_layers
 from roadie.errors import AdapterError, ConfigError
@@ -58,7 +58,7 @@ def load_full_adapter(model: nn.Module, adapter: Adapter, adapter_name: str = "d
     ]
     for path, given in adapter.layers.items():
         layer = mine[path]
-        here = (layer.variant[adapter_name], stages_of(layer.group_size[adapter_name]))
+        here = (layer.variant[adapter_name], layer.stages[adapter_name])
         if here != (given.variant, given.stages) or layer.road_theta[adapter_name].shape != given.theta.shape:
             raise AdapterError(
                 f"{path}: got {given.variant.value} with group sizes {given.stages} and {given.theta.numel()} values; wanted "

@@ -1,53 +1,50 @@
 """Fast rotation: one meaning, and three implementations of it (`eager`, `cpu`, `triton`).
 
-`api` is the door, `chain` the one for rotations in a row, `schema` what torch knows of the operations, `keeping` what backward
-keeps, `contract` what an implementation must do, `choice` which one computes. torch only.
+`api` has the doors, `table` what they take, `step` the step of autograd, `schema` what tracers see of it, `keeping` what backward
+keeps, `stamp` whether tensors are what they were, `contract` what an implementation must do, `choice` which one computes. torch
+only.
 """
 
 from __future__ import annotations
 
+import roadie.kernels.schema as _registered  # noqa: F401 - torch knows the operations from here on
 from roadie.kernels.api import (
-    RotationStep,
-    RotationTable,
     can_rotate_in_place,
+    needs_gradient,
+    prepare_checked,
     prepare_rotation,
     rotate,
     rotate_,
-    rotate_rows,
-    rotate_rows_,
+    rotate_checked,
     takes_kernels,
 )
-from roadie.kernels.chain import Chain, can_rotate_chain_in_place, prepare_chain, rotate_chain, rotate_chain_
 from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, RowRotations
-from roadie.kernels.cpu import Watched
 from roadie.kernels.cpu.prepared import PreparedRotation
-from roadie.kernels.keeping import Keep, saved_tensors, settled, summed, to_save
+from roadie.kernels.keeping import Keep, settled, writes_to
+from roadie.kernels.stamp import Stamp, can_be_stamped
+from roadie.kernels.table import Chain, RotationTable, table_of
 
 __all__ = [
     "Chain",
     "Implementation",
     "Keep",
     "PreparedRotation",
-    "RotationStep",
     "RotationTable",
     "RowRotations",
-    "Watched",
-    "can_rotate_chain_in_place",
+    "Stamp",
+    "can_be_stamped",
     "can_rotate_in_place",
-    "prepare_chain",
+    "needs_gradient",
+    "prepare_checked",
     "prepare_rotation",
     "refusals",
     "rotate",
     "rotate_",
-    "rotate_chain",
-    "rotate_chain_",
-    "rotate_rows",
-    "rotate_rows_",
-    "saved_tensors",
+    "rotate_checked",
     "settled",
-    "summed",
+    "table_of",
     "takes_kernels",
-    "to_save",
     "using",
+    "writes_to",
 ]

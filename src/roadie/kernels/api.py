@@ -1,179 +1,171 @@
-"""The only door to the kernels: rotate a batch, or each row of it by the rotation of its own slot.
+"""The two doors to the kernels: rotate a batch, or each row of it by the rotations of its own slot.
 
-    rotate(x, rotation)                 every row alike
-    rotate_rows(x, table, slots)        row by row; slot -1 is the base and leaves its rows as they are
-    rotate_(x, rotation), rotate_rows_  the same in place, where no gradient is needed
+    rotate(x, rotations, slots)     in new memory, differentiable
+    rotate_(x, rotations, slots)    in place, where no gradient is needed
 
-All four are differentiable in x, direct and cross but for the last two. ``keep`` says what backward remembers: the
-rotation's "input", or its "output", which the next operation often keeps anyway, or the output as a lazy "copy", which whoever
-changes the output in place does not reach; see `roadie.kernels.keeping`.
+rotations: one `Rotation`, which every row uses; a `RotationTable`, with a rotation a slot; or several tables, for rotations in
+a row (a chain). Slot -1 is the base and leaves its rows as they are, bit for bit. All rotations of a row are computed while it is
+in the cache: in float32 (float64 for float64), with one rounding at the end. A slot whose group size is 0 in a table has no
+rotation there.
+
+``keep`` says what backward remembers: the rotation's "input", or its "output", which the next operation often keeps anyway, or
+the output as a lazy "copy", which whoever changes the output in place does not reach; see `roadie.kernels.keeping`. Rotations in
+a row keep their input, whatever is asked for: what lies between them is computed again, which is cheaper than a tensor of the
+batch's size for each.
 
 Legend: x ``[..., D]`` of any floating dtype, S slots, B routed rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from roadie.errors import AdapterError, ConfigError, RoutingError
-from roadie.kernels import schema
+from roadie.errors import AdapterError, ConfigError
 from roadie.kernels.cpu.prepared import PreparedRotation, prepare
 from roadie.kernels.eager import composed
 from roadie.kernels.keeping import PLAIN, Keep, settled
-from roadie.rotation import Rotation, check_group_size
+from roadie.kernels.step import Rotated, forward
+from roadie.kernels.table import Chain, RotationTable, as_chain, check, row_rotations, table_without_gaps, vectors_of
+from roadie.rotation import Rotation
+
+Rotations: TypeAlias = Rotation | RotationTable | Sequence[RotationTable]
 
 
-@dataclass(frozen=True, eq=False)
-class RotationTable:
-    """A rotation a slot: direct, cross ``[S, D]``; group_sizes: one for all slots, or each slot's own, int32 ``[S]``.
-
-    Group sizes given as a tensor are trusted here and checked where they are used on a CPU.
-    """
-
-    direct: Tensor
-    cross: Tensor
-    group_sizes: int | Tensor
-
-    @property
-    def uniform_size(self) -> int:
-        """The group size of all slots, or 0 where each has its own."""
-        return self.group_sizes if isinstance(self.group_sizes, int) else 0
-
-    @property
-    def sizes(self) -> Tensor | None:
-        """The group size of each slot, or None where all have the same."""
-        return None if isinstance(self.group_sizes, int) else self.group_sizes
-
-
-def rotate(x: Tensor, rotation: Rotation, *, keep: Keep | str = Keep.INPUT) -> Tensor:
-    """``R x``: x ``[..., D]``, rotation ``[D]``; new memory, x's dtype, one rounding; differentiable.
-
-    keep: "input"; or "output" or "copy" (R must not be singular then); nobody may change an "output" in place before backward.
-    Raises `AdapterError` where the shapes do not fit, `ConfigError` for another `keep`.
-    """
-    return rotate_rows(x, _table_of_one(rotation), None, keep=keep)
-
-
-def rotate_(x: Tensor, rotation: Rotation) -> Tensor:
-    """``R x`` in place of x, which is returned; for tensors that need no gradient. Raises as `rotate` does."""
-    return rotate_rows_(x, _table_of_one(rotation), None)
-
-
-def rotate_rows(x: Tensor, table: RotationTable, slots: Tensor | None, *, keep: Keep | str = Keep.INPUT) -> Tensor:
-    """Each row of x by the rotation of its slot, in new memory of x's dtype, with one rounding; differentiable.
+def rotate(
+    x: Tensor, rotations: Rotations, slots: Tensor | None = None, *, keep: Keep | str = Keep.INPUT, into_x: bool = False
+) -> Tensor:
+    """Each row of x by the rotations of its slot, in x's dtype, with one rounding; differentiable in x, direct and cross.
 
     x: ``[B, ..., D]``; slots: int64, its shape that of x's first dimensions (``[B]``: a slot for x[b], ``[B, T]``: for
-    x[b, t]), from -1 (the base) to S - 1, on x's device; None: slot 0 for every row. keep: as in `rotate`.
-    Raises `AdapterError`, `RoutingError` where shapes do not fit, `KernelError` for slots out of range (on CPUs).
+    x[b, t]), from -1 (the base) to S - 1, on x's device; None: slot 0 for every row. keep: "input"; or "output" or "copy" (no
+    rotation may be singular then); nobody may change an "output" in place before backward. into_x: x may be written to, since
+    nobody else holds it; that is done where backward does not need what it holds, and torch does not look on.
+    Raises `AdapterError`, `RoutingError` where shapes do not fit, `ConfigError` for another `keep`, `KernelError` for slots out
+    of range (on CPUs).
     """
-    arguments = checked(x, table, slots)
-    keep = settled(_keep(keep), x)
-    if must_be_seen_through(x):
-        return composed(*arguments)
-    if is_plain(x, table):
-        if needs_gradient(x, table):
-            z, _ = schema.EagerRotation.apply(*arguments, keep)
-            return z
-        return schema.forward(*arguments)
-    z = torch.ops.roadie.rotate_rows(*arguments, keep is not Keep.INPUT)
-    return z._lazy_clone() if keep is Keep.COPY and z.requires_grad else z  # here modes of torch may hold z as well
+    chain = as_chain(rotations)
+    check(x, chain, slots)
+    return rotate_checked(x, chain, slots, _keep(keep), into_x)
 
 
-def can_rotate_in_place(x: Tensor, table: RotationTable) -> bool:
-    """Whether `rotate_rows_` may be used: nothing here needs a gradient, and nobody traces what is computed."""
-    return takes_kernels(x, table) and not needs_gradient(x, table)
+def rotate_checked(x: Tensor, chain: Chain, slots: Tensor | None, keep: Keep, into_x: bool) -> Tensor:
+    """As `rotate`, of what is known to fit together: a layer's output, and tables and slots that were made for it."""
+    keep = Keep.INPUT if len(chain) > 1 else settled(keep, x) if keep is Keep.COPY else keep
+    if not takes_kernels(x, chain):
+        return _as_operations(x, chain, slots, keep)
+    if not needs_gradient(x, chain):
+        return _in_place(x, chain, slots) if into_x else forward(x, chain, slots)
+    into_x = into_x and keep is not Keep.INPUT and not x._is_view()
+    z, _ = Rotated.apply(x, slots, chain, keep, into_x, *vectors_of(chain))
+    return z
 
 
-def takes_kernels(x: Tensor, table: RotationTable) -> bool:
-    """Whether x and the table are memory and nothing else, and nothing of torch looks on: tracers, transforms, modes."""
-    return not must_be_seen_through(x) and is_plain(x, table)
-
-
-def rotate_rows_(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tensor:
-    """As `rotate_rows`, in place of x, which is returned. Raises `AdapterError` where a gradient is needed."""
-    arguments = checked(x, table, slots)
-    if needs_gradient(x, table):
+def rotate_(x: Tensor, rotations: Rotations, slots: Tensor | None = None) -> Tensor:
+    """As `rotate`, in place of x, which is returned. Raises `AdapterError` where a gradient is needed."""
+    chain = as_chain(rotations)
+    check(x, chain, slots)
+    if needs_gradient(x, chain):
         raise AdapterError(
-            "got tensors that need a gradient; rotating in place would lose it; use rotate_rows, or torch.no_grad()"
+            "got tensors that need a gradient; rotating in place would lose it; use rotate, or torch.no_grad()"
         )
-    if must_be_seen_through(x) or not is_plain(x, table):
-        return x.copy_(rotate_rows(x, table, slots))
-    schema.forward_(*arguments)
+    if not takes_kernels(x, chain):
+        return x.copy_(_as_operations(x, chain, slots, Keep.INPUT))
+    return _in_place(x, chain, slots)
+
+
+def can_rotate_in_place(x: Tensor, chain: Chain) -> bool:
+    """Whether `rotate_` may be used: nothing here needs a gradient, and nobody traces what is computed."""
+    return takes_kernels(x, chain) and not needs_gradient(x, chain)
+
+
+def prepare_rotation(
+    y: Tensor, rotations: Rotations, slots: Tensor | None = None, watched: tuple[Tensor, Tensor] | None = None
+) -> PreparedRotation | None:
+    """`rotate_` of tensors like y, made ready to be called many times; None where that would win nothing.
+
+    watched: two tensors on the CPU, of equal size, that the tables were made from; when they hold something else, the result
+    refuses to rotate.
+    """
+    chain = as_chain(rotations)
+    check(y, chain, slots)
+    return prepare_checked(y, chain, slots, watched)
+
+
+def prepare_checked(
+    y: Tensor, chain: Chain, slots: Tensor | None, watched: tuple[Tensor, Tensor] | None = None
+) -> PreparedRotation | None:
+    """As `prepare_rotation`, of what is known to fit together; None too where `rotate_` may not be used."""
+    if not takes_kernels(y, chain) or needs_gradient(y, chain):
+        return None
+    turns = [row_rotations(y, table, slots) for table in chain]
+    return prepare(turns, tuple(slots.shape) if slots is not None else (), y, watched)
+
+
+def _in_place(x: Tensor, chain: Chain, slots: Tensor | None) -> Tensor:
+    forward(x, chain, slots, out=x)
     if not x.is_inference():  # so that autograd sees the change of what it saved
         torch.autograd.graph.increment_version(x)
     return x
 
 
-class RotationStep:
-    """Forward and backward of a rotation for an `autograd.Function` that has one inside; only where `takes_kernels`.
-
-    table: ``[S, D]``; slots as in `rotate_rows`; keep: what forward's caller saves for backward (`to_save`).
-    """
-
-    def __init__(self, table: RotationTable, slots: Tensor | None, keep: Keep) -> None:
-        self._arguments = table.direct, table.cross, slots, table.sizes, table.uniform_size
-        self.keep = keep
-
-    def forward(self, y: Tensor, *, into_y: bool) -> Tensor:
-        """R y, in new memory or in place of y."""
-        return schema.forward_(y, *self._arguments) if into_y else schema.forward(y, *self._arguments)
-
-    def backward(self, grad: Tensor, kept: Tensor, *, want_y: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Gradients of y (None where not wanted), and of direct and cross ``[S, D]``."""
-        grad_y, grad_direct, grad_cross = schema.gradients(
-            grad, kept, *self._arguments, self.keep is not Keep.INPUT, want_y
-        )
-        assert grad_direct is not None
-        assert grad_cross is not None
-        return grad_y, grad_direct, grad_cross
+def _as_operations(x: Tensor, chain: Chain, slots: Tensor | None, keep: Keep) -> Tensor:
+    """The same as operations that torch sees: for compilers, tracers, modes of torch and tensors made of tensors."""
+    if len(chain) == 1:
+        return _as_operation(x, chain[0], slots, keep)
+    value = x.to(torch.float64 if torch.float64 in (x.dtype, chain[0].direct.dtype) else torch.float32)
+    for table in chain:
+        value = _as_operation(value, *table_without_gaps(table, slots, value.dtype), Keep.INPUT)
+    return value.to(x.dtype)
 
 
-def prepare_rotation(
-    y: Tensor, table: RotationTable, slots: Tensor | None, watched: tuple[Tensor, Tensor] | None = None
-) -> PreparedRotation | None:
-    """`rotate_rows_` of tensors like y, made ready to be called many times; None where that would win nothing.
-
-    watched: two tensors on the CPU, of equal size, that the table was made from; when they hold something else, the result
-    refuses to rotate.
-    """
-    routed_shape = tuple(slots.shape) if slots is not None else ()
-    return prepare([schema.row_rotations(*checked(y, table, slots))], routed_shape, y, watched)
-
-
-def _table_of_one(rotation: Rotation) -> RotationTable:
-    if rotation.direct.dim() != 1:
-        raise AdapterError(
-            f"got a rotation of shape {tuple(rotation.direct.shape)}; wanted [D]; use rotate_rows for a table [S, D]"
-        )
-    return RotationTable(rotation.direct.unsqueeze(0), rotation.cross.unsqueeze(0), rotation.group_size)
+def _as_operation(x: Tensor, table: RotationTable, slots: Tensor | None, keep: Keep) -> Tensor:
+    arguments = x, table.direct, table.cross, slots, table.sizes, table.uniform_size
+    if _must_be_seen_through(x):
+        return composed(*arguments)
+    z: Tensor = torch.ops.roadie.rotate_rows(*arguments, keep is not Keep.INPUT)
+    return z._lazy_clone() if keep is Keep.COPY and z.requires_grad else z  # here modes of torch may hold z as well
 
 
 def _keep(keep: Keep | str) -> Keep:
-    if isinstance(keep, Keep):
-        return keep
     try:
-        return Keep(keep)
+        return keep if isinstance(keep, Keep) else Keep(keep)
     except ValueError:
         raise ConfigError(f"got keep={keep!r}; wanted 'copy', 'input' or 'output'") from None
 
 
-def is_plain(x: Tensor, table: RotationTable) -> bool:
-    """Whether all are memory and nothing else, and no mode of torch wants to see what is done with it."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in PLAIN
-        and type(table.direct) in PLAIN
-        and type(table.cross) in PLAIN
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+def takes_kernels(x: Tensor, chain: Chain) -> bool:
+    """Whether x and the tables are memory and nothing else, and nothing of torch looks on: tracers, transforms, modes."""
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in PLAIN
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    for table in chain:  # noqa: SIM110 - a generator costs as much as all that is asked here
+        if type(table.direct) not in PLAIN or type(table.cross) not in PLAIN:
+            return False
+    return True
 
 
-def must_be_seen_through(x: Tensor) -> bool:
+def needs_gradient(x: Tensor, chain: Chain) -> bool:
+    """Whether autograd wants to know of a rotation of x."""
+    if not torch.is_grad_enabled() or x.requires_grad:
+        return torch.is_grad_enabled()
+    for table in chain:  # noqa: SIM110
+        if table.direct.requires_grad or table.cross.requires_grad:
+            return True
+    return False
+
+
+def _must_be_seen_through(x: Tensor) -> bool:
     """Whether torch needs plain operations: for export, tracing, torch.func, forward mode, and tensors made of tensors."""
     if torch.compiler.is_compiling():  # compilers take our operation as it is
         return _is_exporting()
@@ -191,43 +183,3 @@ def _is_made_of_tensors(x: Any) -> bool:
 
 def _is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # from torch 2.7 on
-
-
-def needs_gradient(x: Tensor, table: RotationTable) -> bool:
-    """Whether autograd wants to know of a rotation of x."""
-    return torch.is_grad_enabled() and (x.requires_grad or table.direct.requires_grad or table.cross.requires_grad)
-
-
-def checked(
-    x: Tensor, table: RotationTable, slots: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:
-    """What the operations take, once it fits together."""
-    direct, cross, width = table.direct, table.cross, x.shape[-1] if x.dim() else 0
-    if direct.dim() != 2 or direct.shape != cross.shape or direct.shape[1] != width or not len(direct):
-        raise AdapterError(
-            f"got x {tuple(x.shape)}, direct {tuple(direct.shape)} and cross {tuple(cross.shape)}; wanted x [..., D] and "
-            "two tables [S, D] of the same D, with at least one slot"
-        )
-    if direct.dtype != cross.dtype or direct.device != x.device or cross.device != x.device:
-        raise AdapterError(
-            f"got x on {x.device}, direct {direct.dtype} on {direct.device} and cross {cross.dtype} on {cross.device}; "
-            "wanted one device, and tables of one dtype"
-        )
-    if isinstance(table.group_sizes, int):
-        if width % table.group_sizes or table.group_sizes % 2:
-            check_group_size(table.group_sizes, width)
-    elif table.group_sizes.shape != direct.shape[:1] or table.group_sizes.dtype != torch.int32:
-        raise AdapterError(
-            f"got group_sizes {table.group_sizes.dtype} {tuple(table.group_sizes.shape)}; wanted int32 [{len(direct)}]"
-        )
-    if slots is not None and (
-        slots.dtype != torch.int64
-        or not 0 < slots.dim() < x.dim()
-        or x.shape[: slots.dim()] != slots.shape
-        or slots.device != x.device
-    ):
-        raise RoutingError(
-            f"got slots {slots.dtype} {tuple(slots.shape)} on {slots.device} for x {tuple(x.shape)} on {x.device}; wanted "
-            "int64 on x's device, in the shape of x's first dimensions: one slot for each row, or for each token"
-        )
-    return x, direct, cross, slots, table.sizes, table.uniform_size

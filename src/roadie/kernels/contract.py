@@ -107,6 +107,20 @@ class Implementation(ABC):
         written, also for slots that no row uses. kept is None where own and partner are.
         """
 
+    def gradients(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        grad_x: Tensor | None,
+        turns: RowRotations,
+        own: Tensor,
+        partner: Tensor,
+        of_output: bool,
+    ) -> None:
+        """`backward`, and `gradient` of its sums."""
+        self.backward(grad, kept, grad_x, turns, own, partner)
+        self.gradient(own, partner, turns, of_output)
+
     @abstractmethod
     def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
         """Turn the sums ``[S, D]`` into the gradients of direct and cross, in place.

@@ -18,9 +18,10 @@ when it was right. What was counted before and after can be compared, because a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,7 +41,10 @@ class Keep(str, Enum):
 PLAIN = (Tensor, torch.nn.Parameter)
 
 # Where torch's own tests run every operation on lazy copies.
-_HAVE_LAZY_COPIES = ("cpu", "cuda") if hasattr(Tensor, "_lazy_clone") and hasattr(torch._C, "_data_address") else ()
+writes_to: Callable[[Tensor], int] = attrgetter("_version")
+"""How many writes to a tensor torch has counted."""
+_memory_of: Callable[[Tensor], int] | None = getattr(torch._C, "_data_address", None)
+_HAVE_LAZY_COPIES = ("cpu", "cuda") if hasattr(Tensor, "_lazy_clone") and _memory_of is not None else ()
 _MARK = "roadie_kept"
 _CHANGED = "one of the variables needed for gradient computation has been modified by an inplace operation"
 
@@ -83,7 +87,7 @@ def watch(ctx: Any, kept: Tensor, coming: int = 0) -> None:
     ctx.version = None
     if type(kept) not in PLAIN or kept.is_inference():  # a tracer's, or refused by torch
         return
-    ctx.version = kept._version + coming
+    ctx.version = writes_to(kept) + coming
     storage = kept.untyped_storage()
     if not hasattr(storage, _MARK):
         setattr(storage, _MARK, None)
@@ -137,36 +141,29 @@ def _as_it_was(ctx: Any, kept: Tensor) -> Tensor:
         return kept
     copy: Tensor | None = getattr(storage, _MARK)
     if ctx.keep_output and copy is not None:
-        if _address(copy) == _address(kept):
+        if address(copy) == address(kept):
             return kept
-        return _Instead.apply(kept, copy) if torch.is_grad_enabled() else copy
-    if ctx.version is not None and kept._version > ctx.version:
+        if not torch.is_grad_enabled():
+            return copy
+        return copy + (
+            kept - kept.detach()
+        )  # with the history of what it was made of: gradients are differentiated again
+    if ctx.version is not None and writes_to(kept) > ctx.version:
         raise _refusal(ctx.keep_output)
     return kept
 
 
-def _address(tensor: Tensor) -> int:
-    """Without a wish to write, which would move it."""
-    address: int = torch._C._data_address(tensor)  # type: ignore[attr-defined]
-    return address
+def address(tensor: Tensor) -> int:
+    """Where a tensor is; asked without a wish to write, which would move it away from its lazy copy."""
+    if _memory_of is None:
+        return tensor.data_ptr()
+    return _memory_of(tensor) + int(tensor.storage_offset()) * tensor.itemsize
 
 
 def _refusal(is_output: bool) -> RuntimeError:
     if is_output:
         return InPlaceError(f"{_CHANGED}. What happened: {IN_PLACE_ADVICE}.")
     return RuntimeError(f"{_CHANGED}: what a rotation was given, and keeps for backward")
-
-
-class _Instead(torch.autograd.Function):
-    """A lazy copy with the history of what it was made of: gradients are to be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, kept: Tensor, copy: Tensor) -> Tensor:
-        return copy.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 @contextmanager

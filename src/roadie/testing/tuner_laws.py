@@ -142,8 +142,7 @@ def _beside(weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
 
 def _matrices(layer: Any, name: str) -> list[Tensor]:
     """Of one adapter: a matrix for each stage of its chain, the first applied first."""
-    size = layer.group_size[name]
-    stages = (size,) if isinstance(size, int) else size
+    stages = layer.stages[name]
     theta, alpha = (split_stages(store[name].detach(), len(stages)) for store in (layer.road_theta, layer.road_alpha))
     parts = zip(theta, alpha, stages, strict=True)
     return [dense_rotation(one, other, layer.variant[name], g) for one, other, g in parts]
@@ -360,6 +359,4 @@ def _check_adapter_value(model: Any, value: Any, adapter: str) -> None:
         layer = layers[path]
         assert_same_bits(stored.theta, layer.road_theta[adapter], f"{path}: theta")
         assert_same_bits(stored.alpha, layer.road_alpha[adapter], f"{path}: alpha")
-        size = layer.group_size[adapter]
-        stages = (size,) if isinstance(size, int) else size
-        assert (stored.variant.value, stored.stages) == (layer.variant[adapter], stages)
+        assert (stored.variant.value, stored.stages) == (layer.variant[adapter], layer.stages[adapter])

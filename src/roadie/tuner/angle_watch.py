@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from roadie.bank.live import on_this_process
 from roadie.errors import LearningRateWarning
+from roadie.kernels import writes_to
 from roadie.learning_rate import LOWEST_RATE, default_learning_rate
 
 SLOWEST = LOWEST_RATE / 10
@@ -55,7 +56,7 @@ class AngleWatch:
 
     def _start(self, samples: list[Tensor]) -> None:
         self._samples = [ref(sample) for sample in samples]
-        self._version = samples[-1]._version if samples else 0
+        self._version = writes_to(samples[-1]) if samples else 0
         self._gradient: Tensor | None = None
         self._is_counted = True
         self._updates = 0
@@ -89,7 +90,7 @@ class AngleWatch:
             if [id(sample) for sample in samples] != [id(sample()) for sample in self._samples]:
                 self._start(samples)
         clock = self._samples[-1]() if self._samples else None
-        if clock is not None and clock._version != self._version:
+        if clock is not None and writes_to(clock) != self._version:
             self._count(clock)
 
     def _after_backward(self, clock: Tensor) -> None:
@@ -100,7 +101,7 @@ class AngleWatch:
             self._is_counted = False
 
     def _count(self, clock: Tensor) -> None:
-        self._version, self._is_counted = clock._version, True
+        self._version, self._is_counted = writes_to(clock), True
         self._updates += 1
         self._look()
 

@@ -11,20 +11,16 @@ one before: the weight is ``R_B R_A W R_inA R_inB``. x is never written to: othe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from roadie.bank.blends import Blend
-from roadie.kernels import Chain, can_rotate_chain_in_place
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.residents import names_in
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import AdapterChoice
-
-if TYPE_CHECKING:
-    from roadie.tuner.layer import Linear
+from roadie.tuner.tables import Names
 
 
 class RoadInput(nn.Module, RoadLayer):
@@ -34,10 +30,10 @@ class RoadInput(nn.Module, RoadLayer):
     given the same share.
     """
 
-    def __init__(self, layer: Linear) -> None:
+    def __init__(self, layer: RoadLayer, in_features: int) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # which this is a part of; as a child it would be found twice
-        RoadLayer.__init__(self, layer.in_features)
+        RoadLayer.__init__(self, in_features)
         self.kept_for_backward = KeptForBackward.INPUT
         self._routing = layer._routing
         self._disable_adapters = layer._disable_adapters
@@ -58,17 +54,12 @@ class RoadInput(nn.Module, RoadLayer):
     def forward(self, x: Tensor) -> Tensor:
         """R_in x, for x ``[..., D]``, each row by the adapter that is in force for it."""
         if not torch.compiler.is_compiling():
-            last = self._tables.last
-            z = None if last is None else last.of_input(self, x)
-            if z is not None:
-                return z
+            last = None if self._disable_adapters else self._kept.last
+            if last is not None and self._routing.tables.get() is last.tables and not torch.is_grad_enabled():
+                z = last.prepared.rotated(x)
+                if z is not None:
+                    return z
         return x if self._disable_adapters else self._rotated(x, is_fresh=False)
-
-    def _turned(self, y: Tensor, table: Chain, slots: Tensor | None, names: tuple[str, ...], is_fresh: bool) -> Tensor:
-        z = super()._turned(y, table, slots, names, is_fresh)
-        if slots is None and can_rotate_chain_in_place(y, table):
-            self._remember(y, table, names[0])
-        return z
 
     def unmerge(self) -> None:
         """Take the merges of the layer back."""
@@ -76,16 +67,15 @@ class RoadInput(nn.Module, RoadLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, if it is here; which are active is for the layer to say."""
-        for book in (self.variant, self.group_size, self.road_theta, self.road_alpha):
+        for book in (self.variant, self.stages, self.road_theta, self.road_alpha):
             if adapter_name in book:
                 del book[adapter_name]
-        self._tables.clear()
+        self._changed()
 
-    def _in_order(self) -> Iterable[str]:
-        return reversed(list(super()._in_order()))
-
-    def _table_of(self, choice: AdapterChoice) -> Chain | None:
-        return super()._table_of(choice) if any(map(self._rotates, choice.names)) else None
+    def names_for(self, names: Names) -> Iterable[str]:
+        """The active adapters the other way round; see the module."""
+        applied: list[str] = list(super().names_for(names))
+        return applied[::-1] if names is None else applied
 
     def _slots_of(self, y: Tensor, choice: AdapterChoice) -> Tensor:
         if all(map(self._rotates, choice.names)):
@@ -94,8 +84,7 @@ class RoadInput(nn.Module, RoadLayer):
         return choice.placed(y, self.base_layer, (*here, -1))
 
     def _rotates(self, wish: str | Blend) -> bool:
-        return any(name in self.road_theta for name in names_in(wish))
+        return any(name in self.stages for name in names_in(wish))
 
     def __repr__(self) -> str:
-        sizes: dict[str, Any] = dict(self.group_size)
-        return f"RoadInput({self.out_features}, group_size={sizes})"
+        return f"RoadInput({self.out_features}, stages={self.stages})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -104,6 +104,11 @@ class RoadModel(BaseTuner):
         if not config.inference_mode:
             watch_angles(self, model)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model; the tables of all its layers are made first."""
+        with self._shared.call(self.model):
+            return super().forward(*args, **kwargs)
+
     def _is_load_certain(self, config: Any) -> bool:
         """False where PEFT's load_adapter of an adapter to be trained cannot be told from a new one of a config that was read."""
         return config.inference_mode or len(self.peft_config) == 1 or not self._is_in_peft_model
@@ -113,6 +118,9 @@ class RoadModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, RoadLayer):
                 module._routing = routing
+        routing.changes += 1
+        routing.listen(model)
+        self.__dict__["_shared"] = routing
 
     def _create_and_replace(
         self,
@@ -154,7 +162,13 @@ class RoadModel(BaseTuner):
         """PEFT enters this around every forward and generate, with the arguments of the call."""
         self._awaited = None
         names = kwargs.get("adapter_names")
-        return nullcontext() if names is None else adapter_rows(self, names, self._rows_made_of_one(kwargs))
+        rows = nullcontext() if names is None else adapter_rows(self, names, self._rows_made_of_one(kwargs))
+        if torch.compiler.is_compiling():
+            return rows
+        stack = ExitStack()
+        stack.callback(self._shared.tables.set, None)  # also after an interrupt, of which hooks are not told
+        stack.enter_context(rows)
+        return stack
 
     def _rows_made_of_one(self, kwargs: dict[str, Any]) -> int:
         """How many consecutive rows generation makes of each input row: beams, or returned sequences."""
@@ -265,6 +279,7 @@ class RoadModel(BaseTuner):
             layer.exact_unmerge = ExactUnmerge.NEVER
         try:
             stop_watching(self)
+            self._shared.stop_listening(self.model)
             return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         finally:
             for layer, exact in kept:

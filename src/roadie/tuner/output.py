@@ -6,13 +6,13 @@ Legend: B rows of the batch, D out features, S slots.
 from __future__ import annotations
 
 from enum import Enum
-from functools import reduce
+from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from roadie.kernels import Chain, Keep, RotationTable
-from roadie.rotation import Rotation, Variant, compose
+from roadie.kernels import Keep
 
 
 class KeptForBackward(str, Enum):
@@ -29,40 +29,26 @@ class KeptForBackward(str, Enum):
     INPUT = "input"
     OUTPUT = "output"
 
-    def of(self, variants: set[str]) -> Keep:
-        """What is kept for a table of adapters of these variants."""
+    def of(self, *, is_road_1: bool) -> Keep:
+        """What is kept for a table of adapters, all of which are road_1, or not."""
         if self is KeptForBackward.OUTPUT:
             return Keep.OUTPUT
-        is_auto = self is KeptForBackward.AUTO
-        return Keep.COPY if is_auto and variants <= {Variant.ROAD_1.value} else Keep.INPUT
-
-
-def one_rotation(chain: Chain) -> Chain:
-    """The product of a table's rows, the first applied first, as a table of one row; all rows have one group size.
-
-    Tables of one row, of which there may be several, stay what they are.
-    """
-    if len(chain[0].direct) == 1:
-        return chain
-    (table,) = chain
-    size = table.uniform_size
-    rows = [Rotation(direct, cross, size) for direct, cross in zip(table.direct, table.cross, strict=True)]
-    product = reduce(lambda inner, outer: compose(outer, inner), rows)
-    return (RotationTable(product.direct.unsqueeze(0), product.cross.unsqueeze(0), size),)
+        return Keep.COPY if self is KeptForBackward.AUTO and is_road_1 else Keep.INPUT
 
 
 def gives_fresh_memory(layer: nn.Module) -> bool:
     """Whether a base layer returns a new tensor each time, which nobody else holds: of a known kind, and without hooks."""
     return (
-        _is_of_a_known_kind(type(layer))
+        _is_of_a_known_kind(type(layer))  # type: ignore[arg-type]
         and not layer._forward_hooks
         and "forward" not in layer.__dict__  # accelerate's hooks stand there
         and not nn.modules.module._global_forward_hooks
-        and _is_plain(layer._parameters.get("weight"))
+        and (type(layer._parameters.get("weight")) is nn.Parameter or _is_plain(layer._parameters.get("weight")))
     )
 
 
-def _is_of_a_known_kind(kind: type[nn.Module]) -> bool:
+@cache
+def _is_of_a_known_kind(kind: Any) -> bool:
     if kind in (nn.Linear, Conv1D):
         return True
     return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in ("Linear4bit", "Linear8bitLt")

@@ -25,10 +25,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from roadie.adapter import is_input, layer_of
 from roadie.errors import ConfigError
+from roadie.kernels.keeping import PLAIN
 from roadie.share import Share
 from roadie.subspaces import trained_places
 from roadie.tuner.rotating import RoadLayer
-from roadie.tuner.table import PLAIN
 
 logger = logging.getLogger("roadie")
 
@@ -156,14 +156,14 @@ def _parts_of(path: str, layer: RoadLayer, name: str, pairs: Pairs) -> list[_Par
             f"layer {path}: got parameters of type {type(parameters[0]).__name__}; wanted plain ones: pairs cannot be chosen "
             "where a parameter is spread over processes; use DistributedDataParallel"
         )
-    device, group_size = parameters[0].device, layer.group_size[name]
-    if not isinstance(group_size, int):
+    device, stages = parameters[0].device, layer.stages[name]
+    if len(stages) > 1:
         raise ConfigError(
-            f"layer {path}: got an adapter with several rotations in a row (group sizes {list(group_size)}); wanted one "
+            f"layer {path}: got an adapter with several rotations in a row (group sizes {list(stages)}); wanted one "
             "rotation, whose pairs can be chosen; train without stages"
         )
     try:
-        places = trained_places(pairs, layer.variant[name], layer.out_features, group_size, device=device)
+        places = trained_places(pairs, layer.variant[name], layer.out_features, stages[0], device=device)
     except ConfigError as error:
         raise ConfigError(f"layer {path}: {error}") from None
     return [_Part(parameter, places, parameter.detach().clone()) for parameter in parameters]

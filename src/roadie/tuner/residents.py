@@ -2,7 +2,7 @@
 
 An adapter is put into the bank when a row first asks for it, and again when its parameters are no longer what they were, so that
 a batch of other rows costs a gather and not new tables. Where adapters are trained or the model is compiled, the layers make
-their tables from the parameters themselves (`roadie.tuner.table`).
+their tables from the parameters themselves (`roadie.tuner.tables`).
 
 Legend: B rows of the batch.
 """
@@ -10,9 +10,8 @@ Legend: B rows of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import is_
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,43 +20,22 @@ from roadie.adapter import Adapter, LayerParameters
 from roadie.bank.attachment import LayerRotation
 from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import Blend
-from roadie.kernels import Watched
-from roadie.tuner.table import can_be_kept
+from roadie.kernels import Stamp, can_be_stamped
 
 _FEWEST_SLOTS = 16
 
-Kind: TypeAlias = "tuple[str | None, int | tuple[int, ...] | None]"  # variant and group size, or sizes
-_Store: TypeAlias = "tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], dict[str, int | tuple[int, ...]]]"
+Kind: TypeAlias = "tuple[str | None, tuple[int, ...] | None]"  # variant and group sizes
+_Store: TypeAlias = "tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], dict[str, tuple[int, ...]]]"
 
 
-class _Resident:
-    """An adapter as it was when it was put into the bank; kinds: of each layer."""
+class _Resident(NamedTuple):
+    """An adapter as it was when it was put into the bank: its kind in each layer, and its parameters."""
 
-    def __init__(self, kinds: list[Kind], parameters: list[Tensor], watched: Watched) -> None:
-        self.kinds, self.parameters, self.watched = kinds, parameters, watched
-        self.versions = [tensor._version for tensor in parameters]
-        self.addresses = [tensor.data_ptr() for tensor in parameters]
-        self.storages = [
-            tensor.untyped_storage() for tensor in parameters
-        ]  # so that no address comes back as another's
-        self.is_on_cpu = all(
-            tensor.device.type == "cpu" for tensor in parameters
-        )  # elsewhere what is trained is not kept
+    kinds: list[Kind]
+    stamp: Stamp
 
     def is_current(self, kinds: list[Kind], parameters: list[Tensor]) -> bool:
-        return (
-            len(parameters) == len(self.parameters)
-            and all(map(is_, parameters, self.parameters))
-            and kinds == self.kinds
-            and self.is_unwritten()
-            and (self.is_on_cpu or all(map(can_be_kept, parameters)))
-            and [tensor.data_ptr() for tensor in parameters] == self.addresses
-            and self.watched.are_unchanged()
-        )
-
-    def is_unwritten(self) -> bool:
-        """Whether no parameter was written to by an operation that torch counts."""
-        return [tensor._version for tensor in self.parameters] == self.versions
+        return kinds == self.kinds and self.stamp.is_of(parameters) and self.stamp.holds()
 
 
 class _InLayers:
@@ -117,7 +95,7 @@ class Residents:
         stale = [name for name in names if not self._is_current(name, *now[name])]
         if stale or self._bank is None:
             tensors = [tensor for _, parameters in now.values() for tensor in parameters]
-            if not all(map(can_be_kept, tensors)):
+            if not all(map(can_be_stamped, tensors)):
                 return None
             if not self._fit(model, tensors):
                 stale = list(names)
@@ -135,7 +113,9 @@ class Residents:
 
     def are_unwritten(self, names: Iterable[str], bank: AdapterBank | None) -> bool:
         """Whether no parameter of adapters in `bank` was written to since, by an operation that torch counts."""
-        return self._bank is bank and all(name in self._seen and self._seen[name].is_unwritten() for name in names)
+        return self._bank is bank and all(
+            name in self._seen and self._seen[name].stamp.is_unwritten() for name in names
+        )
 
     @property
     def bank(self) -> AdapterBank:
@@ -183,9 +163,9 @@ class Residents:
 
     def _keep(self, stale: dict[str, tuple[list[Kind], list[Tensor]]]) -> None:
         self.bank.update({name: _adapter(self._layers, name) for name in stale})
-        watched = Watched.each([parameters for _, parameters in stale.values()])
-        for (name, (kinds, parameters)), content in zip(stale.items(), watched, strict=True):
-            self._seen[name] = _Resident(kinds, parameters, content)
+        stamps = Stamp.each([parameters for _, parameters in stale.values()])
+        for (name, (kinds, _)), stamp in zip(stale.items(), stamps, strict=True):
+            self._seen[name] = _Resident(kinds, stamp)
 
     def _forget(self, name: str) -> None:
         del self._seen[name]
@@ -204,7 +184,7 @@ def names_in(wish: str | Blend | None) -> tuple[str, ...]:
 
 def _store(layer: Any) -> _Store:
     theta, alpha = layer._modules["road_theta"]._parameters, layer._modules["road_alpha"]._parameters
-    return theta, alpha, layer.variant, layer.group_size
+    return theta, alpha, layer.variant, layer.stages
 
 
 def _adapter(layers: dict[str, Any], name: str) -> Adapter:
@@ -213,6 +193,6 @@ def _adapter(layers: dict[str, Any], name: str) -> Adapter:
     for path, layer in layers.items():
         if name in layer.road_theta:
             parts[path] = LayerParameters(
-                layer.road_theta[name], layer.road_alpha[name], layer.variant[name], layer.group_size[name]
+                layer.road_theta[name], layer.road_alpha[name], layer.variant[name], layer.stages[name]
             )
     return Adapter(parts)

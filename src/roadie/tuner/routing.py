@@ -11,8 +11,9 @@ Legend: B rows of the batch, T tokens, S adapters. A slot is the position of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,7 @@ from roadie.bank.servers import announce
 from roadie.errors import RoutingError
 from roadie.sites.rows import Choice, Routing
 from roadie.tuner.residents import Residents, names_in
+from roadie.tuner.tables import Kept, Layout, Tables, are_trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +108,7 @@ class AdapterChoice(Choice):
     @cached_property
     def trains(self) -> bool:
         """Whether a parameter of the adapters is trained."""
-        slots = (layer._slot(name) for layer in self._parts.layers.values() for name in self.adapters)
-        return any(slot is not None and slot.requires_grad for slot in slots)
+        return are_trained(self._parts.layers.values(), self.adapters)
 
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called now: the bank serves the call, unless it is compiled, or trains what the rows wish for."""
@@ -139,12 +140,72 @@ class AdapterChoice(Choice):
 
 
 class RoadRouting(Routing[AdapterChoice]):
-    """The choice in force for a model with RoAd layers; residents: its bank, kept from one batch to the next."""
+    """What the RoAd layers of a model share: the choice in force, and what is done once a call of the model.
+
+    residents: the bank of the model, kept from one batch to the next; tables: of all layers, while a call of the model is running
+    in this thread, None where each layer makes its own; changes: how often what a layer rotates by has become another one, such
+    as other active adapters.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.residents = Residents()
         self._parts: Parts | None = None
+        self.tables: ContextVar[Tables | None] = ContextVar("roadie_tables", default=None)
+        self.changes = 0
+        self._kept = Kept()
+        self._layout: Layout | None = None
+
+    def listen(self, model: nn.Module) -> None:
+        """From now on the tables of all layers of `model` are made before it is called."""
+        if self._starts not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(self._starts)
+            model.register_forward_hook(self._ends, always_call=True)
+
+    def stop_listening(self, model: nn.Module) -> None:
+        """Take that back."""
+        for hooks, ours in ((model._forward_pre_hooks, self._starts), (model._forward_hooks, self._ends)):
+            for key in [key for key, hook in hooks.items() if hook == ours]:
+                del hooks[key]
+                model._forward_hooks_always_called.pop(key, None)
+
+    @contextmanager
+    def call(self, model: nn.Module) -> Iterator[None]:
+        """Within the block the model is called."""
+        if torch.compiler.is_compiling():
+            yield
+            return
+        self._starts(model)
+        try:
+            yield
+        finally:
+            self._ends(model)
+
+    def _starts(self, model: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.tables.set(self._tables_for(model))
+
+    def _ends(self, model: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.tables.set(None)
+
+    def _tables_for(self, model: nn.Module) -> Tables | None:
+        choice = self.here.get()
+        names: Any = None
+        if choice is not None:  # in inference the bank serves it
+            if choice.blends or not (torch.is_grad_enabled() and choice.trains):
+                return None
+            names = choice.names
+        kept = self._kept.current(names, self.changes)
+        if kept is not None and not (torch.is_grad_enabled() and kept.layout.is_trained()):
+            return kept
+        if self._layout is None or not self._layout.are_of(names, self.changes):
+            self._layout = Layout([each for each in model.modules() if _has_rows(each)], names, self.changes)
+        if not self._layout.is_whole():
+            return None
+        if torch.is_grad_enabled() and self._layout.is_trained():
+            return self._layout.tables()
+        return self._kept.make(self._layout)
 
     def parts_of(self, model: nn.Module) -> Parts:
         """What of the model rows are about, looked up again where its modules are others."""

@@ -27,9 +27,10 @@ from vllm.lora.layers import (
 )
 
 from roadie.errors import AdapterError, ConfigError
+from roadie.kernels import rotate
 from roadie.rotation import Rotation, identity, partner_columns
+from roadie.sites.table import ANY_SIZE, SlotTable
 from roadie.vllm.settings import Packing
-from roadie.vllm.table import ANY_SIZE, SlotTable, rotated
 
 PlacedRotations = tuple[Rotation | None, ...]  # one for each table of a layer; None: the identity
 
@@ -44,7 +45,7 @@ class RotatedLayer:
         self.lora_config = lora_config
         widths = part_widths(self)
         self.table_widths = (sum(widths),) if packing is Packing.WHOLE else widths
-        self.slot_tables = tuple(SlotTable(max_loras, width, self.device) for width in self.table_widths)
+        self.slot_tables = tuple(slot_table(max_loras, width, self.device) for width in self.table_widths)
 
     def set_mapping(self: Any, punica_wrapper: Any) -> None:
         """Read the slots of tokens from `punica_wrapper`; what no step has written yet is the base."""
@@ -54,21 +55,26 @@ class RotatedLayer:
     def reset_lora(self: Any, index: int) -> None:
         """Make slot `index` the identity."""
         for table in self.slot_tables:
-            table.write(index, None)
+            table.clear([index])
 
     def set_lora(self: Any, index: int, lora_a: PlacedRotations, lora_b: None = None) -> None:
         """Put what `placed` gave into slot `index`."""
         for table, rotation in zip(self.slot_tables, lora_a, strict=True):
-            table.write(index, rotation)
+            if rotation is None:
+                table.clear([index])
+            else:
+                table.write([index], [rotation])
 
     def _apply_lora_to_output(self: Any, x: Tensor, output: Tensor) -> Tensor:
         """The output of the base layer, each row by the rotation of its token's slot; x is not looked at."""
         y = output.flatten(0, -2)
         slots = self.punica_wrapper._token_lora_indices[: y.shape[0]]
         if len(self.slot_tables) == 1:
-            return rotated(y, self.slot_tables[0], slots).view(output.shape)
+            return rotate(y, self.slot_tables[0].current, slots, into_x=True).view(output.shape)
         parts = y.split(self.table_widths, dim=-1)
-        turned = [rotated(part, table, slots) for part, table in zip(parts, self.slot_tables, strict=True)]
+        turned = [
+            rotate(part, table.current, slots, into_x=True) for part, table in zip(parts, self.slot_tables, strict=True)
+        ]
         return torch.cat(turned, dim=-1).view(output.shape)
 
     def placed(self: Any, parts: Sequence[Rotation | None]) -> PlacedRotations:
@@ -117,6 +123,11 @@ class RotatedReplicated(RotatedLayer, ReplicatedLinearWithLoRA):
 ROTATED_LAYERS: tuple[type[Any], ...] = (
     *(RotatedColumn, RotatedMergedColumn, RotatedQKV, RotatedMergedQKV, RotatedRow, RotatedReplicated),
 )
+
+
+def slot_table(num_slots: int, out_features: int, device: torch.device) -> SlotTable:
+    """A table in memory that never moves, in float32."""
+    return SlotTable(out_features, num_slots, torch.float32, device, is_fixed=True)
 
 
 def part_widths(layer: Any) -> tuple[int, ...]:

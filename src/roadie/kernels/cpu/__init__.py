@@ -11,13 +11,14 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from roadie.errors import KernelError
 from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.keeping import address
 
 LIBRARY = Path(__file__).with_name("_rotate.so")
 BYTES_A_THREAD = 1 << 20  # 20 us or more of work; less takes longer to share out than to do
@@ -50,8 +51,11 @@ class CpuImplementation(Implementation):
 
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """R x into out; see the contract."""
-        threads = threads_for(2 * x.numel() * x.element_size() + table_work([turns]))
-        _check(loaded().rotate(_job(x, None, out, turns, None, None, threads)))
+        work = 2 * x.nbytes if turns.slots is None else 2 * x.nbytes + table_work([turns])
+        threads = 1 if work < 2 * BYTES_A_THREAD else threads_for(work)
+        status = loaded().rotate(_job(x, None, out, turns, None, None, threads))
+        if status:
+            _fail(status)
 
     def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
         """All rotations of a row while it is in the cache; see the contract."""
@@ -72,57 +76,25 @@ class CpuImplementation(Implementation):
         threads = threads_for(3 * grad.numel() * grad.element_size())
         _check(loaded().backward(_job(grad, kept, grad_x, turns, own, partner, threads)))
 
+    def gradients(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        grad_x: Tensor | None,
+        turns: RowRotations,
+        own: Tensor,
+        partner: Tensor,
+        of_output: bool,
+    ) -> None:
+        """`backward` and `gradient` in one call; see the contract."""
+        threads = 1 if 3 * grad.nbytes < 2 * BYTES_A_THREAD else threads_for(3 * grad.nbytes)
+        status = loaded().gradients(_job(grad, kept, grad_x, turns, own, partner, threads), of_output)
+        if status:
+            _fail(status)
+
     def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
         """From sums to gradients of direct and cross, in place; see the contract."""
         _check(loaded().gradient(_job(own, None, None, turns._replace(slots=None), own, partner, 1), int(of_output)))
-
-
-class Watched:
-    """Tensors, and what they held: to see writes that torch does not count, such as those through ``param.data``."""
-
-    __slots__ = ("_content", "_pairs", "_same", "_tensors")
-
-    def __init__(self, tensors: Sequence[Tensor], content: Sequence[Tensor] | None = None) -> None:
-        """Of CPU tensors the content is remembered (a copy of each, made here or given); others are trusted."""
-        self._tensors = _on_cpu(tensors)
-        with torch.no_grad():
-            self._content = list(content) if content is not None else _copies(self._tensors)
-        self._pairs = [
-            (tensor, copy.data_ptr(), copy.nbytes) for tensor, copy in zip(self._tensors, self._content, strict=True)
-        ]
-        compare = loaded().same if loaded().problem is None else _same_bytes
-        self._same = compare if all(tensor.is_contiguous() for tensor in self._tensors) else None
-
-    @classmethod
-    def each(cls, groups: Sequence[Sequence[Tensor]]) -> list[Watched]:
-        """One for each group of tensors, all copied together."""
-        with torch.no_grad():
-            content = iter(_copies([tensor for tensors in groups for tensor in _on_cpu(tensors)]))
-        return [cls(tensors, [next(content) for _ in _on_cpu(tensors)]) for tensors in groups]
-
-    def are_unchanged(self) -> bool:
-        """Whether all hold what they held."""
-        same = self._same
-        if same is None:
-            return all(map(torch.equal, self._tensors, self._content))
-        # The tensor's own memory may have been replaced: its address is asked for each time.
-        return all(same(tensor.data_ptr(), address, nbytes) for tensor, address, nbytes in self._pairs)
-
-
-def _same_bytes(one: int, other: int, nbytes: int) -> bool:
-    """`loaded().same` without the compiled kernel: as no operation of torch, since checkpointing of chosen ones records those."""
-    return ctypes.string_at(one, nbytes) == ctypes.string_at(other, nbytes)
-
-
-def _on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor.device.type == "cpu"]
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """A contiguous copy of each; vectors of one dtype in one operation, however many they are."""
-    if len({tensor.dtype for tensor in tensors}) == 1 and all(tensor.dim() == 1 for tensor in tensors):
-        return list(torch.cat(tensors).split([tensor.numel() for tensor in tensors]))
-    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
 
 def _job(
@@ -137,7 +109,7 @@ def _job(
     direct, cross, slots, repeat, sizes, group_size = turns
     return JOB.pack(
         x.data_ptr(),
-        kept.data_ptr() if kept is not None else 0,
+        address(kept) if kept is not None else 0,
         z.data_ptr() if z is not None else 0,
         direct.data_ptr(),
         cross.data_ptr(),
@@ -192,10 +164,14 @@ def threads_for(nbytes: int) -> int:
 
 
 def _check(status: int) -> None:
+    if status:
+        _fail(status)
+
+
+def _fail(status: int) -> NoReturn:
     if status == 1:
         raise MemoryError(_FAILURES[1])
-    if status:
-        raise KernelError(f"got a status of {status} from the compiled kernel: {_FAILURES[status]}")
+    raise KernelError(f"got a status of {status} from the compiled kernel: {_FAILURES[status]}")
 
 
 class _Library:
@@ -207,14 +183,16 @@ class _Library:
         self.rotate_chain: Callable[[bytes, int, bytes], int]
         self.backward: Callable[[bytes], int]
         self.gradient: Callable[[bytes, int], int]
-        self.same: Callable[[int, int, int], int]
+        self.gradients: Callable[[bytes, int], int]
+        self.same: Callable[..., int]
         try:
             library = ctypes.CDLL(str(path))
             self.rotate, self.backward = (self._function(library, f"roadie_{name}") for name in ("rotate", "backward"))
-            self.gradient = self._function(library, "roadie_gradient", ctypes.c_int)
+            names = ("gradient", "gradients")
+            self.gradient, self.gradients = (self._function(library, f"roadie_{n}", ctypes.c_int) for n in names)
             self.rotate_chain = self._function(library, "roadie_rotate_chain", ctypes.c_int64, ctypes.c_char_p)
             self.same = library.roadie_same
-            self.same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+            self.same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
             if library.roadie_job_bytes() != JOB.size or library.roadie_stage_bytes() != STAGE.size:
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
         except (OSError, AttributeError) as error:

@@ -55,20 +55,20 @@ class PreparedRotation:
         self._routed_shape = routed_shape
         self._chain, self._dtype, self._width = tuple(chain), dtype, direct.shape[1]  # (kept alive)
         self._watched = watched
-        self._content = tuple(tensor.detach().clone() for tensor in watched or ())
-        self._watched_bytes = self._content[0].nbytes if watched else 0
-        self._then = tuple(content.data_ptr() for content in self._content)
+        self._content: tuple[Tensor, ...] = ()
+        self._then: tuple[int, ...] = ()
+        self._watched_bytes = 0
+        if watched is not None:
+            self._content = tuple(tensor.detach().clone() for tensor in watched)
+            self._then = tuple(content.data_ptr() for content in self._content)
+            self._watched_bytes = self._content[0].nbytes
         self._function: Callable[[bytes], int] = loaded().rotate
         if len(chain) > 1:
             self._function = partial(loaded().rotate_chain, stages_of(chain), len(chain))
         self._table_work = table_work(chain)
         self._routed = slots.numel() if slots is not None else 1
-        pointers = [
-            direct.data_ptr(),
-            cross.data_ptr(),
-            *(t.data_ptr() if t is not None else 0 for t in (slots, sizes)),
-        ]
-        self._head = (*pointers, 0, 0)
+        of_slots, of_sizes = (0 if slots is None else slots.data_ptr()), (0 if sizes is None else sizes.data_ptr())
+        self._head = (direct.data_ptr(), cross.data_ptr(), of_slots, of_sizes, 0, 0)
         self._tail = (direct.shape[0], group_size, TYPES[dtype], TYPES[direct.dtype])
 
     def rotate_(self, y: Tensor, into: Tensor | None = None) -> bool:

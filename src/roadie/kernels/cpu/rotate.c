@@ -433,7 +433,18 @@ EXPORT int roadie_gradient(const Job *job, int of_output) {
     return status;
 }
 
-EXPORT int roadie_same(const void *one, const void *other, int64_t bytes) { return !memcmp(one, other, (size_t)bytes); }
+/* roadie_backward, and then roadie_gradient of the sums. */
+EXPORT int roadie_gradients(const Job *job, int of_output) {
+    int status = roadie_backward(job);
+    return status ? status : roadie_gradient(job, of_output);
+}
+
+/* Whether each of `count` pieces of memory has the bytes of another. */
+EXPORT int roadie_same(const int64_t *ones, const int64_t *others, const int64_t *bytes, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (memcmp((const void *)(intptr_t)ones[i], (const void *)(intptr_t)others[i], (size_t)bytes[i])) return 0;
+    return 1;
+}
 
 /* So that the caller can see that both sides mean the same by a Job. */
 EXPORT int64_t roadie_stage_bytes(void) { return (int64_t)sizeof(Stage); }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.keeping import without_lazy_copy
 
 
 class TritonImplementation(Implementation):
@@ -60,7 +61,8 @@ class TritonImplementation(Implementation):
             if kept is not None:
                 assert own is not None
                 assert partner is not None
-                backward.backward_with_sums(grad, kept, grad_x, turns, own, partner)
+                with without_lazy_copy(kept):
+                    backward.backward_with_sums(grad, kept, grad_x, turns, own, partner)
             elif grad_x is not None:
                 rotation.rotate(grad, grad_x, turns, transposed=True)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roadie.kernels import Chain, RotationTable
+from roadie.kernels import Chain, RotationTable, table_of
 from roadie.rotation import Rotation
 
 ANY_SIZE = 2  # the group size of a slot that holds the identity: it pairs nothing
@@ -18,19 +18,30 @@ NO_SLOT = -1  # of rows of the base model
 NO_ROTATION = 0  # the group size of a slot without a rotation in the tables of a chain beyond the first
 
 
-class LayerTable:
-    """direct, cross ``[S, D]`` of one layer, on its device, once for each rotation in a row that an adapter in it has had.
+class SlotTable:
+    """direct, cross ``[S, D]`` of one site, on its device, once for each rotation in a row that an adapter in it has had.
 
     Rows that were never written are the identity. `current` is replaced as a whole where the tables grow or group sizes begin
     to differ; rows are written in place, and only rows that nobody reads.
 
-    is_sparse: few slots may have a rotation here; rows of the others pass bit for bit, as those of the base model do.
+    is_sparse: few slots may have a rotation here; rows of the others pass bit for bit, as those of the base model do. is_fixed:
+    the tables stay where they are, also where group sizes differ, since graphs may be captured over them.
     """
 
     def __init__(
-        self, out_features: int, num_slots: int, dtype: torch.dtype, device: torch.device, *, is_sparse: bool = False
+        self,
+        out_features: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_sparse: bool = False,
+        is_fixed: bool = False,
     ) -> None:
-        self.current: Chain = (_identity_table(out_features, num_slots, dtype, device, ANY_SIZE),)
+        table = _identity_table(out_features, num_slots, dtype, device, ANY_SIZE)
+        if is_fixed:
+            table = table_of(table.direct, table.cross, _sizes(table.direct, ANY_SIZE))
+        self.current: Chain = (table,)
         self._is_empty = True
         self._holders = Holders(num_slots, device) if is_sparse else None
 
@@ -72,6 +83,8 @@ class LayerTable:
         rows = torch.tensor(slots, device=first.direct.device)
         first.direct.index_fill_(0, rows, 1.0)
         first.cross.index_fill_(0, rows, 0.0)
+        if first.sizes is not None:
+            first.sizes.index_fill_(0, rows, ANY_SIZE)
         for table in others:
             assert table.sizes is not None
             table.sizes.index_fill_(0, rows, NO_ROTATION)
@@ -109,11 +122,11 @@ class LayerTable:
             return
         if self._is_empty:
             self._is_empty = False
-            self._replace_first(RotationTable(table.direct, table.cross, group_size))
+            self._replace_first(table_of(table.direct, table.cross, [group_size]))
         elif table.group_sizes != group_size:
             sizes = _sizes(table.direct, table.group_sizes)
             sizes[slot] = group_size
-            self._replace_first(RotationTable(table.direct, table.cross, sizes))
+            self._replace_first(table_of(table.direct, table.cross, sizes))
 
     def _replace_first(self, table: RotationTable) -> None:
         self.current = (table, *self.current[1:])
@@ -180,16 +193,14 @@ def _table_of_rows(rotations: Sequence[Rotation | None], dtype: torch.dtype) -> 
     direct = torch.stack([(one if rotation is None else rotation.direct).to(dtype) for rotation in rotations])
     cross = torch.stack([(one * 0 if rotation is None else rotation.cross).to(dtype) for rotation in rotations])
     sizes = [NO_ROTATION if rotation is None else rotation.group_size for rotation in rotations]
-    if len(set(sizes)) == 1:
-        return RotationTable(direct, cross, sizes[0])
-    return RotationTable(direct, cross, torch.tensor(sizes, dtype=torch.int32, device=direct.device))
+    return table_of(direct, cross, sizes)
 
 
 def _identity_table(
     out_features: int, num_slots: int, dtype: torch.dtype, device: torch.device, group_sizes: int | Tensor
 ) -> RotationTable:
     direct = torch.ones(num_slots, out_features, dtype=dtype, device=device)
-    return RotationTable(direct, torch.zeros_like(direct), group_sizes)
+    return table_of(direct, torch.zeros_like(direct), [group_sizes] if isinstance(group_sizes, int) else group_sizes)
 
 
 def _sizes(direct: Tensor, group_size: int) -> Tensor:
@@ -204,8 +215,8 @@ def _write_rows(table: RotationTable, slots: Sequence[int], rotation: Rotation) 
     direct, cross = table.direct, table.cross
     if len(slots) == 1:  # twice as fast, and there are a hundred layers
         row = slice(slots[0], slots[0] + 1)
-        direct[row].copy_(rotation.direct)
-        cross[row].copy_(rotation.cross)
+        direct[row].copy_(rotation.direct, non_blocking=True)
+        cross[row].copy_(rotation.cross, non_blocking=True)
         return
     rows = torch.tensor(slots, device=direct.device)
     direct.index_copy_(0, rows, rotation.direct.to(direct.dtype))
@@ -216,7 +227,7 @@ def _grown(table: RotationTable, num_slots: int, absent: int) -> RotationTable:
     more = num_slots - len(table.direct)
     direct = torch.cat((table.direct, table.direct.new_ones(more, table.direct.shape[1])))
     cross = torch.cat((table.cross, table.cross.new_zeros(more, table.cross.shape[1])))
-    sizes: int | Tensor = table.group_sizes
-    if not isinstance(sizes, int):
-        sizes = torch.cat((sizes, sizes.new_full((more,), absent)))
-    return RotationTable(direct, cross, sizes)
+    sizes = table.group_sizes
+    return table_of(
+        direct, cross, [sizes] if isinstance(sizes, int) else torch.cat((sizes, sizes.new_full((more,), absent)))
+    )

@@ -1,0 +1,243 @@
+"""From the parameters of adapters to tables: those of all sites in a handful of operations.
+
+A model has a hundred sites and more, each of them small: made one by one, their rotations would cost what hundreds of small
+operations cost. Parameters of one kind are made as those of one long site, which their groups allow: none crosses a border.
+
+Legend: D features of a site, S slots, k adapters of one kind, n parameters of theta (and of alpha) of one rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from roadie.kernels import Chain, RotationTable, table_of
+from roadie.kernels.keeping import PLAIN
+from roadie.rotation import from_parameters, parameter_gradients, split_stages
+from roadie.sites.table import ANY_SIZE, NO_ROTATION
+
+
+class Part(NamedTuple):
+    """One rotation of one adapter at one site: theta and alpha, and how to read them.
+
+    theta, alpha: ``[K n]``, of the K stages of a chain, of which this is number `stage`.
+    """
+
+    theta: Tensor
+    alpha: Tensor
+    variant: str
+    group_size: int
+    stage: int
+    num_stages: int
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return self.theta.numel() // self.num_stages
+
+
+Slot: TypeAlias = Sequence[Part]
+"""The rotations in a row of one slot, the first applied first; none: the identity."""
+
+
+def parts_of(theta: Tensor, alpha: Tensor, variant: str, stages: Sequence[int]) -> list[Part]:
+    """The rotations in a row of one adapter, whose parameters ``[K n]`` lie end to end."""
+    return [Part(theta, alpha, variant, size, stage, len(stages)) for stage, size in enumerate(stages)]
+
+
+class Plan:
+    """How the tables of some sites are made of the parameters of their slots: what stays the same when values change."""
+
+    def __init__(self, sites: Sequence[Sequence[Slot]]) -> None:
+        blocks: list[list[Part]] = []
+        self._stages = [
+            [_Stage.of(slots, number, blocks) for number in range(max([0, *map(len, slots)]))] for slots in sites
+        ]
+        parts = [part for block in blocks for part in block]
+        self._stored = [vector for part in parts for vector in (part.theta, part.alpha)]
+        self._stages_of = [(part.stage, part.num_stages) for part in parts for _ in range(2)]
+        self._has_chains = any(part.num_stages > 1 for part in parts)
+        self._kinds = _kinds(blocks)
+        self._num_blocks = len(blocks)
+
+    def chains(self) -> list[Chain | None]:
+        """The tables ``[S, D]`` of the slots of each site, one for each rotation in a row; None where all are the identity.
+
+        Differentiable. Each table is memory of its own, or a part of one that nobody writes to.
+        """
+        parameters = self._stored
+        if self._has_chains:
+            each = zip(parameters, self._stages_of, strict=True)
+            parameters = [split_stages(vector, count)[stage] for vector, (stage, count) in each]
+        vectors = _Vectors.apply(self, *parameters) if self._wants_gradient() else self.vectors(parameters)
+        return [tuple([stage.table(vectors, len(stages)) for stage in stages]) or None for stages in self._stages]
+
+    def _wants_gradient(self) -> bool:
+        """Whether autograd wants to know, and nothing else of torch looks on: compilers, transforms, tracers, forward mode."""
+        return (
+            torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and torch._C._get_tracing_state() is None
+            and torch.autograd.forward_ad._current_level < 0
+            and all(type(vector) in PLAIN for vector in self._stored)
+            and any(vector.requires_grad for vector in self._stored)
+        )
+
+    def vectors(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """direct and cross ``[k, D]`` of each block of k parts, in turn; differentiable, in float32 or wider."""
+        made: list[Any] = [None] * (2 * self._num_blocks)
+        for kind in self._kinds:
+            whole = from_parameters(*kind.end_to_end(parameters), kind.variant, kind.group_size)
+            each, width = sum(kind.sizes), whole.direct.numel()
+            sizes = [size * width // each for size in kind.sizes]
+            split = zip(kind.blocks, kind.counts, whole.direct.split(sizes), whole.cross.split(sizes), strict=True)
+            for block, count, direct, cross in split:
+                made[2 * block], made[2 * block + 1] = direct.view(count, -1), cross.view(count, -1)
+        return made
+
+    def gradients(self, grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The adjoint of `vectors`; None for the parameters of blocks of which there are no gradients."""
+        found: list[Tensor | None] = [None] * len(parameters)
+        for kind in self._kinds:
+            used = kind.of([grads[2 * block] is not None or grads[2 * block + 1] is not None for block in kind.blocks])
+            if not used.blocks:
+                continue
+            of_both = [_both(grads[2 * block], grads[2 * block + 1]) for block in used.blocks]
+            of_direct = torch.cat([direct.flatten() for direct, _ in of_both])
+            of_cross = torch.cat([cross.flatten() for _, cross in of_both])
+            theta, alpha = used.end_to_end(parameters)
+            whole = parameter_gradients(of_direct, of_cross, theta, alpha, used.variant, used.group_size)
+            sizes = [parameters[2 * part].numel() for part in used.parts]
+            split = zip(
+                used.parts, whole[0].to(theta.dtype).split(sizes), whole[1].to(alpha.dtype).split(sizes), strict=True
+            )
+            for part, of_theta, of_alpha in split:
+                found[2 * part], found[2 * part + 1] = of_theta, of_alpha
+        return found
+
+
+class _Kind(NamedTuple):
+    """Blocks that are made as one: their parts by number, and of each block how many there are, and how many parameters."""
+
+    variant: str
+    group_size: int
+    blocks: list[int]
+    parts: list[int]
+    counts: list[int]
+    sizes: list[int]
+
+    def end_to_end(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """theta and alpha of all parts, as those of one long site."""
+        if len(self.parts) == 1:
+            return parameters[2 * self.parts[0]], parameters[2 * self.parts[0] + 1]
+        theta, alpha = ([parameters[2 * part + which] for part in self.parts] for which in (0, 1))
+        return torch.cat(theta), torch.cat(alpha)
+
+    def of(self, are_wanted: Sequence[bool]) -> _Kind:
+        """The blocks that are wanted."""
+        if all(are_wanted):
+            return self
+        parts = iter(self.parts)
+        of_blocks = [[next(parts) for _ in range(count)] for count in self.counts]
+        kept = [place for place, is_wanted in enumerate(are_wanted) if is_wanted]
+        blocks, counts, sizes = ([values[place] for place in kept] for values in (self.blocks, self.counts, self.sizes))
+        return self._replace(
+            blocks=blocks, parts=[part for place in kept for part in of_blocks[place]], counts=counts, sizes=sizes
+        )
+
+
+def _kinds(blocks: Sequence[Sequence[Part]]) -> list[_Kind]:
+    found: dict[object, _Kind] = {}
+    number = 0
+    for index, block in enumerate(blocks):
+        first = block[0]
+        key = first.variant, first.group_size, first.theta.dtype, first.alpha.dtype, first.theta.device
+        kind = found.setdefault(key, _Kind(first.variant, first.group_size, [], [], [], []))
+        kind.blocks.append(index)
+        kind.parts.extend(range(number, number + len(block)))
+        kind.counts.append(len(block))
+        kind.sizes.append(sum(part.size for part in block))
+        number += len(block)
+    return list(found.values())
+
+
+def _both(of_direct: Tensor | None, of_cross: Tensor | None) -> tuple[Tensor, Tensor]:
+    """With zeros for the one that there is none of."""
+    if of_direct is None:
+        assert of_cross is not None
+        return torch.zeros_like(of_cross), of_cross
+    return of_direct, torch.zeros_like(of_direct) if of_cross is None else of_cross
+
+
+class _Vectors(torch.autograd.Function):
+    """`Plan.vectors` as one step of autograd for all sites.
+
+    Autograd by itself would give a gradient of zero, and not none, to the parameters of sites that took no part: weight decay
+    and momentum would then move them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan = plan
+        ctx.save_for_backward(*parameters)  # to be told where they were changed since
+        ctx.set_materialize_grads(False)
+        return tuple(plan.vectors(parameters))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.plan.gradients(grads, ctx.saved_tensors)
+
+
+class _Stage(NamedTuple):
+    """One rotation in a row of the slots of a site: which blocks it is made of, and which slots these are."""
+
+    num_slots: int
+    sizes: list[int | None]
+    blocks: list[int]
+    members: list[list[int]]
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], number: int, blocks: list[list[Part]]) -> _Stage:
+        """Adds what it is made of to `blocks`."""
+        parts = [slot[number] if number < len(slot) else None for slot in slots]
+        kinds: dict[object, list[int]] = {}
+        for index, part in enumerate(parts):
+            if part is not None:
+                kinds.setdefault((part.variant, part.group_size, part.theta.dtype, part.alpha.dtype), []).append(index)
+        begin = len(blocks)
+        blocks += [
+            [part for part in (parts[index] for index in members) if part is not None] for members in kinds.values()
+        ]
+        sizes = [None if part is None else part.group_size for part in parts]
+        return cls(len(slots), sizes, list(range(begin, len(blocks))), list(kinds.values()))
+
+    def table(self, vectors: Sequence[Tensor], num_stages: int) -> RotationTable:
+        """vectors: those of all blocks, as `Plan.vectors` gives them."""
+        first = 2 * self.blocks[0]
+        if len(self.blocks) == 1 and len(self.members[0]) == self.num_slots:
+            return table_of(vectors[first], vectors[first + 1], self.sizes[:1])  # type: ignore[arg-type]
+        direct, cross = (torch.cat([vectors[2 * block + which] for block in self.blocks]) for which in (0, 1))
+        order = [index for members in self.members for index in members]
+        direct, cross = _in_order(direct, cross, order, self.num_slots)
+        return table_of(direct, cross, self._group_sizes(num_stages))
+
+    def _group_sizes(self, num_stages: int) -> list[int]:
+        """A slot without this rotation has group size 0; in a table that stands alone it is the identity, of any size."""
+        sizes = {size for size in self.sizes if size is not None}
+        absent = NO_ROTATION if num_stages > 1 else sizes.pop() if len(sizes) == 1 else ANY_SIZE
+        return [absent if size is None else size for size in self.sizes]
+
+
+def _in_order(direct: Tensor, cross: Tensor, order: list[int], num_slots: int) -> tuple[Tensor, Tensor]:
+    """Row k of the result is the row that stands for slot order[k]; slots that are not in `order` get the identity."""
+    if order == list(range(num_slots)):
+        return direct, cross
+    one = torch.ones(1, direct.shape[1], dtype=direct.dtype, device=direct.device)
+    direct, cross = torch.cat((direct, one)), torch.cat((cross, torch.zeros_like(one)))
+    position = {slot: row for row, slot in enumerate(order)}
+    rows = torch.tensor([position.get(slot, len(order)) for slot in range(num_slots)], device=direct.device)
+    return direct.index_select(0, rows), cross.index_select(0, rows)

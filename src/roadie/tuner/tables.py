@@ -1,0 +1,190 @@
+"""The tables of the RoAd layers of a model, made once a call of the model and not once a layer.
+
+Before a call of the model all of its layers are looked at together: whether the tables that were made from their parameters
+still hold (one stamp over all of them), and where they do not, or a gradient is wanted, all are made anew in a handful of
+operations. While the call is running a layer's part is a lookup. A layer that is called by itself does the same for itself.
+
+Legend: S slots, D features of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from roadie.kernels import Chain, PreparedRotation, Stamp, can_be_stamped
+from roadie.rotation import Variant, parameter_size
+from roadie.sites.parameters import Plan
+
+Names: TypeAlias = Sequence[str] | None
+"""Adapters with a slot each, in slot order; None: the active ones, whose rotations are one slot's, in a row."""
+
+
+Store: TypeAlias = dict[str, Any]
+
+
+class Made(NamedTuple):
+    """What a layer rotates by; None where it has nothing to. is_road_1: whether all adapters in it are road_1.
+
+    sources, tensors: where their parameters stand, and what stood there.
+    """
+
+    chain: Chain | None
+    is_road_1: bool
+    sources: tuple[tuple[Store, str], ...]
+    tensors: tuple[Any, ...]
+
+    def is_here(self) -> bool:
+        """Whether the parameters are those that stand there now; a wrapper may have put others there until its call is over."""
+        return not self.sources or self.sources[0][0].get(self.sources[0][1]) is self.tensors[0]
+
+    def is_trained(self) -> bool:
+        """Whether a parameter is trained."""
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+
+class Layout:
+    """How the tables of some layers for `names` are made, as long as the layers hold these parameters.
+
+    changes: of the layers until then (`RoadRouting.changes`).
+    """
+
+    def __init__(self, layers: Sequence[Any], names: Names, changes: int = 0) -> None:
+        self.names, self.changes = names, changes
+        self._layers = layers
+        active = [layer._active_adapter for layer in layers]
+        self._active = [each if isinstance(each, str) else [*each] for each in active]
+        self._facts = [_facts_of(layer, names) for layer in layers]
+        self._sources = [source for _, sources, _ in self._facts for source in sources]
+        self.tensors = [tensor for *_, tensors in self._facts for tensor in tensors]
+        self._sizes = [size for layer in layers for size in _sizes_of(layer, names)]
+        self._plan: Plan | None = None
+
+    def are_of(self, names: Names, changes: int) -> bool:
+        """Whether it is for these names, and of the parameters that the layers have now."""
+        if self.names != names or self.changes != changes:
+            return False
+        if names is None and [layer._active_adapter for layer in self._layers] != self._active:
+            return False
+        return all(map(is_, [store.get(name) for store, name in self._sources], self.tensors))
+
+    def is_whole(self) -> bool:
+        """Whether all parameters are here now, as plain memory, so that tables can be made before the layers run.
+
+        Not so where each layer's are brought when it runs: sharded by FSDP or ZeRO-3, offloaded.
+        """
+        if self._plan is None and not all(type(t) is nn.Parameter and t.device.type != "meta" for t in self.tensors):
+            return False
+        return [tensor.numel() for tensor in self.tensors] == self._sizes
+
+    def is_trained(self) -> bool:
+        """Whether a parameter is trained."""
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+    def made(self) -> list[Made]:
+        """What is in force in each layer, of the values of now; differentiable where a gradient is wanted."""
+        if self._plan is None:
+            self._plan = Plan([layer.slots(self.names) for layer in self._layers])
+        return [Made(chain, *facts) for chain, facts in zip(self._plan.chains(), self._facts, strict=True)]
+
+    def tables(self) -> Tables:
+        """The same for all of them."""
+        has_graph = torch.is_grad_enabled() and self.is_trained()
+        return Tables(self, self.names, dict(zip(self._layers, self.made(), strict=True)), has_graph)
+
+
+def _facts_of(layer: Any, names: Names) -> tuple[bool, tuple[tuple[Store, str], ...], tuple[Any, ...]]:
+    here = [name for name in layer.names_for(names) if name in layer.stages]
+    stores = [layer._modules[store]._parameters for store in ("road_theta", "road_alpha")]
+    sources = tuple((store, name) for name in here for store in stores)  # without the detours of nn.Module
+    is_road_1 = all(layer.variant[name] == Variant.ROAD_1 for name in here)
+    return is_road_1, sources, tuple(store.get(name) for store, name in sources)
+
+
+def _sizes_of(layer: Any, names: Names) -> Iterator[int]:
+    """How many elements theta and alpha of each adapter have."""
+    for name in layer.names_for(names):
+        if name in layer.stages:
+            size = len(layer.stages[name]) * parameter_size(layer.variant[name], layer.out_features)
+            yield from (size, size)
+
+
+class Tables(NamedTuple):
+    """The tables of some layers for `names`; has_graph: whether a gradient was wanted of them."""
+
+    layout: Layout
+    names: Names
+    of: dict[Any, Made]
+    has_graph: bool
+
+
+class Kept:
+    """The tables that were made last, with a stamp; of layers that are not trained. A copy of a model has made none.
+
+    last: how their layer rotated by others the last time, if it did, which were made for all layers.
+    """
+
+    def __init__(self) -> None:
+        self._tables: Tables | None = None
+        self._stamp: Stamp | None = None
+        self.last: Last | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+    def current(self, names: Names, changes: int) -> Tables | None:
+        """The tables that are kept, if they hold."""
+        tables, stamp = self._tables, self._stamp
+        if tables is not None and stamp is not None and tables.layout.are_of(names, changes) and stamp.holds():
+            return tables
+        return None
+
+    def make(self, layout: Layout) -> Tables:
+        """New ones, without gradient, which are kept where it will be seen that they do not hold any more."""
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training later
+            tables = layout.tables()
+        tensors = layout.tensors
+        self._tables, self._stamp = (tables, Stamp(tensors)) if all(map(can_be_stamped, tensors)) else (None, None)
+        return tables
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._tables = self._stamp = self.last = None
+
+
+def are_trained(layers: Iterable[Any], names: Names) -> bool:
+    """Whether a parameter of the adapters is trained."""
+    return any(
+        store[name].requires_grad  # of a replica of DataParallel no parameter, but a tensor with a history
+        for layer in layers
+        for name in layer.names_for(names)
+        if name in layer.stages
+        for store in (layer.road_theta, layer.road_alpha)
+    )
+
+
+class Last(NamedTuple):
+    """How a layer rotated the last time, under which tables."""
+
+    tables: Tables
+    prepared: PreparedRotation
+
+
+@contextmanager
+def unseen_by_checkpoints() -> Iterator[None]:
+    """Within the block nobody is told what autograd saves: a block that runs again in backward saves what it saved at first,
+    and then the tables had been made before it."""
+
+    def as_it_is(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is):
+        yield
