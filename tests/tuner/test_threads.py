@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,22 @@ def test_threads_that_run_one_model_at_a_time_have_rows_of_their_own() -> None:
     for name, logits in wanted.items():
         assert torch.equal(got[name], logits), name
     assert torch.equal(_logits(model), wanted["none"])
+
+
+def test_a_thread_that_is_started_inside_of_a_block_is_told_once_that_it_has_no_rows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As a thread that generates for a streamer."""
+    model = _adapted(tiny_llama(), "q_proj").eval()
+    with caplog.at_level(logging.WARNING, logger="roadie"):
+        _logits(model)
+        with roadie.rows(model, ROWS["one"]):
+            _logits(model)
+            assert not caplog.records
+            for _ in range(2):
+                _in_thread(lambda: _logits(model)).join(HANG_S)
+        _in_thread(lambda: _logits(model)).join(HANG_S)
+    assert ["enter roadie.rows in this thread" in record.getMessage() for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -158,6 +158,7 @@ class Routing(Generic[C]):
         self.here: ContextVar[C | None] = ContextVar("roadie_rows", default=None)
         self._latest: C | None = None
         self._in_force: list[C | None] = []
+        self._is_told = False
         self._attached: dict[tuple[nn.Module, bool], tuple[ExitStack, list[None]]] = {}
         self._lock = RLock()
 
@@ -235,9 +236,13 @@ class Routing(Generic[C]):
         """From now on choices know how the model is called, or the model inside, where PEFT wraps it."""
 
         def starts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            choice = None if torch.compiler.is_compiling() else self.here.get()
+            if torch.compiler.is_compiling():
+                return
+            choice = self.here.get()
             if choice is not None:
                 choice.starts(module, args, kwargs)
+            else:
+                self._tell_of_others()
 
         def ends(module: nn.Module, args: Any, output: Any) -> None:
             choice = None if torch.compiler.is_compiling() else self.here.get()
@@ -247,6 +252,17 @@ class Routing(Generic[C]):
         for part in layout.wrapped(model):
             undo.callback(layout.before_calls(part, starts))
             undo.callback(part.register_forward_hook(ends).remove)
+
+    def _tell_of_others(self) -> None:
+        """Say once that a thread which chose nothing runs without the rows of another: it may have been started to have them."""
+        is_meant = self in layout.routings_in_force.get() or torch._C._current_graph_task_id() != -1
+        if is_meant or self._is_told or not self._in_force:
+            return
+        self._is_told = True
+        layout.logger.warning(
+            "got a call of a model in a thread that chose no rows, while those of another thread are in force: it runs without "
+            "them; where it is to have them, enter roadie.rows in this thread, or pass adapter_names"
+        )
 
     def _keep_in_checkpoints(self, model: nn.Module, undo: ExitStack) -> None:
         """From now on what transformers checkpoints in `model` runs with the rows it had, also when it runs again in backward."""
