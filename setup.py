@@ -1,6 +1,6 @@
 """The one part of roadie that is compiled: src/roadie/kernels/cpu, plain C that is loaded with ctypes.
 
-It needs no Python headers and no torch, so that one wheel serves every Python version of a platform. Where there is no C
+It needs no headers of Python or torch, so that one wheel serves every Python version of a platform. Where there is no C
 compiler, or what it makes cannot be loaded, roadie is installed without it and computes with plain tensor operations.
 ROADIE_COMPILE=0 leaves it out on purpose; ROADIE_COMPILE=1 makes a failure an error. ROADIE_X86_LEVEL=v3 builds it without
 AVX-512, so that a processor which has it computes what others do.
@@ -20,7 +20,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "src/roadie/kernels/cpu"
-HEADERS = [f"{FOLDER}/{name}" for name in ("element.h", "vector.h", "template.h", "spans.h")]
+HEADERS = [f"{FOLDER}/{name}" for name in ("element.h", "vector.h", "template.h", "spans.h", "job.h")]
 WISH = os.environ.get("ROADIE_COMPILE", "")
 LEVEL = os.environ.get("ROADIE_X86_LEVEL", "v4")
 
@@ -34,10 +34,12 @@ GNU_LEVELS = {
 
 
 class Attempt:
-    """One way to build: flags for all sources, those of OpenMP, and the x86 levels besides the default one."""
+    """One way to build: flags for all sources, those of OpenMP, the x86 levels besides the default one, and the files."""
 
-    def __init__(self, flags: list[str], openmp: list[str], levels: dict[str, list[str]]) -> None:
-        self.flags, self.openmp, self.levels = flags, openmp, levels
+    def __init__(
+        self, flags: list[str], openmp: list[str], levels: dict[str, list[str]], files: tuple[str, ...] = ("rotate.c",)
+    ) -> None:
+        self.flags, self.openmp, self.levels, self.files = flags, openmp, levels, files
 
 
 def attempts(compiler_type: str) -> list[Attempt]:
@@ -48,8 +50,13 @@ def attempts(compiler_type: str) -> list[Attempt]:
         raise RuntimeError(f"got ROADIE_X86_LEVEL={LEVEL!r}; wanted v3 or v4")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     levels = {name: GNU_LEVELS["spans_v3"] if LEVEL == "v3" else flags for name, flags in GNU_LEVELS.items() if is_x86}
-    ways = [(openmp, chosen) for chosen in ([levels, {}] if levels else [{}]) for openmp in (["-fopenmp"], [])]
-    return [Attempt(GNU, openmp, chosen) for openmp, chosen in ways]
+    # calls.c uses functions of Python, which not every linker leaves to be found when the object is loaded.
+    return [
+        Attempt(GNU, openmp, chosen, files)
+        for chosen in ([levels, {}] if levels else [{}])
+        for openmp in (["-fopenmp"], [])
+        for files in (("rotate.c", "calls.c"), ("rotate.c",))
+    ]
 
 
 class BuildKernel(build_ext):
@@ -81,7 +88,8 @@ class BuildKernel(build_ext):
                 objects += self.compiler.compile([f"{FOLDER}/spans.c"], f"{temporary}/{name}", **arguments)
             macros = [("ROADIE_X86_LEVELS", "1")] if attempt.levels else []
             flags = [*attempt.flags, *attempt.openmp]
-            objects += self.compiler.compile([f"{FOLDER}/rotate.c"], temporary, macros=macros, extra_postargs=flags)
+            files = [f"{FOLDER}/{name}" for name in attempt.files]
+            objects += self.compiler.compile(files, temporary, macros=macros, extra_postargs=flags)
             made = Path(temporary, target.name)
             link = [flag for flag in attempt.openmp if not flag.startswith("/")]
             self.compiler.link_shared_object(objects, str(made), extra_postargs=link)
@@ -107,7 +115,7 @@ setup(
     ext_modules=[
         Extension(
             "roadie.kernels.cpu._rotate",
-            [f"{FOLDER}/rotate.c", f"{FOLDER}/spans.c"],
+            [f"{FOLDER}/{name}" for name in ("rotate.c", "calls.c", "spans.c")],
             depends=HEADERS,
             optional=WISH != "1",
         )

@@ -88,7 +88,7 @@ def _rotation_share(base: nn.Linear, x: Tensor, table: RotationTable, slots: Ten
         start = time.perf_counter()
         y = base(x)
         between = time.perf_counter()
-        if prepared is None or not prepared.rotate_(y):
+        if prepared is None or not prepared(y):
             rotate_(y, table, slots)
         layers.append(between - start)
         rotations.append(time.perf_counter() - between)

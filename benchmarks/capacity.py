@@ -114,15 +114,17 @@ class Site:
 
     def rotate_(self, y: torch.Tensor) -> None:
         """In place, as a layer's output."""
-        if self._chain and (self._prepared is None or not self._prepared.rotate_(y)):
+        if self._chain and (self._prepared is None or not self._prepared(y)):
             rotate_(y, self._chain, self._slots)
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
         """In new memory, as a layer's input."""
         if not self._chain:
             return x
-        z = None if self._prepared is None else self._prepared.rotated(x)
-        return rotate(x, self._chain, self._slots) if z is None else z
+        z = torch.empty_like(x)
+        if self._prepared is not None and self._prepared(x, z):
+            return z
+        return rotate(x, self._chain, self._slots)
 
 
 def _shares(base: nn.Linear, x: torch.Tensor, sites: dict[str, list[Site]], rounds: int) -> dict[str, dict[str, float]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from tests.kernels import builds, cases
 
-from roadie.kernels.cpu import CpuImplementation
+from roadie import identity
+from roadie.kernels import cpu, prepare_rotation, stamp
+from roadie.kernels.cpu import CpuImplementation, prepared
 from roadie.kernels.eager import EagerImplementation
 from roadie.testing.accuracy import assert_same_bits
 
@@ -53,6 +56,19 @@ def test_every_build_gives_the_same_bits(name: str, wanted: list[tuple[torch.Ten
     for ours, theirs in zip(found, wanted, strict=True):
         for value, expected in zip(ours, theirs, strict=True):
             assert_same_bits(value, expected, name)
+
+
+def test_an_object_without_the_callables_does_without_them(tmp_path: Path) -> None:
+    """Where a linker cannot leave Python's functions to be found later, calls.c is not built."""
+    store = {"a": torch.ones(3)}
+    with builds.instead(builds.build(tmp_path, "-O0")):
+        with mock.patch.object(prepared, "loaded", cpu.loaded):
+            assert prepare_rotation(torch.ones(2, 8), identity(8, 4)) is None
+        with mock.patch.object(stamp, "loaded", cpu.loaded):
+            made = stamp.Stamp([(store, "a")])
+        assert made.holds()
+        store["a"].data[1] = 2.0
+        assert not made.holds()
 
 
 def results(dtype: torch.dtype, size: int) -> tuple[torch.Tensor, ...]:

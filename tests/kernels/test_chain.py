@@ -120,17 +120,33 @@ def test_prepared_it_is_the_same_and_refuses_what_it_was_not_made_for(dtype):
     chain, slots = chain_of(NESTED, 128), torch.tensor([1, 0, -1, 2])
     x = torch.randn(4, 7, 128).to(dtype)
     wanted = rotate(x, chain, slots)
-    watched = torch.zeros(3), torch.ones(3)
-    prepared = prepare_rotation(x, chain, slots, watched)
+    prepared = prepare_rotation(x, chain, slots)
     assert prepared is not None
-    y = x.clone()
-    assert prepared.rotate_(y)
+    y, z = x.clone(), torch.full_like(x, 7.0)
+    assert prepared(y, z)
+    assert_same_bits(y, x, "the argument of a rotation into other memory")
+    assert_same_bits(z, wanted, "prepared, into other memory")
+    assert prepared(y)
     assert_same_bits(y, wanted, "prepared")
-    assert not prepared.rotate_(y.double())
-    watched[0].data.add_(1)
-    kept = y.clone()
-    assert not prepared.rotate_(y)
-    assert_same_bits(y, kept, "a watched tensor has changed")
+    others = {
+        "another dtype": x.double(),
+        "other rows": x[:3].clone(),
+        "another width": x[..., :64].contiguous(),
+        "gaps": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "no rows": x[:, :0].clone(),
+        "a subclass": torch.nn.Parameter(x.clone(), requires_grad=False),
+        "another device": x.to("meta"),
+        "no tensor": 7,
+        "much work": torch.zeros(4, 3000, 128).to(dtype),
+    }
+    for what, other in others.items():
+        before = other.clone() if isinstance(other, torch.Tensor) else other
+        assert not prepared(other), what
+        if isinstance(other, torch.Tensor) and other.device.type == "cpu":
+            assert_same_bits(other.detach(), before.detach(), what)
+    assert not prepared(x.clone(), z.double()), "into another dtype"
+    assert not prepared(x.clone(), z[:2].clone()), "into another size"
+    assert not prepared()
 
 
 @pytest.mark.parametrize("routed", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,14 +35,54 @@ def test_content_is_compared_without_operations_of_torch(problem: str | None, mo
     if problem is None and cases.no_compiled_kernel() is not None:
         pytest.skip("there is no compiled kernel")
     if problem is not None:
-        monkeypatch.setattr(stamp, "loaded", lambda: SimpleNamespace(problem=problem))
-    tensors = [torch.randn(3, 4), torch.empty(0), torch.ones(2, dtype=torch.bfloat16)]
-    watched = stamp.Stamp(tensors)
+        monkeypatch.setattr(stamp, "loaded", lambda: SimpleNamespace(callable=None))
+    tensors = {"a": torch.randn(3, 4), "b": torch.empty(0), "c": torch.ones(2, dtype=torch.bfloat16)}
+    watched = stamp.Stamp([(tensors, name) for name in tensors])
     with NoOperation():
         assert watched.holds()
-    tensors[2].data[1] = 2.0  # which torch does not count
+    tensors["c"].data[1] = 2.0  # which torch does not count
     with NoOperation():
         assert not watched.holds()
+
+
+def _written(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["a"].data[1, 2] += 1.0
+
+
+def _with_other_memory(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["a"].data = tensors["a"].data.clone()
+
+
+def _another(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["a"] = tensors["a"].clone()
+
+
+def _gone(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["a"]
+
+
+def _smaller(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["a"].resize_(2, 4)
+
+
+@pytest.mark.parametrize("change", [_written, _with_other_memory, _another, _gone, _smaller])
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_stamp_sees(
+    change: Callable[[dict[str, torch.Tensor]], None], is_compiled: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_compiled and cpu.loaded().callable is None:
+        pytest.skip("there is no compiled way")
+    if not is_compiled:
+        monkeypatch.setattr(stamp, "loaded", lambda: SimpleNamespace(callable=None))
+    each = [{"a": torch.randn(3, 4), "b": torch.zeros(5)} for _ in range(count)]
+    watched = stamp.Stamp([(tensors, name) for tensors in each for name in tensors])
+    assert watched.holds()
+    each[-1]["b"] += 0.0  # what is written holds what it held
+    assert watched.holds()
+    assert watched.holds()  # where the first look noted where to look
+    change(each[-1])
+    assert not watched.holds()
 
 
 @pytest.fixture

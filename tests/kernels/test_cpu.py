@@ -270,3 +270,25 @@ def test_the_size_of_a_slot_that_no_row_uses_is_looked_at_too(size: int) -> None
     b = cases.batch(2, 8, (2, size), num_slots=2)
     with pytest.raises(KernelError, match="group size"):
         CPU.gradient(torch.zeros(2, 8), torch.zeros(2, 8), b.turns, False)
+
+
+@pytest.mark.skipif(cpu.loaded().callable is None, reason="torch does not tell C what its tensors are")
+def test_what_c_cannot_read_goes_by_ctypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, turns = torch.randn(2, 3, 8), cases.batch(6, 8, 4).turns
+    assert cpu.loaded().run(cpu.ROTATE, x, None, x, turns, None, None, 1) < 0  # three dimensions are no rows
+    ways = []
+    library = cpu.loaded()
+
+    def by_ctypes(*arguments: object) -> int:
+        ways.append(arguments[0])
+        return type(library).run_by_ctypes(library, *arguments)
+
+    monkeypatch.setattr(library, "run_by_ctypes", by_ctypes)
+    z, rows = torch.empty(6, 8), torch.randn(6, 8)
+    CPU.rotate(rows, z, turns)
+    assert ways == []
+    monkeypatch.setattr(library, "run", lambda *_: -1)
+    other = torch.empty(6, 8)
+    CPU.rotate(rows, other, turns)
+    assert ways == [cpu.ROTATE]
+    assert_same_bits(other, z, "by ctypes")

@@ -23,6 +23,7 @@ from roadie.kernels import (
     Chain,
     Keep,
     PreparedRotation,
+    is_looked_on,
     prepare_checked,
     rotate,
     rotate_checked,
@@ -90,9 +91,17 @@ class LayerRotation:
             if prepared is None:
                 return None
             self._last = last._replace(prepared=prepared)
+        elif is_looked_on():
+            return None
         if is_fresh():
-            return y if prepared.rotate_(y) else None
-        return prepared.rotated(y)
+            return y if prepared(y) else None
+        z = torch.empty_like(y)
+        return z if prepared(y, z) else None
+
+    @property
+    def prepared(self) -> PreparedRotation | None:
+        """What has just rotated, made ready to be applied again."""
+        return None if self._last is None else self._last.prepared
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None

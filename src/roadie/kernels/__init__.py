@@ -10,6 +10,7 @@ from __future__ import annotations
 import roadie.kernels.schema as _registered  # noqa: F401 - torch knows the operations from here on
 from roadie.kernels.api import (
     can_rotate_in_place,
+    is_looked_on,
     needs_gradient,
     prepare_checked,
     prepare_rotation,
@@ -22,19 +23,21 @@ from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, RowRotations
 from roadie.kernels.cpu.prepared import PreparedRotation
 from roadie.kernels.keeping import Keep, settled, writes_to
-from roadie.kernels.stamp import Stamp, can_be_stamped
+from roadie.kernels.stamp import Place, Stamp, can_be_stamped
 from roadie.kernels.table import Chain, RotationTable, table_of
 
 __all__ = [
     "Chain",
     "Implementation",
     "Keep",
+    "Place",
     "PreparedRotation",
     "RotationTable",
     "RowRotations",
     "Stamp",
     "can_be_stamped",
     "can_rotate_in_place",
+    "is_looked_on",
     "needs_gradient",
     "prepare_checked",
     "prepare_rotation",

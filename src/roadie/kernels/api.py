@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from roadie.errors import AdapterError, ConfigError
+from roadie.kernels.choice import asked_for
 from roadie.kernels.cpu.prepared import PreparedRotation, prepare
 from roadie.kernels.eager import composed
 from roadie.kernels.keeping import PLAIN, Keep, settled
@@ -33,6 +34,7 @@ from roadie.kernels.step import Rotated, forward
 from roadie.kernels.table import Chain, RotationTable, as_chain, check, row_rotations, table_without_gaps, vectors_of
 from roadie.rotation import Rotation
 
+_apply = super(torch.autograd.Function, Rotated).apply  # without looking for transforms, of which there are none here
 Rotations: TypeAlias = Rotation | RotationTable | Sequence[RotationTable]
 
 
@@ -61,7 +63,7 @@ def rotate_checked(x: Tensor, chain: Chain, slots: Tensor | None, keep: Keep, in
     if not needs_gradient(x, chain):
         return _in_place(x, chain, slots) if into_x else forward(x, chain, slots)
     into_x = into_x and keep is not Keep.INPUT and not x._is_view()
-    z, _ = Rotated.apply(x, slots, chain, keep, into_x, *vectors_of(chain))
+    z, _ = _apply(x, slots, chain, keep, into_x, *vectors_of(chain))
     return z
 
 
@@ -83,27 +85,19 @@ def can_rotate_in_place(x: Tensor, chain: Chain) -> bool:
     return takes_kernels(x, chain) and not needs_gradient(x, chain)
 
 
-def prepare_rotation(
-    y: Tensor, rotations: Rotations, slots: Tensor | None = None, watched: tuple[Tensor, Tensor] | None = None
-) -> PreparedRotation | None:
-    """`rotate_` of tensors like y, made ready to be called many times; None where that would win nothing.
-
-    watched: two tensors on the CPU, of equal size, that the tables were made from; when they hold something else, the result
-    refuses to rotate.
-    """
+def prepare_rotation(y: Tensor, rotations: Rotations, slots: Tensor | None = None) -> PreparedRotation | None:
+    """`rotate_` of tensors like y, made ready to be called many times; None where that would win nothing."""
     chain = as_chain(rotations)
     check(y, chain, slots)
-    return prepare_checked(y, chain, slots, watched)
+    return prepare_checked(y, chain, slots)
 
 
-def prepare_checked(
-    y: Tensor, chain: Chain, slots: Tensor | None, watched: tuple[Tensor, Tensor] | None = None
-) -> PreparedRotation | None:
+def prepare_checked(y: Tensor, chain: Chain, slots: Tensor | None) -> PreparedRotation | None:
     """As `prepare_rotation`, of what is known to fit together; None too where `rotate_` may not be used."""
     if not takes_kernels(y, chain) or needs_gradient(y, chain):
         return None
     turns = [row_rotations(y, table, slots) for table in chain]
-    return prepare(turns, tuple(slots.shape) if slots is not None else (), y, watched)
+    return prepare(turns, tuple(slots.shape) if slots is not None else (), y)
 
 
 def _in_place(x: Tensor, chain: Chain, slots: Tensor | None) -> Tensor:
@@ -138,16 +132,24 @@ def _keep(keep: Keep | str) -> Keep:
         raise ConfigError(f"got keep={keep!r}; wanted 'copy', 'input' or 'output'") from None
 
 
-def takes_kernels(x: Tensor, chain: Chain) -> bool:
-    """Whether x and the tables are memory and nothing else, and nothing of torch looks on: tracers, transforms, modes."""
-    if (
+def is_looked_on() -> bool:
+    """Whether anything of torch looks on, such as tracers, transforms and modes, or an implementation is asked for."""
+    return _is_looked_on() or asked_for() is not None
+
+
+def _is_looked_on() -> bool:
+    return (
         torch.compiler.is_compiling()
-        or type(x) not in PLAIN
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
-    ):
+    )
+
+
+def takes_kernels(x: Tensor, chain: Chain) -> bool:
+    """Whether x and the tables are memory and nothing else, and nothing of torch looks on."""
+    if type(x) not in PLAIN or _is_looked_on():
         return False
     for table in chain:  # noqa: SIM110 - a generator costs as much as all that is asked here
         if type(table.direct) not in PLAIN or type(table.cross) not in PLAIN:

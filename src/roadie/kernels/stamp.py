@@ -1,4 +1,4 @@
-"""Whether tensors are still what something was made of: the same ones, unwritten, in the same memory, with the same content.
+"""Whether tensors are still what something was made of: the same ones, in the same places and memory, with the same content.
 
 torch counts writes, but not those through ``tensor.data``. On the CPU the content is therefore remembered and compared;
 elsewhere, where comparing would wait for the device, the count is all there is, and whoever writes past it has to say so.
@@ -7,14 +7,21 @@ elsewhere, where comparing would wait for the device, the count is all there is,
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from operator import is_
+from collections.abc import Callable, Sequence
+from struct import Struct
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from roadie.kernels.cpu import loaded
+from roadie.kernels.cpu import loaded, reader
 from roadie.kernels.keeping import PLAIN, writes_to
+
+Place: TypeAlias = "tuple[dict[str, Any], str]"
+"""A dict, such as the parameters of a module, and a key of it."""
+
+HEAD = Struct("@Pq")  # the first fields of the struct Stamp of kernels/cpu/calls.c
+SEEN = Struct("@2PqP")  # the struct Seen
 
 
 def can_be_stamped(tensor: Tensor) -> bool:
@@ -25,59 +32,52 @@ def can_be_stamped(tensor: Tensor) -> bool:
 
 
 class Stamp:
-    """Tensors as they were when this was made."""
+    """The tensors in some places as they were when this was made. holds: whether they still are."""
 
-    __slots__ = ("_addresses", "_arrays", "_content", "_elsewhere", "_on_cpu", "_storages", "_tensors", "_versions")
+    __slots__ = ("_content", "_places", "_storages", "_tensors", "_then", "holds")
 
-    def __init__(self, tensors: Sequence[Tensor], content: Sequence[Tensor] | None = None) -> None:
-        """content: a copy of each that is on the CPU, made before; else it is made here."""
-        self._tensors = list(tensors)
-        self._versions = list(map(writes_to, tensors))
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
-        self._storages = [
-            tensor.untyped_storage() for tensor in tensors
-        ]  # kept: an address cannot come back as another's
-        self._on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-        self._elsewhere = [tensor for tensor in tensors if tensor.device.type != "cpu"]
-        self._content = _copies(self._on_cpu) if content is None else list(content)
-        self._arrays = _arrays(self._on_cpu, self._content)
+    def __init__(self, places: Sequence[Place], content: Sequence[Tensor] | None = None) -> None:
+        """content: a copy of each tensor that is on the CPU, made before; else it is made here."""
+        self._places = list(places)
+        self._tensors: list[Tensor] = [store[key] for store, key in places]
+        on_cpu = [tensor for tensor in self._tensors if tensor.device.type == "cpu"]
+        self._content = _copies(on_cpu) if content is None else list(content)
+        self._then = [_facts_of(tensor) for tensor in self._tensors]
+        # Kept, so that an address cannot come back as another's.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self.holds = self._compiled() if len(on_cpu) == len(self._tensors) else self._holds
 
     @classmethod
-    def each(cls, groups: Sequence[Sequence[Tensor]]) -> list[Stamp]:
-        """One for each group of tensors, whose content is copied together."""
-        on_cpu = [[tensor for tensor in tensors if tensor.device.type == "cpu"] for tensors in groups]
+    def each(cls, groups: Sequence[Sequence[Place]]) -> list[Stamp]:
+        """One for each group of places; what is in them is copied together."""
+        on_cpu = [[store[key] for store, key in places if store[key].device.type == "cpu"] for places in groups]
         content = iter(_copies([tensor for tensors in on_cpu for tensor in tensors]))
-        return [
-            cls(tensors, [next(content) for _ in of_group]) for tensors, of_group in zip(groups, on_cpu, strict=True)
-        ]
+        return [cls(places, [next(content) for _ in of_group]) for places, of_group in zip(groups, on_cpu, strict=True)]
 
-    def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors."""
-        return len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+    def _compiled(self) -> Callable[[], bool]:
+        """`_holds` of tensors on the CPU, in one call of C where that can be."""
+        make, tensors, content = loaded().callable, self._tensors, self._content
+        if make is None or not all(tensor.is_contiguous() for tensor in tensors):
+            return self._holds
+        seen = [SEEN.pack(t.data_ptr(), c.data_ptr(), c.nbytes, 0) for t, c in zip(tensors, content, strict=True)]
+        stores, keys = zip(*self._places, strict=True) if tensors else ((), ())
+        packed = bytearray(HEAD.pack(reader(), len(tensors)) + b"".join(seen))
+        return make(1, (packed, stores, keys, tuple(tensors), content, self._storages))
 
-    def is_unwritten(self) -> bool:
-        """Whether torch has counted no write since."""
-        return list(map(writes_to, self._tensors)) == self._versions
+    def _holds(self) -> bool:
+        content = iter(self._content)
+        for (store, key), tensor, then in zip(self._places, self._tensors, self._then, strict=True):
+            if store.get(key) is not tensor or _facts_of(tensor) != then:
+                return False
+            if not (can_be_stamped(tensor) if tensor.device.type != "cpu" else _is_equal(tensor, next(content))):
+                return False
+        return True
 
-    def holds(self) -> bool:
-        """Whether all hold what they held."""
-        return (
-            self.is_unwritten()
-            and all(map(can_be_stamped, self._elsewhere))
-            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
-            and self._has_same_content()
-        )
 
-    def _has_same_content(self) -> bool:
-        if self._arrays is None:
-            return all(map(torch.equal, self._on_cpu, self._content))
-        if loaded().problem is None:
-            return bool(loaded().same(*self._arrays, len(self._on_cpu)))
-        # No operations of torch, since checkpointing of chosen ones records those.
-        return all(
-            ctypes.string_at(now, size) == ctypes.string_at(then, size)
-            for now, then, size in zip(*self._arrays, strict=True)
-        )
+def _facts_of(tensor: Tensor) -> tuple[object, ...]:
+    """Where its memory is, its shape, and, but for CPUs, how often it was written to."""
+    count = None if tensor.device.type == "cpu" else writes_to(tensor)
+    return tensor.data_ptr(), tensor.shape, count
 
 
 @torch.no_grad()
@@ -88,9 +88,8 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
 
-def _arrays(tensors: list[Tensor], content: list[Tensor]) -> tuple[ctypes.Array[ctypes.c_int64], ...] | None:
-    """The addresses now and then, and the sizes in bytes, as the compiled kernel takes them; None for what has gaps."""
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        return None
-    lists = ([t.data_ptr() for t in tensors], [t.data_ptr() for t in content], [t.nbytes for t in content])
-    return tuple((ctypes.c_int64 * len(tensors))(*values) for values in lists)
+def _is_equal(tensor: Tensor, content: Tensor) -> bool:
+    """Whether the bytes are equal; without operations of torch, since checkpointing of chosen ones records those."""
+    if not tensor.is_contiguous():
+        return torch.equal(tensor, content)
+    return ctypes.string_at(tensor.data_ptr(), content.nbytes) == ctypes.string_at(content.data_ptr(), content.nbytes)

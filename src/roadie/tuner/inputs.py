@@ -55,9 +55,9 @@ class RoadInput(nn.Module, RoadLayer):
         """R_in x, for x ``[..., D]``, each row by the adapter that is in force for it."""
         if not torch.compiler.is_compiling():
             last = None if self._disable_adapters else self._kept.last
-            if last is not None and self._routing.tables.get() is last.tables and not torch.is_grad_enabled():
-                z = last.prepared.rotated(x)
-                if z is not None:
+            if last is not None and self._routing.by.get() is last.by and not torch.is_grad_enabled():
+                z = torch.empty_like(x)
+                if last.rotate(x, z):
                     return z
         return x if self._disable_adapters else self._rotated(x, is_fresh=False)
 
@@ -70,6 +70,7 @@ class RoadInput(nn.Module, RoadLayer):
         for book in (self.variant, self.stages, self.road_theta, self.road_alpha):
             if adapter_name in book:
                 del book[adapter_name]
+        self._routing.additions += 1
         self._changed()
 
     def names_for(self, names: Names) -> Iterable[str]:

@@ -20,6 +20,7 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _every_module
 
 from roadie.errors import MergeError, RoutingError, UnsupportedLayer
@@ -31,7 +32,6 @@ from roadie.tuner.merging import ExactUnmerge, Turns, combined
 from roadie.tuner.output import gives_fresh_memory
 from roadie.tuner.rotating import RoadLayer, check_variant, group_sizes_of, input_group_sizes_of
 from roadie.tuner.routing import adapter_rows
-from roadie.tuner.tables import Last
 from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
 
 
@@ -88,10 +88,10 @@ class Linear(nn.Module, RoadLayer):
         x: ``[..., in]``; adapter_names: one adapter name for each row of x (usually given to the model, not here).
         Raises `RoutingError` where rows are routed and adapters are merged, or the numbers of rows differ.
         """
-        if not torch.compiler.is_compiling():
-            last = self._kept.last
-            if last is not None and adapter_names is None and not args and not kwargs:
-                y = self._as_before(last, x)
+        if not torch.compiler.is_compiling() and adapter_names is None and not args and not kwargs:
+            by = self._routing.by.get()
+            if by is not None:
+                y = self._in_a_call(by, x)
                 if y is not None:
                     return y
         if adapter_names is not None:
@@ -109,8 +109,9 @@ class Linear(nn.Module, RoadLayer):
         check_output(y, self.base_layer, self.path)
         return self._rotated(y, gives_fresh_memory(self.base_layer))
 
-    def _as_before(self, last: Last, x: Tensor) -> Tensor | None:
-        """As forward, if all is as it was the last time; None if not, with nothing computed.
+    def _in_a_call(self, by: object, x: Tensor) -> Tensor | None:
+        """As forward, in a call of the model that has looked at what layers rotate by; None, with nothing computed, where the
+        base layer is not plain.
 
         The base layer is not called but computed, as `nn.Linear` does it: without its hooks, of which it has none. All in one
         function, because each call of one costs microseconds here (`roadie.kernels.cpu.prepared`).
@@ -119,9 +120,7 @@ class Linear(nn.Module, RoadLayer):
         base = modules["base_layer"]
         weight = base._parameters.get("weight")  # type: ignore[union-attr]
         if (
-            self._routing.tables.get() is not last.tables
-            or torch.is_grad_enabled()
-            or self._disable_adapters
+            self._disable_adapters
             or self.merged_adapters
             or type(base) is not nn.Linear
             or type(weight) is not nn.Parameter
@@ -132,9 +131,18 @@ class Linear(nn.Module, RoadLayer):
             or _every_module._global_forward_pre_hooks
         ):
             return None
+        is_trained = torch.is_grad_enabled()
+        if is_trained and (
+            base._backward_hooks
+            or base._backward_pre_hooks
+            or _every_module._global_backward_hooks
+            or _every_module._global_backward_pre_hooks
+        ):
+            return None
         inputs = modules.get("road_input")
         y = nn.functional.linear(x if inputs is None else inputs(x), weight, base._parameters["bias"])
-        return y if last.prepared.rotate_(y) else self._rotated(y, True)
+        last = None if is_trained or forward_ad._current_level >= 0 else self._kept.last
+        return y if last is not None and last.by is by and last.rotate(y) else self._rotated(y, True)
 
     @property
     def weight(self) -> Tensor:
@@ -275,6 +283,7 @@ class Linear(nn.Module, RoadLayer):
         """Remove an adapter from this layer; see PEFT's BaseTunerLayer."""
         super().delete_adapter(adapter_name)
         self._forget_input(adapter_name)
+        self._routing.additions += 1
         self._changed()
 
     def clear_cache(self) -> None:

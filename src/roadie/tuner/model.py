@@ -119,6 +119,7 @@ class RoadModel(BaseTuner):
             if isinstance(module, RoadLayer):
                 module._routing = routing
         routing.changes += 1
+        routing.additions += 1
         routing.listen(model)
         self.__dict__["_shared"] = routing
 
@@ -166,7 +167,7 @@ class RoadModel(BaseTuner):
         if torch.compiler.is_compiling():
             return rows
         stack = ExitStack()
-        stack.callback(self._shared.tables.set, None)  # also after an interrupt, of which hooks are not told
+        stack.callback(self._shared.by.set, None)  # also after an interrupt, of which hooks are not told
         stack.enter_context(rows)
         return stack
 

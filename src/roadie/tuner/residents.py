@@ -20,7 +20,7 @@ from roadie.adapter import Adapter, LayerParameters
 from roadie.bank.attachment import LayerRotation
 from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import Blend
-from roadie.kernels import Stamp, can_be_stamped
+from roadie.kernels import Place, Stamp, can_be_stamped
 
 _FEWEST_SLOTS = 16
 
@@ -33,9 +33,6 @@ class _Resident(NamedTuple):
 
     kinds: list[Kind]
     stamp: Stamp
-
-    def is_current(self, kinds: list[Kind], parameters: list[Tensor]) -> bool:
-        return kinds == self.kinds and self.stamp.is_of(parameters) and self.stamp.holds()
 
 
 class _InLayers:
@@ -72,14 +69,22 @@ class Residents:
         self._given = self._layers  # the same layers, perhaps by other paths
         self._stores: list[_Store] = []
         self._seen: dict[str, _Resident] = {}
+        self._additions = 0
         self._lock = Lock()  # several threads may run one model
 
-    def admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Tensor | None:
+    def admit(
+        self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None], additions: int = 0
+    ) -> Tensor | None:
         """The slot of each wish, int64 on the CPU, all of it in the bank and current; hold the tensor while it is used.
 
-        layers: the RoAd layers of `model` by path. None where parameters cannot be watched, so that nothing may be kept of them.
+        layers: the RoAd layers of `model` by path; additions: how often one of them was given an adapter, or lost one. None
+        where parameters cannot be watched, so that nothing may be kept of them.
         """
         with self._lock:
+            if additions != self._additions:
+                self._additions = additions
+                for name in [name for name, resident in self._seen.items() if resident.kinds != self._kinds(name)]:
+                    self._forget(name)
             return self._admit(model, layers, wishes)
 
     def _admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Tensor | None:
@@ -88,34 +93,33 @@ class Residents:
                 self.clear()
                 self._layers = layers
             self._given, self._stores = layers, [_store(layer) for layer in self._layers.values()]
-        if self._has_moved():
-            self.clear()
         names = dict.fromkeys([name for wish in wishes for name in names_in(wish)])
-        now = {name: self._now(name) for name in names}
-        stale = [name for name in names if not self._is_current(name, *now[name])]
-        if stale or self._bank is None:
-            tensors = [tensor for _, parameters in now.values() for tensor in parameters]
+        stale = [name for name in names if not self._is_current(name)]
+        places = {name: self._places(name) for name in names} if stale or self._bank is None else {}
+        if places or self._bank is None:
+            if self._has_moved():
+                self.clear()
+            tensors = [store[key] for each in places.values() for store, key in each]
             if not all(map(can_be_stamped, tensors)):
                 return None
             if not self._fit(model, tensors):
                 stale = list(names)
         self._make_room(len({*self._seen, *stale}) + len(set(wishes)))
         if stale:
-            self._keep({name: now[name] for name in stale})
+            self._keep({name: places[name] for name in stale})
         return self.bank.slots([dict(wish.weights) if isinstance(wish, Blend) else wish for wish in wishes])
 
-    def _now(self, name: str) -> tuple[list[Kind], list[Tensor]]:
-        """Of which kind an adapter is in each layer, and its parameters; looked up without the detours of nn.Module."""
-        return (
-            [(variant.get(name), size.get(name)) for _, _, variant, size in self._stores],
-            [tensor for theta, alpha, *_ in self._stores if name in theta for tensor in (theta[name], alpha[name])],
-        )
+    def _kinds(self, name: str) -> list[Kind]:
+        """Of which kind an adapter is in each layer."""
+        return [(variant.get(name), stages.get(name)) for _, _, variant, stages in self._stores]
 
-    def are_unwritten(self, names: Iterable[str], bank: AdapterBank | None) -> bool:
-        """Whether no parameter of adapters in `bank` was written to since, by an operation that torch counts."""
-        return self._bank is bank and all(
-            name in self._seen and self._seen[name].stamp.is_unwritten() for name in names
-        )
+    def _places(self, name: str) -> list[Place]:
+        """Where the parameters of an adapter are."""
+        return [(store, name) for theta, alpha, *_ in self._stores if name in theta for store in (theta, alpha)]
+
+    def are_current(self, names: Iterable[str], bank: AdapterBank | None, additions: int) -> bool:
+        """Whether the parameters of adapters in `bank` are what they were when they were put there."""
+        return self._bank is bank and additions == self._additions and all(map(self._is_current, names))
 
     @property
     def bank(self) -> AdapterBank:
@@ -161,20 +165,19 @@ class Residents:
         if num_slots > self.bank.num_slots:
             self.bank.grow(2 * num_slots)
 
-    def _keep(self, stale: dict[str, tuple[list[Kind], list[Tensor]]]) -> None:
+    def _keep(self, stale: dict[str, list[Place]]) -> None:
         self.bank.update({name: _adapter(self._layers, name) for name in stale})
-        stamps = Stamp.each([parameters for _, parameters in stale.values()])
-        for (name, (kinds, _)), stamp in zip(stale.items(), stamps, strict=True):
-            self._seen[name] = _Resident(kinds, stamp)
+        for name, stamp in zip(stale, Stamp.each(list(stale.values())), strict=True):
+            self._seen[name] = _Resident(self._kinds(name), stamp)
 
     def _forget(self, name: str) -> None:
         del self._seen[name]
         if name in self.bank:
             self.bank.evict(name)
 
-    def _is_current(self, name: str, kinds: list[Kind], parameters: list[Tensor]) -> bool:
+    def _is_current(self, name: str) -> bool:
         seen = self._seen.get(name)
-        return seen is not None and name in self.bank and seen.is_current(kinds, parameters)
+        return seen is not None and name in self.bank and seen.stamp.holds()
 
 
 def names_in(wish: str | Blend | None) -> tuple[str, ...]:

@@ -23,10 +23,11 @@ from roadie.errors import ConfigError
 from roadie.kernels import prepare_checked, rotate_checked
 from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_size, to_dense
 from roadie.sites.parameters import Part, Slot, parts_of
+from roadie.sites.rows import Choice
 from roadie.tuner.blends import with_blends
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.routing import AdapterChoice, RoadRouting
-from roadie.tuner.tables import Kept, Last, Layout, Made, Names, are_trained, unseen_by_checkpoints
+from roadie.tuner.tables import Kept, Last, Layout, Made, Names, Tables, are_trained, unseen_by_checkpoints
 
 
 class RoadLayer(BaseTunerLayer):
@@ -68,6 +69,7 @@ class RoadLayer(BaseTunerLayer):
     def add(self, adapter_name: str, config: Any, stages: tuple[int, ...], inference_mode: bool = False) -> None:
         """Add the adapter `adapter_name` of the config's variant and these group sizes, checked before, or start it anew."""
         size = len(stages) * parameter_size(config.variant, self.out_features)
+        self._routing.additions += 1
         self.variant[adapter_name] = config.variant
         self.stages[adapter_name] = stages
         self.road_theta[adapter_name] = nn.Parameter(torch.empty(size))
@@ -175,9 +177,19 @@ class RoadLayer(BaseTunerLayer):
         """y, each row rotated as its wish says: from the bank, or from a table of the adapters that are asked for."""
         in_bank = None if torch.compiler.is_compiling() else choice.in_bank
         if in_bank is not None and not (torch.is_grad_enabled() and choice.trains):
-            return y if self.resident is None else self.resident.by(in_bank, y, lambda: is_fresh)
+            return self._served(y, in_bank, is_fresh)
         found = self._made_for(choice)
         return y if found.chain is None else self._turned(y, found, self._slots_of(y, choice), is_fresh)
+
+    def _served(self, y: Tensor, in_bank: Choice, is_fresh: bool) -> Tensor:
+        """y rotated by the bank."""
+        if self.resident is None:
+            return y
+        z = self.resident.by(in_bank, y, lambda: is_fresh)
+        prepared = self.resident.prepared
+        if prepared is not None:
+            self._kept.last = Last(in_bank.mark, prepared)
+        return z
 
     def _slots_of(self, y: Tensor, choice: AdapterChoice) -> Tensor:
         """Which row of the table each row of y uses; -1: none, and it passes bit for bit."""
@@ -195,8 +207,8 @@ class RoadLayer(BaseTunerLayer):
         """What the adapters `names` do here: made for all layers before the model was called, or now for this one."""
         if torch.compiler.is_compiling():
             return Layout([self], names).made()[0]
-        tables = self._routing.tables.get()
-        if tables is not None and tables.names == names:
+        tables = self._routing.by.get()
+        if isinstance(tables, Tables) and tables.names == names:
             found = tables.of.get(self)
             has_graph = tables.has_graph or not torch.is_grad_enabled()
             if found is not None and found.is_here() and (has_graph or not found.is_trained()):
@@ -219,11 +231,18 @@ class RoadLayer(BaseTunerLayer):
 
     def _remember(self, y: Tensor, found: Made) -> None:
         """Get ready to rotate in the same way in later calls of the model, as long as the tables hold."""
-        tables, chain = self._routing.tables.get(), found.chain or ()
-        if tables is None or tables.of.get(self) is not found:
+        tables, last = self._routing.by.get(), self._kept.last
+        if not isinstance(tables, Tables) or found.chain is None or tables.of.get(self) is not found:
             return
-        prepared = prepare_checked(y, chain, None)
+        if last is not None and last.by is tables:
+            return
+        prepared = prepare_checked(y, found.chain, None)
         self._kept.last = None if prepared is None else Last(tables, prepared)
+
+    def hold(self, names: Iterable[str]) -> None:
+        """From now on these adapters (LoRA) are merged into the weight after RoAd."""
+        self.held_by = tuple(names)
+        self._changed()
 
     def _changed(self) -> None:
         """What rotates here is another one from now on."""

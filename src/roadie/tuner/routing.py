@@ -26,7 +26,8 @@ from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import BASE, Blend, Wish, parse
 from roadie.bank.servers import announce
 from roadie.errors import RoutingError
-from roadie.sites.rows import Choice, Routing
+from roadie.kernels import is_looked_on
+from roadie.sites.rows import Choice, Mark, Routing
 from roadie.tuner.residents import Residents, names_in
 from roadie.tuner.tables import Kept, Layout, Tables, are_trained
 
@@ -42,30 +43,37 @@ class Parts:
     model: nn.Module
     layers: dict[str, Any]
     wholes: list[AuxiliaryTrainingWrapper]
-    _modules: list[nn.Module]
+    _additions: int
+    _has_compiled: bool
+    _books: list[dict[str, Any]]
     _children: list[dict[str, Any]]
     _found: list[list[Any]]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Parts:
+    def of(cls, model: nn.Module, additions: int) -> Parts:
         root = "layer" if _has_rows(model) else ""
         modules = dict(model.named_modules(prefix=root))
         layers = {path: each for path, each in modules.items() if _has_rows(each)}
         wholes = [each for each in modules.values() if isinstance(each, AuxiliaryTrainingWrapper)]
-        children = [each._modules for each in modules.values() if each._modules or isinstance(each, _LISTS)]
-        others = [each for each in modules.values() if not isinstance(each, nn.ParameterDict)]
-        return cls(model, layers, wholes, others, children, [list(each.values()) for each in children])
+        # What is inside of a RoAd layer changes where adapters are added or deleted alone.
+        outside = [each for each in modules.values() if not _has_rows(each)]
+        children = [each._modules for each in outside if each._modules or isinstance(each, _LISTS)]
+        has_compiled = any("_orig_mod" in each._modules for each in modules.values())
+        books = [each.__dict__ for each in modules.values() if each._modules]
+        found = [list(each.values()) for each in children]
+        return cls(model, layers, wholes, additions, has_compiled, books, children, found)
 
-    def are_of(self, model: nn.Module) -> bool:
-        """Whether they are still what `model` has."""
-        return model is self.model and [list(children.values()) for children in self._children] == self._found
+    def are_of(self, model: nn.Module, additions: int) -> bool:
+        """Whether they are still what `model` has; additions: of adapters to its layers (`RoadRouting.additions`)."""
+        if model is not self.model or additions != self._additions:
+            return False
+        return [list(children.values()) for children in self._children] == self._found
 
     def are_compiled(self) -> bool:
         """Whether the model was given to torch.compile, or a module in it, or is being compiled."""
-        for module in self._modules:
-            if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
-                return True
-        return torch.compiler.is_compiling()
+        if self._has_compiled or torch.compiler.is_compiling():
+            return True
+        return any(book.get("_compiled_call_impl") is not None for book in self._books)
 
     def slots(self) -> tuple[str, ...]:
         """The names of the adapters in slot order: slot k belongs to the k-th name."""
@@ -89,13 +97,19 @@ class AdapterChoice(Choice):
     """
 
     def __init__(
-        self, parts: Parts, slots: Tensor, names: tuple[str | Blend, ...], residents: Residents, expansion: int = 1
+        self,
+        parts: Parts,
+        slots: Tensor,
+        names: tuple[str | Blend, ...],
+        routing: RoadRouting,
+        expansion: int,
+        is_compiled: bool,
     ) -> None:
         first = next(iter(parts.layers.values()), None)
         device = None if first is None else first.get_base_layer_device()
-        super().__init__(slots, expansion, model=parts.model, device=device, is_compiled=parts.are_compiled())
+        super().__init__(slots, expansion, model=parts.model, device=device, is_compiled=is_compiled)
         self.check(len(names))
-        self.names, self._parts, self._residents = names, parts, residents
+        self.names, self._parts, self._routing, self._residents = names, parts, routing, routing.residents
         self.blends = [name for name in names if isinstance(name, Blend)]
         each = [name.names if isinstance(name, Blend) else (name,) for name in names]
         self.adapters = tuple(dict.fromkeys([adapter for adapters in each for adapter in adapters]))
@@ -118,6 +132,7 @@ class AdapterChoice(Choice):
         self._running = self.in_bank = None
         if not self.calls.is_compiled and not (torch.is_grad_enabled() and self.trains):
             self._running, self.in_bank = model, self._from_bank()
+            self._routing.by.set(None if self.in_bank is None or is_looked_on() else self.in_bank.mark)
 
     def ends(self, model: nn.Module) -> None:
         """Layers that are called by themselves look at their parameters themselves."""
@@ -125,11 +140,12 @@ class AdapterChoice(Choice):
             self._running = self.in_bank = None
 
     def _from_bank(self) -> Choice | None:
-        if self._served is not None and self._residents.are_unwritten(self._used, self._bank):
+        additions = self._routing.additions
+        if self._served is not None and self._residents.are_current(self._used, self._bank, additions):
             return self._served
         wishes = {slot: self.names[slot] for slot in self.host.unique().tolist() if slot >= 0}
         self._used = tuple(dict.fromkeys([name for wish in wishes.values() for name in names_in(wish)]))
-        held = self._residents.admit(self._parts.model, self._parts.layers, list(wishes.values()))
+        held = self._residents.admit(self._parts.model, self._parts.layers, list(wishes.values()), additions)
         if held is None:
             return None
         self._bank = self._residents.bank
@@ -142,17 +158,19 @@ class AdapterChoice(Choice):
 class RoadRouting(Routing[AdapterChoice]):
     """What the RoAd layers of a model share: the choice in force, and what is done once a call of the model.
 
-    residents: the bank of the model, kept from one batch to the next; tables: of all layers, while a call of the model is running
-    in this thread, None where each layer makes its own; changes: how often what a layer rotates by has become another one, such
-    as other active adapters.
+    residents: the bank of the model, kept from one batch to the next. by: what layers rotate by while a call of the model runs in
+    this thread: tables of all of them, or the mark of rows that the bank serves; None where each layer looks for itself.
+    changes: how often what a layer rotates by has become another one, such as other active adapters; additions: how often a
+    layer was given an adapter, or lost one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.residents = Residents()
         self._parts: Parts | None = None
-        self.tables: ContextVar[Tables | None] = ContextVar("roadie_tables", default=None)
-        self.changes = 0
+        self._unmerged = -1
+        self.by: ContextVar[Tables | Mark | None] = ContextVar("roadie_by", default=None)
+        self.changes = self.additions = 0
         self._kept = Kept()
         self._layout: Layout | None = None
 
@@ -183,11 +201,13 @@ class RoadRouting(Routing[AdapterChoice]):
 
     def _starts(self, model: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.tables.set(self._tables_for(model))
+            choice = self.here.get()
+            if choice is None or choice.in_bank is None:
+                self.by.set(self._tables_for(model))
 
     def _ends(self, model: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.tables.set(None)
+            self.by.set(None)
 
     def _tables_for(self, model: nn.Module) -> Tables | None:
         choice = self.here.get()
@@ -198,8 +218,8 @@ class RoadRouting(Routing[AdapterChoice]):
             names = choice.names
         kept = self._kept.current(names, self.changes)
         if kept is not None and not (torch.is_grad_enabled() and kept.layout.is_trained()):
-            return kept
-        if self._layout is None or not self._layout.are_of(names, self.changes):
+            return kept._replace() if is_looked_on() else kept  # the same, but no layer rotates as it did the last time
+        if self._layout is None or not (self._layout.is_for(names, self.changes) and self._layout.are_here()):
             self._layout = Layout([each for each in model.modules() if _has_rows(each)], names, self.changes)
         if not self._layout.is_whole():
             return None
@@ -210,14 +230,26 @@ class RoadRouting(Routing[AdapterChoice]):
     def parts_of(self, model: nn.Module) -> Parts:
         """What of the model rows are about, looked up again where its modules are others."""
         parts = self._parts
-        if parts is None or not parts.are_of(model):
-            parts = self._parts = Parts.of(model)
+        if parts is None or not parts.are_of(model, self.additions):
+            parts = self._parts = Parts.of(model, self.additions)
         return parts
+
+    def check_unmerged(self, parts: Parts) -> None:
+        """Raise `RoutingError` where adapters are merged into a layer."""
+        if self._unmerged == self.changes:
+            return
+        for layer in parts.layers.values():
+            if layer.__dict__.get("merged_adapters") or layer.held_by:  # of an input its layer knows
+                raise RoutingError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+        self._unmerged = self.changes
 
     def prepare(self, model: nn.Module, undo: ExitStack) -> None:
         """As for any model; and each row goes through its adapter's copy of what PEFT trains whole."""
         super().prepare(model, undo)
-        for wrapper in self.parts_of(model).wholes:
+        parts = self._parts if self._parts is not None and self._parts.model is model else self.parts_of(model)
+        for wrapper in parts.wholes:
             wrapper.__dict__["forward"] = _by_row(wrapper, self)
             undo.callback(wrapper.__dict__.pop, "forward", None)
 
@@ -261,18 +293,15 @@ def _chosen(
     """are_all: whether the table holds all adapters."""
     routing = shared_routing(model)
     parts = routing.parts_of(model)
-    for layer in parts.layers.values():
-        if layer.__dict__.get("merged_adapters") or layer.held_by:  # of an input its layer knows
-            raise RoutingError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-    table: tuple[str | Blend, ...] = parts.slots() if are_all or parts.are_compiled() else ()
+    routing.check_unmerged(parts)
+    is_compiled = parts.are_compiled()
+    table: tuple[str | Blend, ...] = parts.slots() if are_all or is_compiled else ()
     if not isinstance(wanted, Tensor):
         wishes = _wishes(parts, wanted)
         blends = dict.fromkeys([wish for wish in wishes if isinstance(wish, Blend)])
         table = (*(table or sorted({wish for wish in wishes if isinstance(wish, str)})), *blends)
         wanted = _slots_in(table, wishes)
-    return routing.chosen(AdapterChoice(parts, wanted, table, routing.residents, expansion), model)
+    return routing.chosen(AdapterChoice(parts, wanted, table, routing, expansion, is_compiled), model)
 
 
 def _slots_in(table: tuple[str | Blend, ...], wishes: Sequence[str | Blend | None]) -> Tensor:

@@ -57,21 +57,19 @@ class Layout:
     def __init__(self, layers: Sequence[Any], names: Names, changes: int = 0) -> None:
         self.names, self.changes = names, changes
         self._layers = layers
-        active = [layer._active_adapter for layer in layers]
-        self._active = [each if isinstance(each, str) else [*each] for each in active]
         self._facts = [_facts_of(layer, names) for layer in layers]
-        self._sources = [source for _, sources, _ in self._facts for source in sources]
+        self.sources = [source for _, sources, _ in self._facts for source in sources]
         self.tensors = [tensor for *_, tensors in self._facts for tensor in tensors]
         self._sizes = [size for layer in layers for size in _sizes_of(layer, names)]
         self._plan: Plan | None = None
 
-    def are_of(self, names: Names, changes: int) -> bool:
-        """Whether it is for these names, and of the parameters that the layers have now."""
-        if self.names != names or self.changes != changes:
-            return False
-        if names is None and [layer._active_adapter for layer in self._layers] != self._active:
-            return False
-        return all(map(is_, [store.get(name) for store, name in self._sources], self.tensors))
+    def is_for(self, names: Names, changes: int) -> bool:
+        """Whether it is for these names, and the layers have not been changed since."""
+        return self.names == names and self.changes == changes
+
+    def are_here(self) -> bool:
+        """Whether the parameters are those that the layers have now."""
+        return all(map(is_, [store.get(name) for store, name in self.sources], self.tensors))
 
     def is_whole(self) -> bool:
         """Whether all parameters are here now, as plain memory, so that tables can be made before the layers run.
@@ -143,7 +141,7 @@ class Kept:
     def current(self, names: Names, changes: int) -> Tables | None:
         """The tables that are kept, if they hold."""
         tables, stamp = self._tables, self._stamp
-        if tables is not None and stamp is not None and tables.layout.are_of(names, changes) and stamp.holds():
+        if tables is not None and stamp is not None and tables.layout.is_for(names, changes) and stamp.holds():
             return tables
         return None
 
@@ -151,8 +149,8 @@ class Kept:
         """New ones, without gradient, which are kept where it will be seen that they do not hold any more."""
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training later
             tables = layout.tables()
-        tensors = layout.tensors
-        self._tables, self._stamp = (tables, Stamp(tensors)) if all(map(can_be_stamped, tensors)) else (None, None)
+        can_be_kept = all(map(can_be_stamped, layout.tensors)) and layout.are_here()
+        self._tables, self._stamp = (tables, Stamp(layout.sources)) if can_be_kept else (None, None)
         return tables
 
     def clear(self) -> None:
@@ -172,10 +170,10 @@ def are_trained(layers: Iterable[Any], names: Names) -> bool:
 
 
 class Last(NamedTuple):
-    """How a layer rotated the last time, under which tables."""
+    """How a layer rotated the last time, and by what: tables, or the `Mark` of rows in the bank (`RoadRouting.by_now`)."""
 
-    tables: Tables
-    prepared: PreparedRotation
+    by: object
+    rotate: PreparedRotation
 
 
 @contextmanager

@@ -24,7 +24,7 @@ LIBRARY = Path(__file__).with_name("_rotate.so")
 BYTES_A_THREAD = 1 << 20  # 20 us or more of work; less takes longer to share out than to do
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-JOB = struct.Struct("@13P12q")  # the struct Job of rotate.c: thirteen pointers, twelve integers
+JOB = struct.Struct("@9P11q")  # the struct Job of job.h: nine pointers, eleven integers
 STAGE = struct.Struct("@3Pq")  # the struct Stage
 _FAILURES = {
     1: "there was not enough memory for partial sums",
@@ -32,6 +32,11 @@ _FAILURES = {
     3: "a slot is not between -1 and the number of slots - 1",
     4: "a group size is not even, or does not divide the number of outputs",
 }
+
+
+ROTATE, BACKWARD, GRADIENTS, GRADIENTS_OF_OUTPUT = range(4)  # the operations of calls.c
+Place = tuple[int, int]
+"""Address and stride between rows of what was kept: whoever asks a tensor itself for its address moves it (`address`)."""
 
 
 class CpuImplementation(Implementation):
@@ -53,9 +58,7 @@ class CpuImplementation(Implementation):
         """R x into out; see the contract."""
         work = 2 * x.nbytes if turns.slots is None else 2 * x.nbytes + table_work([turns])
         threads = 1 if work < 2 * BYTES_A_THREAD else threads_for(work)
-        status = loaded().rotate(_job(x, None, out, turns, None, None, threads))
-        if status:
-            _fail(status)
+        _run(ROTATE, x, None, out, turns, None, None, threads)
 
     def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
         """All rotations of a row while it is in the cache; see the contract."""
@@ -74,7 +77,7 @@ class CpuImplementation(Implementation):
     ) -> None:
         """R^T grad into grad_x, and the sums over rows; see the contract."""
         threads = threads_for(3 * grad.numel() * grad.element_size())
-        _check(loaded().backward(_job(grad, kept, grad_x, turns, own, partner, threads)))
+        _run(BACKWARD, grad, _place_of(kept), grad_x, turns, own, partner, threads)
 
     def gradients(
         self,
@@ -88,18 +91,29 @@ class CpuImplementation(Implementation):
     ) -> None:
         """`backward` and `gradient` in one call; see the contract."""
         threads = 1 if 3 * grad.nbytes < 2 * BYTES_A_THREAD else threads_for(3 * grad.nbytes)
-        status = loaded().gradients(_job(grad, kept, grad_x, turns, own, partner, threads), of_output)
-        if status:
-            _fail(status)
+        operation = GRADIENTS_OF_OUTPUT if of_output else GRADIENTS
+        _run(operation, grad, _place_of(kept), grad_x, turns, own, partner, threads)
 
     def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
         """From sums to gradients of direct and cross, in place; see the contract."""
         _check(loaded().gradient(_job(own, None, None, turns._replace(slots=None), own, partner, 1), int(of_output)))
 
 
+def _run(*given: Any) -> None:
+    status = loaded().run(*given)
+    if status < 0:  # tensors that C could not read
+        status = loaded().run_by_ctypes(*given)
+    if status:
+        _fail(status)
+
+
+def _place_of(kept: Tensor | None) -> Place | None:
+    return None if kept is None else (address(kept), kept.stride(0))
+
+
 def _job(
     x: Tensor,
-    kept: Tensor | None,
+    kept: Place | None,
     z: Tensor | None,
     turns: RowRotations,
     own: Tensor | None,
@@ -109,7 +123,7 @@ def _job(
     direct, cross, slots, repeat, sizes, group_size = turns
     return JOB.pack(
         x.data_ptr(),
-        address(kept) if kept is not None else 0,
+        kept[0] if kept is not None else 0,
         z.data_ptr() if z is not None else 0,
         direct.data_ptr(),
         cross.data_ptr(),
@@ -117,11 +131,10 @@ def _job(
         sizes.data_ptr() if sizes is not None else 0,
         own.data_ptr() if own is not None else 0,
         partner.data_ptr() if partner is not None else 0,
-        *(0,) * 5,
         x.shape[0],
         x.shape[1],
         x.stride(0),
-        kept.stride(0) if kept is not None else 0,
+        kept[1] if kept is not None else 0,
         z.stride(0) if z is not None else 0,
         repeat,
         direct.shape[0],
@@ -174,8 +187,27 @@ def _fail(status: int) -> NoReturn:
     raise KernelError(f"got a status of {status} from the compiled kernel: {_FAILURES[status]}")
 
 
+@cache
+def reader() -> int:
+    """The address of the function by which torch tells C what a tensor is; 0 where it has none (before torch 2.10).
+
+    It is that of DLPack's exchange API, a struct of: its version, a pointer to older ones, and functions.
+    """
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return 0
+    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    api = get_pointer(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
+    major = ctypes.c_uint32.from_address(api).value
+    return (ctypes.c_void_p * 6).from_address(api)[5] or 0 if major == 1 else 0
+
+
 class _Library:
-    """The loaded object, or why there is none."""
+    """The loaded object, or why there is none.
+
+    run: computes, of: the operation, x, where what was kept is, z, `RowRotations`, own, partner and the number of threads; gives
+    a status. callable: makes the callables of calls.c, by their number there and a tuple of what they hold; None where it cannot.
+    """
 
     def __init__(self, path: Path) -> None:
         self.problem: str | None = None
@@ -184,22 +216,32 @@ class _Library:
         self.backward: Callable[[bytes], int]
         self.gradient: Callable[[bytes, int], int]
         self.gradients: Callable[[bytes, int], int]
-        self.same: Callable[..., int]
+        self.callable: Callable[[int, tuple[Any, ...]], Callable[..., Any]] | None = None
+        self.run: Callable[..., int] = self.run_by_ctypes
         try:
             library = ctypes.CDLL(str(path))
             self.rotate, self.backward = (self._function(library, f"roadie_{name}") for name in ("rotate", "backward"))
             names = ("gradient", "gradients")
             self.gradient, self.gradients = (self._function(library, f"roadie_{n}", ctypes.c_int) for n in names)
             self.rotate_chain = self._function(library, "roadie_rotate_chain", ctypes.c_int64, ctypes.c_char_p)
-            self.same = library.roadie_same
-            self.same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
             if library.roadie_job_bytes() != JOB.size or library.roadie_stage_bytes() != STAGE.size:
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
+            elif reader() and hasattr(library, "roadie_callable"):
+                self.callable = ctypes.PyDLL(str(path)).roadie_callable
+                self.callable.argtypes, self.callable.restype = [ctypes.c_int, ctypes.py_object], ctypes.py_object
+                self.run = self.callable(2, (struct.pack("@P", reader()),))
         except (OSError, AttributeError) as error:
             self.problem = (
                 f"the compiled kernel cannot be loaded ({error}); it is built when roadie is installed from source "
                 "where there is a C compiler"
             )
+
+    def run_by_ctypes(self, operation: int, *given: Any) -> int:
+        """As run, where torch does not tell C what its tensors are."""
+        job = _job(*given)
+        if operation in (GRADIENTS, GRADIENTS_OF_OUTPUT):
+            return self.gradients(job, operation == GRADIENTS_OF_OUTPUT)
+        return (self.backward if operation == BACKWARD else self.rotate)(job)
 
     @staticmethod
     def _function(library: ctypes.CDLL, name: str, *more: Any) -> Callable[..., int]:

@@ -1,4 +1,4 @@
-/* The rotation on CPUs: see ../contract.py for what is computed. Plain C without Python or torch in it; called by ctypes.
+/* The rotation on CPUs: see ../contract.py for what is computed. Plain C without Python or torch in it; called by ctypes, and by calls.c.
  *
  * What counts is memory: every element is read once and written once, both members of a pair together; the tables of one
  * layer stay in the first levels of the cache. Products and sums are rounded one by one (no fused multiply-add), as in
@@ -15,13 +15,8 @@
 
 #define INLINE static inline
 #include "element.h"
+#include "job.h"
 #include "spans.h"
-
-#if defined(_MSC_VER)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
 
 /* The sets of loops that were compiled (setup.py says which), and the best that this processor can run. */
 extern const Spans spans_default;
@@ -42,28 +37,7 @@ static const Spans *spans(void) {
 }
 
 enum { SHORT = 16, TASK_ROWS = 128, TASK_COLUMNS = 1024, BLOCK = 1024 };
-enum { DONE = 0, OUT_OF_MEMORY = 1, UNKNOWN_TYPE = 2, UNKNOWN_SLOT = 3, ODD_GROUP = 4, CHANGED = 5 };
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
-/* The same fields, in the same order, as roadie.kernels.cpu.Job. Strides are in elements. */
-typedef struct {
-    const void *x;          /* [rows, width]; in backward the gradient of the output */
-    const void *kept;       /* [rows, width], backward only */
-    void *z;                /* [rows, width]; in backward the gradient of the input, or NULL */
-    const void *direct;     /* [slots, width] */
-    const void *cross;      /* [slots, width] */
-    const int64_t *slots;   /* [rows / repeat], or NULL: all rows use slot 0 */
-    const int32_t *sizes;   /* [slots], or NULL: all slots have group_size */
-    float *own;             /* [slots, width], backward only, or NULL */
-    float *partner;         /* [slots, width], backward only, or NULL */
-    const void *now[2];     /* what the table was made from, ... */
-    const void *then[2];    /* ... and what it was then; rotate does nothing where they differ */
-    int64_t watched;        /* bytes of each of the two, or 0 */
-    int64_t rows, width, x_stride, kept_stride, z_stride, repeat, num_slots, group_size;
-    int64_t type;           /* of x, kept and z */
-    int64_t table_type;     /* of direct and cross: FLOAT32, or that of x */
-    int64_t threads;
-} Job;
+enum { DONE = 0, OUT_OF_MEMORY = 1, UNKNOWN_TYPE = 2, UNKNOWN_SLOT = 3, ODD_GROUP = 4 };
 
 /* Rows of one slot, and columns, that backward treats at a time: the rows are number `first` to `first + count` of the
  * slot's rows, which are those of the entries order[entries ...] of `slots`. */
@@ -158,14 +132,8 @@ static void prefer_huge_pages(const Job *job) {
 #endif
 }
 
-static int has_changed(const Job *job) {
-    for (int i = 0; i < 2; i++)
-        if (job->watched && memcmp(job->now[i], job->then[i], (size_t)job->watched)) return 1;
-    return 0;
-}
-
 EXPORT int roadie_rotate(const Job *job) {
-    int status = has_changed(job) ? CHANGED : check(job);
+    int status = check(job);
     if (status) return status;
     TurnSpan *turn = spans()->turn[job->type][is_narrow(job)];
     prefer_huge_pages(job);
@@ -177,13 +145,6 @@ EXPORT int roadie_rotate(const Job *job) {
             turn_row(job, turn, row, 0, job->width, 0);
     return DONE;
 }
-
-/* One of several rotations in a row: the fields of a Job that it has of its own. A size of 0: no rotation for that slot. */
-typedef struct {
-    const void *direct, *cross;
-    const int32_t *sizes;
-    int64_t group_size;
-} Stage;
 
 static inline int64_t stage_group(const Stage *stage, int64_t slot) {
     return stage->sizes ? stage->sizes[slot] : stage->group_size;
@@ -258,7 +219,7 @@ static int check_chain(const Job *job, const Stage *stages, int64_t count) {
 
 /* As roadie_rotate, through `count` rotations in a row; those fields of the job that a Stage has are not read. */
 EXPORT int roadie_rotate_chain(const Stage *stages, int64_t count, const Job *job) {
-    int status = has_changed(job) ? CHANGED : check_chain(job, stages, count);
+    int status = check_chain(job, stages, count);
     if (status) return status;
     const Spans *loops = spans();
     prefer_huge_pages(job);
@@ -437,13 +398,6 @@ EXPORT int roadie_gradient(const Job *job, int of_output) {
 EXPORT int roadie_gradients(const Job *job, int of_output) {
     int status = roadie_backward(job);
     return status ? status : roadie_gradient(job, of_output);
-}
-
-/* Whether each of `count` pieces of memory has the bytes of another. */
-EXPORT int roadie_same(const int64_t *ones, const int64_t *others, const int64_t *bytes, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        if (memcmp((const void *)(intptr_t)ones[i], (const void *)(intptr_t)others[i], (size_t)bytes[i])) return 0;
-    return 1;
 }
 
 /* So that the caller can see that both sides mean the same by a Job. */

@@ -174,7 +174,7 @@ class LoraLinear(lora.Linear):
     def _hold(self) -> None:
         """RoAd must not change the weight under what was added to it."""
         if self.road is not None:
-            self.road.held_by = tuple(self.merged_adapters)
+            self.road.hold(self.merged_adapters)
 
     def _parameters_of_base(self) -> tuple[Any, Any]:
         base = self.get_base_layer()
