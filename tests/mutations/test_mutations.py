@@ -151,8 +151,8 @@ def as_outputs(self: Any, names: Any) -> Any:
     return self.active_adapters if names is None else names
 
 
-def of_bias(self: merging.Turns) -> merging.Turns:
-    return merging.Turns((*self.rows, *self.columns))
+def of_bias(self: merging.WeightRotations) -> merging.WeightRotations:
+    return merging.WeightRotations((*self.rows, *self.columns))
 
 
 def without_inputs(_own: Any = roadie.RoadModel._get_adapter_state_dict, **arguments: Any) -> Any:
@@ -169,7 +169,7 @@ MISTAKES = {
     "base rows": (routing, "_slots_in", first_adapter_for_the_base, mixed_rows),
     "patch forgotten": (merging, "_restored", without_the_patch, restored),
     "input not transposed": (layer, "transposed", lambda turn: turn, inputs_merged),
-    "bias turned by the input": (merging.Turns, "of_bias", property(of_bias), inputs_merged),
+    "bias turned by the input": (merging.WeightRotations, "of_bias", property(of_bias), inputs_merged),
     "order of inputs": (
         RoadInput,
         "names_for",

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _every_module
 
+from roadie.algebra.chains import compose_chains
 from roadie.errors import MergeError, RoutingError, UnsupportedLayer
 from roadie.linear import check_output, read_in_a_forward
 from roadie.rotation import check_group_size, transposed
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.inputs import RoadInput
-from roadie.tuner.merging import ExactUnmerge, Turns, combined
+from roadie.tuner.merging import ExactUnmerge, WeightRotations
 from roadie.tuner.output import gives_fresh_memory
 from roadie.tuner.rotating import RoadLayer, check_variant, group_sizes_of, input_group_sizes_of
 from roadie.tuner.routing import adapter_rows
@@ -179,16 +180,13 @@ class Linear(nn.Module, RoadLayer):
         safe_merge: look first whether every result is finite, and raise `MergeError` (a ValueError) with nothing changed
         if not. What it takes to come back exactly is kept as `exact_unmerge` says.
         """
-        self._merge(safe_merge, adapter_names, keep=True)
-
-    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         names = self._to_merge(adapter_names)
         if not names:
             return
         self._check_not_held()
         if safe_merge:
             self.check_merge(names)
-        merge = self._base_weight().merge(self._turns(names), self.exact_unmerge if keep else ExactUnmerge.NEVER)
+        merge = self._base_weight().merge(self._weight_rotations(names), self.exact_unmerge)
         self._changed()
         self._merges.append(Merge(tuple(names), *merge))
         self.merged_adapters.extend(names)
@@ -198,19 +196,19 @@ class Linear(nn.Module, RoadLayer):
 
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raise `MergeError` if merging these adapters would give a non-finite weight or bias; changes nothing."""
-        self._base_weight().check(self._turns(adapter_names), ", ".join(adapter_names))
+        self._base_weight().check(self._weight_rotations(adapter_names), ", ".join(adapter_names))
 
-    def _turns(self, names: Sequence[str]) -> Turns:
+    def _weight_rotations(self, names: Sequence[str]) -> WeightRotations:
         """What merging does to the weight: with adapters A, B it becomes ``R_B R_A W R_inA R_inB``."""
         with torch.no_grad():
-            rows = combined([rotation for name in names for rotation in self.rotations(name)])
+            rows = compose_chains([rotation for name in names for rotation in self.rotations(name)], ())
             inputs = self.road_input
             if inputs is None:
-                return Turns(rows)
-            # A row w of W becomes R^T w; of rotations in a row the last is the first that stands beside W.
+                return WeightRotations(rows)
+            # A row w of W becomes R^T w; of a chain the last is the first that stands beside W.
             here = [name for name in names if name in inputs.road_theta]
             columns = [transposed(rotation) for name in here for rotation in reversed(inputs.rotations(name))]
-            return Turns(rows, combined(columns))
+            return WeightRotations(rows, compose_chains(columns, ()))
 
     def unmerge(self) -> None:
         """Take all merges back, the last one first; raises `MergeError` with nothing changed where one cannot be."""

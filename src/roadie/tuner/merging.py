@@ -18,16 +18,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor
 
-from roadie.algebra.chains import compose_chains
+from roadie.algebra.chains import inverse_chain
 from roadie.errors import AdapterError, MergeError
-from roadie.rotation import Rotation, inverse, pair_rows
+from roadie.rotation import Rotation, pair_rows
 from roadie.tuner.patch import Patch, make_patch
+from roadie.tuner.snapshot import undone_if_raised
 
 logger = logging.getLogger("roadie")
 
@@ -41,62 +45,55 @@ class ExactUnmerge(str, Enum):
     ALWAYS = "always"  # every dtype
     NEVER = "never"  # keep nothing; the inverse rotation alone
 
+    def holds_for(self, tensor: Tensor) -> bool:
+        """Whether a weight (or bias) of this dtype comes back so."""
+        size = tensor.element_size()
+        return size == 2 if self is ExactUnmerge.HALF else self is ExactUnmerge.ALWAYS and size > 1
+
 
 @dataclass(frozen=True)
-class Turns:
-    """What is done to a weight ``[D, in]``: its columns are turned by `rows`, its rows by `columns`, the first before the others.
+class WeightRotations:
+    """What merging does to a weight ``[D, in]``: its columns are rotated by `rows`, its rows by `columns`.
 
-    rows: rotations ``[D]`` of the outputs; columns: rotations ``[in]``, the transposed of what rotates the input.
+    rows: chain ``[D]`` of the outputs; columns: chain ``[in]``, the transposed of what rotates the input.
     """
 
     rows: tuple[Rotation, ...]
     columns: tuple[Rotation, ...] = ()
 
     @property
-    def of_bias(self) -> Turns:
+    def of_bias(self) -> WeightRotations:
         """What is done to a bias, as a weight ``[D, 1]``."""
-        return Turns(self.rows)
+        return WeightRotations(self.rows)
 
-    def on(self, device: torch.device) -> Turns:
-        """The same on `device`."""
-        return Turns(_on(self.rows, device), _on(self.columns, device))
-
-    def of_rows(self, rows: slice) -> Turns:
+    def of_rows(self, rows: slice) -> WeightRotations:
         """The part that belongs to some of the rows."""
         part = tuple(Rotation(r.direct[rows], r.cross[rows], r.group_size) for r in self.rows)
-        return Turns(part, self.columns)
+        return WeightRotations(part, self.columns)
 
 
-def _on(rotations: Sequence[Rotation], device: torch.device) -> tuple[Rotation, ...]:
-    return tuple(Rotation(r.direct.to(device), r.cross.to(device), r.group_size) for r in rotations)
-
-
-def combined(rotations: Sequence[Rotation]) -> tuple[Rotation, ...]:
-    """The rotations applied in the order given, as few as possible: neighbours of one group size are composed."""
-    return compose_chains(rotations, ())
-
-
-def pieces(weight: Tensor, turns: Turns, dim: int) -> Iterator[tuple[Tensor, Turns]]:
+def pieces(weight: Tensor, rotations: WeightRotations, dim: int) -> Iterator[tuple[Tensor, WeightRotations]]:
     """Views ``[rows, k]`` of a weight with whole groups in `rows`, and what is done to those rows.
 
     dim says where the outputs are: 0 for ``[D, in]`` and for a bias ``[D]``, 1 for ``[in, D]``.
     """
     table = weight.movedim(dim, 0)
     table = table.unsqueeze(1) if table.dim() == 1 else table
-    step = math.lcm(2, *(rotation.group_size for rotation in turns.rows))
+    step = math.lcm(2, *(rotation.group_size for rotation in rotations.rows))
     step *= max(1, ELEMENTS_A_PIECE // (step * max(1, table.shape[1])))
     for start in range(0, table.shape[0], step):
         rows = slice(start, min(start + step, table.shape[0]))
-        yield table[rows], turns.of_rows(rows)
+        yield table[rows], rotations.of_rows(rows)
 
 
-def rotated_rows(rows: Tensor, turns: Turns) -> Tensor:
+@torch.no_grad()
+def rotated_rows(rows: Tensor, rotations: WeightRotations) -> Tensor:
     """``R rows R_in`` for ``[D, k]``, in rows' dtype: float32 or wider inside, one rounding; a new tensor."""
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     result = rows.to(wide, copy=True)
-    for rotation in turns.rows:
+    for rotation in rotations.rows:
         _rotate_pairs_in_place(result, rotation)
-    for rotation in turns.columns:
+    for rotation in rotations.columns:
         _rotate_pairs_in_place(result.mT, rotation)
     return result.to(rows.dtype)
 
@@ -104,7 +101,8 @@ def rotated_rows(rows: Tensor, turns: Turns) -> Tensor:
 def _rotate_pairs_in_place(rows: Tensor, rotation: Rotation) -> None:
     """`rotation.rotate_pairs`, product by product and sum by sum, written into the rows instead of new memory."""
     first, second = rows.unflatten(0, (-1, 2, rotation.group_size // 2)).unbind(1)
-    direct1, cross1, direct2, cross2 = (vector.unsqueeze(-1) for vector in pair_rows(rotation, rows.dtype))
+    vectors = (vector.to(rows.device) for vector in pair_rows(rotation, rows.dtype))
+    direct1, cross1, direct2, cross2 = (vector.unsqueeze(-1) for vector in vectors)
     from_second, from_first = cross1 * second, cross2 * first
     first.mul_(direct1).sub_(from_second)
     second.mul_(direct2).add_(from_first)
@@ -114,80 +112,98 @@ def _rotate_pairs_in_place(rows: Tensor, rotation: Rotation) -> None:
 class UndoRecord:
     """How to take one merge of one tensor back: the inverse rotations and, for an exact return, patches by piece."""
 
-    undo: Turns
-    patches: tuple[Patch, ...] | None
+    undo: WeightRotations
+    patches: tuple[Patch, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes kept for the exact return (0 where there is none)."""
-        return sum(patch.nbytes for patch in self.patches or ())
+        return sum(patch.nbytes for patch in self.patches)
 
 
-def rotate_in_place(weight: Tensor, turns: Turns, dim: int, undo: Turns | None, exact: bool) -> UndoRecord | None:
-    """Merges `turns` into `weight` and returns how to take it back; None where `undo` is None.
+def rotate_in_place(weight: Tensor, rotations: WeightRotations, dim: int, exact: ExactUnmerge) -> UndoRecord | None:
+    """Merges `rotations` into `weight` and returns how to take it back; None where a block is singular.
 
-    If it is interrupted, the pieces that were done are taken back before the exception goes on.
+    If it is interrupted, the pieces that were done are taken back before the exception goes on, unless a block is singular.
     """
+    undo = inverses(rotations)
+    backwards = [] if undo is None else list(pieces(weight, undo, dim))
+    is_exact = undo is not None and exact.holds_for(weight)
     patches: list[Patch] = []
     done = 0
-    backwards = list(pieces(weight, undo, dim)) if undo is not None else []
     with torch.no_grad():
         try:
-            for index, (rows, part) in enumerate(pieces(weight, turns, dim)):
+            for index, (rows, part) in enumerate(pieces(weight, rotations, dim)):
                 merged = rotated_rows(rows, part)
-                if exact and undo is not None:
+                if is_exact:
                     patches.append(make_patch(rows, rotated_rows(merged, backwards[index][1])))
                 rows.copy_(merged)
                 done = index + 1
         except BaseException:
-            if undo is not None:
-                for index in range(done):
-                    rows, back = backwards[index]
-                    rows.copy_(_restored(rows, back, patches[index] if patches else None))
+            for index, (rows, back) in enumerate(backwards[:done]):
+                rows.copy_(_restored(rows, back, patches[index] if patches else None))
             raise
-    return None if undo is None else UndoRecord(undo, tuple(patches) if exact else None, weight.dtype)
+    return None if undo is None else UndoRecord(undo, tuple(patches), weight.dtype)
 
 
 def restore_in_place(weight: Tensor, record: UndoRecord, dim: int) -> None:
     """Takes a merge back; bit for bit where the record has patches and the weight still has the dtype it had."""
     patches = record.patches
-    if patches is not None and weight.dtype != record.dtype:
+    if patches and weight.dtype != record.dtype:
         logger.warning("the weight was %s when merged and is %s now: unmerged by the inverse rotation alone",
                        record.dtype, weight.dtype)  # fmt: skip
-        patches = None
+        patches = ()
     with torch.no_grad():
-        for index, (rows, turns) in enumerate(pieces(weight, record.undo.on(weight.device), dim)):
-            rows.copy_(_restored(rows, turns, patches[index] if patches is not None else None))
+        for index, (rows, rotations) in enumerate(pieces(weight, record.undo, dim)):
+            rows.copy_(_restored(rows, rotations, patches[index] if patches else None))
 
 
-def _restored(rows: Tensor, turns: Turns, patch: Patch | None) -> Tensor:
-    back = rotated_rows(rows, turns)
+def _restored(rows: Tensor, rotations: WeightRotations, patch: Patch | None) -> Tensor:
+    back = rotated_rows(rows, rotations)
     return back if patch is None else patch.apply(back)
 
 
-def check_finite(weight: Tensor, turns: Turns, dim: int, adapters: str, what: str) -> None:
+@contextmanager
+def onloaded(layer: BaseTunerLayer) -> Iterator[None]:
+    """Within the block the layer's weights are in memory, also where accelerate offloads them, and can be written."""
+    with torch.no_grad(), onload_layer(layer):
+        yield
+
+
+@contextmanager
+def all_or_none(layers: Sequence[Any]) -> Iterator[None]:
+    """If the block raises, what was merged into the layers within it is taken back: at most one merge each."""
+    before = [(layer, len(layer.merged_adapters)) for layer in layers]
+
+    def take_back() -> None:
+        for layer, count in before:
+            if len(layer.merged_adapters) > count:
+                with onloaded(layer):
+                    layer.undo_last_merge()
+
+    with undone_if_raised(take_back):
+        yield
+
+
+def check_finite(weight: Tensor, rotations: WeightRotations, dim: int, adapters: str, what: str) -> None:
     """Raise `MergeError` if merging would put a non-finite value into `weight`; changes nothing."""
-    with torch.no_grad():
-        for rows, part in pieces(weight, turns, dim):
-            if not bool(torch.isfinite(rotated_rows(rows, part)).all()):
-                raise MergeError(
-                    f"NaNs detected in the merged {what}. The adapter {adapters} seems to be broken: merging it would "
-                    "give non-finite values. Nothing was changed; check the adapter, or the base weights."
-                )
+    for rows, part in pieces(weight, rotations, dim):
+        if not bool(torch.isfinite(rotated_rows(rows, part)).all()):
+            raise MergeError(
+                f"NaNs detected in the merged {what}. The adapter {adapters} seems to be broken: merging it would "
+                "give non-finite values. Nothing was changed; check the adapter, or the base weights."
+            )
 
 
-def undo_turns(turns: Turns) -> Turns | None:
+def inverses(rotations: WeightRotations) -> WeightRotations | None:
     """What takes a merge back, computed in float64; None where a block is singular (the merge cannot be taken back)."""
-    rows, columns = _inverses(turns.rows), _inverses(turns.columns)
-    return None if rows is None or columns is None else Turns(rows, columns)
-
-
-def _inverses(rotations: Sequence[Rotation]) -> tuple[Rotation, ...] | None:
-    wide = [Rotation(r.direct.double(), r.cross.double(), r.group_size) for r in reversed(rotations)]
     try:
-        undo = [inverse(rotation) for rotation in wide]
+        return WeightRotations(_inverses(rotations.rows), _inverses(rotations.columns))
     except AdapterError:
         return None
-    dtype = rotations[0].direct.dtype if rotations else torch.float32
-    return tuple(Rotation(r.direct.to(dtype), r.cross.to(dtype), r.group_size) for r in undo)
+
+
+def _inverses(chain: Sequence[Rotation]) -> tuple[Rotation, ...]:
+    wide = inverse_chain([Rotation(r.direct.double(), r.cross.double(), r.group_size) for r in chain])
+    return tuple(Rotation(r.direct.to(chain[0].direct), r.cross.to(chain[0].direct), r.group_size) for r in wide)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from peft.utils.other import _set_adapter
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from roadie.tuner.loading import (
     stored_adapter,
     warn_of_missing,
 )
-from roadie.tuner.merging import ExactUnmerge
+from roadie.tuner.merging import ExactUnmerge, all_or_none, onloaded
 from roadie.tuner.names import check_name, check_names_in
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.reference import is_reference, make_reference
@@ -233,18 +233,11 @@ class RoadModel(BaseTuner):
         mark_shared_weights(self.model)
         if safe_merge:
             self._check_merges(adapter_names)
-        done: list[Linear] = []
-        try:
-            for layer in self._layers():
-                with _onloaded(layer):
-                    before = len(layer._merges)
-                    layer.merge(safe_merge=False, adapter_names=adapter_names)
-                    done += [layer] * (len(layer._merges) > before)
-        except BaseException:
-            for layer in done:
-                with _onloaded(layer):
-                    layer.undo_last_merge()
-            raise
+        layers = self._layers()
+        with all_or_none(layers):
+            for layer in layers:
+                with onloaded(layer):
+                    layer.merge(adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Take all merges of all layers back, or none if one of them cannot be."""
@@ -252,12 +245,12 @@ class RoadModel(BaseTuner):
         for layer in layers:
             layer.check_unmerge()
         for layer in layers:
-            with _onloaded(layer):
+            with onloaded(layer):
                 layer.unmerge()
 
     def _check_merges(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
-            with _onloaded(layer):
+            with onloaded(layer):
                 names = layer._to_merge(adapter_names)
                 if names:
                     layer.check_merge(names)
@@ -288,7 +281,7 @@ class RoadModel(BaseTuner):
 
     def _check_can_merge(self, layers: list[Linear]) -> None:
         for layer in layers:
-            with _onloaded(layer):
+            with onloaded(layer):
                 layer._base_weight().check_can_merge()
 
     def set_exact_unmerge(self, exact: ExactUnmerge | str) -> None:
@@ -369,9 +362,3 @@ class Configs(dict[str, Any]):
     def get(self, key: Any, default: Any = None) -> Any:
         """As `dict.get`; what cannot be hashed has no config."""
         return default if isinstance(key, Mapping) else super().get(key, default)
-
-
-@contextmanager
-def _onloaded(layer: BaseTunerLayer) -> Iterator[None]:
-    with torch.no_grad(), onload_layer(layer):
-        yield

@@ -12,21 +12,21 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from roadie.errors import MergeError
 from roadie.tuner.merging import (
     ExactUnmerge,
-    Turns,
     UndoRecord,
+    WeightRotations,
     check_finite,
+    inverses,
     restore_in_place,
     rotate_in_place,
     rotated_rows,
-    undo_turns,
 )
+from roadie.tuner.snapshot import undone_if_raised
 
 logger = logging.getLogger("roadie")
 
@@ -56,6 +56,7 @@ class BaseWeight(ABC):
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer: Any = base_layer
+        self._dim = 1 if is_conv1d(base_layer) else 0  # where the outputs are
 
     @property
     def bias(self) -> Tensor | None:
@@ -67,28 +68,33 @@ class BaseWeight(ABC):
     def check_can_merge(self) -> None:
         """Raise `MergeError` if nothing can be merged into this kind of weight."""
 
-    def check(self, turns: Turns, adapters: str) -> None:
+    def check(self, rotations: WeightRotations, adapters: str) -> None:
         """Raise `MergeError` if merging gives a non-finite value; changes nothing."""
-        self._check_weight(turns, adapters)
+        check_finite(self._dense(), rotations, self._dim, adapters, "weights")
         if self.bias is not None:
-            check_finite(self.bias, turns.of_bias.on(self.bias.device), 0, adapters, "bias")
+            check_finite(self.bias, rotations.of_bias, 0, adapters, "bias")
 
     @abstractmethod
-    def _check_weight(self, turns: Turns, adapters: str) -> None: ...
+    def _dense(self) -> Tensor:
+        """The weight as numbers; raises as `check_can_merge` does."""
 
-    @abstractmethod
-    def merge(self, turns: Turns, exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
+    def merge(self, rotations: WeightRotations, exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
         """Merge into weight and bias, both or neither; returns the last three fields of `Merge`."""
+        dense = self._dense()
+        bias = self._merge_bias(rotations, exact)
+        with undone_if_raised(lambda: self._unmerge_bias(bias)):
+            record, tied = self._merge_weight(dense, rotations, exact)
+        return record, bias, tied
+
+    @abstractmethod
+    def _merge_weight(self, dense: Tensor, rotations: WeightRotations, exact: ExactUnmerge) -> tuple[Any, Any]: ...
 
     @abstractmethod
     def unmerge(self, merge: Merge) -> None:
         """Take `merge` back from weight and bias."""
 
-    def _merge_bias(self, turns: Turns, exact: ExactUnmerge) -> UndoRecord | None:
-        if self.bias is None:
-            return None
-        turns = turns.of_bias.on(self.bias.device)
-        return rotate_in_place(self.bias, turns, 0, undo_turns(turns), _wants(exact, self.bias))
+    def _merge_bias(self, rotations: WeightRotations, exact: ExactUnmerge) -> UndoRecord | None:
+        return None if self.bias is None else rotate_in_place(self.bias, rotations.of_bias, 0, exact)
 
     def _unmerge_bias(self, record: UndoRecord | None) -> None:
         if self.bias is not None and record is not None:
@@ -98,15 +104,11 @@ class BaseWeight(ABC):
 class DenseWeight(BaseWeight):
     """A floating-point weight ``[D, in]`` (nn.Linear) or ``[in, D]`` (Conv1D), rotated in place."""
 
-    @property
-    def _dim(self) -> int:
-        return 1 if is_conv1d(self.base_layer) else 0
-
     def check_can_merge(self) -> None:
-        self._weight()
+        self._dense()
 
-    def _weight(self) -> Tensor:
-        weight = self.base_layer.weight
+    def _dense(self) -> Tensor:
+        weight: Tensor = self.base_layer.weight
         if weight.device.type == "meta":
             raise MergeError(
                 "got a layer whose weight is not in memory (device meta: offloaded by accelerate, or never loaded); it "
@@ -119,29 +121,17 @@ class DenseWeight(BaseWeight):
             )
         return weight
 
-    def _check_weight(self, turns: Turns, adapters: str) -> None:
-        check_finite(self._weight(), turns.on(self._weight().device), self._dim, adapters, "weights")
-
-    def merge(self, turns: Turns, exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
-        weight = self._weight()
-        turns = turns.on(weight.device)
-        undo = undo_turns(turns)
+    def _merge_weight(self, dense: Tensor, rotations: WeightRotations, exact: ExactUnmerge) -> tuple[Any, Any]:
         tied = self._untie()
-        bias_record = self._merge_bias(turns, exact)
-        try:
-            record = rotate_in_place(self._weight(), turns, self._dim, undo, _wants(exact, weight))
-        except BaseException:
-            self._unmerge_bias(bias_record)
-            self._tie(tied)
-            raise
-        return record, bias_record, tied
+        with undone_if_raised(lambda: self._tie(tied)):
+            return rotate_in_place(self._dense(), rotations, self._dim, exact), tied
 
     def unmerge(self, merge: Merge) -> None:
         assert isinstance(merge.weight, UndoRecord)
         if merge.tied is not None:
             self._tie(merge.tied)
         else:
-            restore_in_place(self._weight(), merge.weight, self._dim)
+            restore_in_place(self._dense(), merge.weight, self._dim)
         self._unmerge_bias(merge.bias)
 
     def _untie(self) -> nn.Parameter | None:
@@ -198,33 +188,17 @@ class QuantisedWeight(BaseWeight):
         packed = _unpacked_4bit(self.base_layer)
         return packed if packed is not None else self.backend.get_base_weight(self.base_layer).detach()
 
-    def _check_weight(self, turns: Turns, adapters: str) -> None:
-        dense = self._dense()
-        check_finite(dense, turns.on(dense.device), 0, adapters, "weights")
-
-    def merge(self, turns: Turns, exact: ExactUnmerge) -> tuple[Any, UndoRecord | None, Any]:
-        dense = self._dense()
-        undo = undo_turns(turns)
-        original = self._original()
-        with torch.no_grad():
-            rotated = rotated_rows(dense, turns.on(dense.device))
-        bias_record = self._merge_bias(turns, exact)
-        try:
-            self.backend.set_base_weight(self.layer, rotated)
-        except BaseException:
-            self._unmerge_bias(bias_record)
-            self._put_back(original)
-            raise
+    def _merge_weight(self, dense: Tensor, rotations: WeightRotations, exact: ExactUnmerge) -> tuple[Any, Any]:
+        undo, original = inverses(rotations), self._original()
+        with undone_if_raised(lambda: self._put_back(original)):
+            self.backend.set_base_weight(self.layer, rotated_rows(dense, rotations))
         if undo is None:
-            return None, bias_record, None
-        return UndoRecord(undo, None, dense.dtype) if exact is ExactUnmerge.NEVER else original, bias_record, None
+            return None, None
+        return UndoRecord(undo, (), dense.dtype) if exact is ExactUnmerge.NEVER else original, None
 
     def unmerge(self, merge: Merge) -> None:
         if isinstance(merge.weight, UndoRecord):
-            dense = self._dense()
-            with torch.no_grad():
-                back = rotated_rows(dense, merge.weight.undo.on(dense.device))
-            self.backend.set_base_weight(self.layer, back)
+            self.backend.set_base_weight(self.layer, rotated_rows(self._dense(), merge.weight.undo))
         else:
             self._put_back(merge.weight)
         self._unmerge_bias(merge.bias)
@@ -290,9 +264,3 @@ def base_weight(layer: Any) -> BaseWeight:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, whose weight is ``[in, D]``."""
     return isinstance(module, Conv1D)
-
-
-def _wants(exact: ExactUnmerge, tensor: Tensor) -> bool:
-    if exact is ExactUnmerge.ALWAYS:
-        return tensor.element_size() > 1
-    return exact is ExactUnmerge.HALF and tensor.element_size() == 2

@@ -91,7 +91,9 @@ class LoraLinear(lora.Linear):
         factors = tuple(self._factors(name) for name in names)
         with torch.no_grad():
             merged = self._with_delta(weight, factors, 1.0)
-            patch = make_patch(weight, self._with_delta(merged, factors, -1.0)) if self._is_exact(weight) else None
+            exact = self.road.exact_unmerge if self.road is not None else ExactUnmerge.HALF
+            keeps = exact.holds_for(weight)
+            patch = make_patch(weight, self._with_delta(merged, factors, -1.0)) if keeps else None
             old_bias = bias.clone() if bias is not None else None
             weight.copy_(merged)
             if bias is not None:
@@ -103,24 +105,19 @@ class LoraLinear(lora.Linear):
     def unmerge(self) -> None:
         """Take all merges back, the last one first: bit for bit for half-precision weights, else up to rounding."""
         while self.lora_merges:
-            merge = self.lora_merges.pop()
-            weight, bias = self._parameters_of_base()
-            with torch.no_grad():
-                back = self._with_delta(weight, merge.factors, -1.0)
-                weight.copy_(merge.patch.apply(back) if merge.patch is not None else back)
-                if bias is not None and merge.bias is not None:
-                    bias.copy_(merge.bias)
-            del self.merged_adapters[len(self.merged_adapters) - len(merge.adapters) :]
-            self._hold()
+            self.undo_last_merge()
 
     def undo_last_merge(self) -> None:
         """Take back what the last call of `merge` did."""
-        earlier, self.lora_merges = self.lora_merges[:-1], self.lora_merges[-1:]
-        try:
-            self.unmerge()
-        finally:
-            self.lora_merges = earlier + self.lora_merges
-            self._hold()
+        merge = self.lora_merges.pop()
+        weight, bias = self._parameters_of_base()
+        with torch.no_grad():
+            back = self._with_delta(weight, merge.factors, -1.0)
+            weight.copy_(merge.patch.apply(back) if merge.patch is not None else back)
+            if bias is not None and merge.bias is not None:
+                bias.copy_(merge.bias)
+        del self.merged_adapters[len(self.merged_adapters) - len(merge.adapters) :]
+        self._hold()
 
     def check_order(self) -> None:
         """Raise `MergeError` while RoAd has something to rotate in this layer and is not merged; changes nothing."""
@@ -188,23 +185,15 @@ class LoraLinear(lora.Linear):
         return [*self.lora_A[name].parameters(), *self.lora_B[name].parameters()]
 
     def _with_delta(self, weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]], sign: float) -> Tensor:
-        delta = _sum_of(factors, weight, self.fan_in_fan_out)
-        return (weight.detach().to(delta.dtype) + sign * delta).to(weight.dtype)
+        wide = _wide(weight)
+        deltas = [scale * (up.to(weight.device, wide) @ down.to(weight.device, wide)) for down, up, scale in factors]
+        delta = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
+        delta = delta.T if self.fan_in_fan_out else delta
+        return (weight.detach().to(wide) + sign * delta).to(weight.dtype)
 
     def _merged_bias(self, bias: Tensor, names: Sequence[str]) -> Tensor:
         added = [self.lora_B[name].bias * self.scaling[name] for name in names if self.lora_bias[name]]
         return sum((part.to(_wide(bias)) for part in added), bias.to(_wide(bias))).to(bias.dtype)
-
-    def _is_exact(self, weight: Tensor) -> bool:
-        exact = self.road.exact_unmerge if self.road is not None else ExactUnmerge.HALF
-        return exact is ExactUnmerge.ALWAYS or (exact is ExactUnmerge.HALF and weight.element_size() == 2)
-
-
-def _sum_of(factors: Sequence[tuple[Tensor, Tensor, float]], like: Tensor, is_transposed: bool) -> Tensor:
-    wide = _wide(like)
-    deltas = [scale * (up.to(like.device, wide) @ down.to(like.device, wide)) for down, up, scale in factors]
-    delta = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
-    return delta.T if is_transposed else delta
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

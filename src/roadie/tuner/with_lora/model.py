@@ -21,6 +21,7 @@ from torch import nn
 from roadie.adapter import check_adapter_name
 from roadie.errors import ConfigError, MergeError
 from roadie.tuner.injection import all_or_nothing
+from roadie.tuner.merging import all_or_none
 from roadie.tuner.model import RoadModel
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.with_lora import lora_files
@@ -164,19 +165,13 @@ class WithLora:
         """Merge RoAd and then LoRA (None: the active adapters), into every layer or into none: ``R W + B A``."""
         tuner, road = lora_of(self), _road_tuner(self)
         tuner.check_merge(adapter_names, finite=safe_merge)
-        before = [(layer, len(layer._merges)) for layer in road._layers()]
         of_road = None if adapter_names is None else [name for name in adapter_names if name not in tuner.peft_config]
         of_lora = None if adapter_names is None else [name for name in adapter_names if name in tuner.peft_config]
-        if of_road is None or of_road:
-            road.merge_adapter(of_road, safe_merge)
-        try:
+        with all_or_none(road._layers()):
+            if of_road is None or of_road:
+                road.merge_adapter(of_road, safe_merge)
             if of_lora is None or of_lora:
                 tuner.merge_adapter(of_lora, safe_merge)
-        except BaseException:
-            for layer, count in before:
-                if len(layer._merges) > count:
-                    layer.undo_last_merge()
-            raise
 
     def unmerge_adapter(self) -> None:
         """Take all merges back, LoRA's first and then RoAd's, or none if one of them cannot be."""

@@ -15,6 +15,7 @@ from roadie.linear import refusals
 from roadie.sites.rows import Routing
 from roadie.tuner.injection import base_of, quantization_backend
 from roadie.tuner.layer import linear_features
+from roadie.tuner.merging import all_or_none
 from roadie.tuner.targeting import with_names_of_all_linear
 from roadie.tuner.with_lora.layer import LoraLinear
 from roadie.tuner.with_lora.rows import LoraChoice
@@ -106,16 +107,9 @@ class LoraTuner(LoraModel):
         for layer in layers:
             if set(layer.active_adapters if adapter_names is None else adapter_names) & set(layer.lora_A):
                 layer.check_order()
-        done: list[LoraLinear] = []
-        try:
+        with all_or_none(layers):
             for layer in layers:
-                before = len(layer.lora_merges)
                 layer.merge(adapter_names=adapter_names)
-                done += [layer] * (len(layer.lora_merges) > before)
-        except BaseException:
-            for layer in done:
-                layer.undo_last_merge()
-            raise
 
     def unmerge_adapter(self) -> None:
         """Take all merges of LoRA back; RoAd stays merged."""
