@@ -65,13 +65,13 @@ def _stage(staging: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
     (staging / _PREVIOUS).mkdir()
-    _sync_folder(staging)
+    sync_folder(staging)
 
 
 def _install(staging: Path, folder: Path) -> None:
     if _same_bytes(staging / CONFIG_NAME, folder / CONFIG_NAME):
         os.replace(staging / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-        _sync_folder(folder)
+        sync_folder(folder)
         return
     old = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]
     moves_out = [(folder / name, staging / _PREVIOUS / name) for name in old]
@@ -88,7 +88,7 @@ def _move_all(moves: list[tuple[Path, Path]], folder: Path) -> None:
     try:
         for source, target in moves:
             os.replace(source, target)
-            _sync_folder(folder)
+            sync_folder(folder)
     except BaseException:
         for source, target in reversed(moves):
             if not source.exists():
@@ -106,7 +106,25 @@ def _discard(staging: Path, folder: Path, created: bool) -> None:
             folder.rmdir()
 
 
-def _sync_folder(folder: Path) -> None:
+def replace_file(file: Path, text: str) -> None:
+    """Make `text` what is in `file`, as a whole: written beside it, fsynced, renamed, with the mode that new files have."""
+    handle, scratch = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(scratch, 0o666 & ~mask)
+        os.replace(scratch, file)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` last."""
     if os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
+from roadie.checkpoint.replacement import replace_file
 from roadie.errors import ConfigError
 from roadie.inspect.page import to_html
 from roadie.inspect.rendering import to_png
@@ -47,20 +47,4 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
     page = to_html(report)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(page)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(scratch, 0o666 & ~_umask())
-        os.replace(scratch, target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    replace_file(target, page)

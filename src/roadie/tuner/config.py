@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from peft.utils import PeftType
 
 from roadie import checkpoint
 from roadie.adapter import DEFAULT_GROUP_SIZE, stages_of, stages_or_none
+from roadie.checkpoint.replacement import replace_file
 from roadie.errors import ConfigError
 from roadie.rotation import Variant, check_group_size
 from roadie.tuner.registry import register
@@ -168,7 +168,7 @@ class RoadConfig(PeftConfig):
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
         checkpoint.warn_of_chains(content)
         directory.mkdir(parents=True, exist_ok=True)
-        _write_whole(directory / checkpoint.CONFIG_NAME, checkpoint.config_text(content))
+        replace_file(directory / checkpoint.CONFIG_NAME, checkpoint.config_text(content))
 
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds, as a mapping: extra keys at their defaults left out; see `save_pretrained`."""
@@ -214,25 +214,6 @@ class WeightsSource:
 def _parsed_variant(variant: Any) -> str:
     """The name of a variant, which a saved config may have behind a prefix."""
     return Variant.parse(checkpoint.without_prefix(variant)).value
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that no reader sees half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, _mode_for_new_files())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _mode_for_new_files() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _check_regex(pattern: str, where: str) -> None:

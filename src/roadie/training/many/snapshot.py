@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from roadie.bank.trainable import TrainableBank
+from roadie.checkpoint.replacement import sync_folder
 from roadie.errors import CheckpointError
 from roadie.training.many.saved import SNAPSHOT_NAME
 from roadie.training.many.state import ActiveJob, PreparedJob, Progress
@@ -112,14 +113,3 @@ def _active(snapshot: Snapshot, prepared: PreparedJob) -> ActiveJob:
     best = {key: tensor for key, tensor in snapshot.tensors.items() if key.rpartition(".")[0] == f"best.{name}"}
     rows = [best[f"best.{name}.{index}"] for index in range(len(best))] or None
     return ActiveJob(prepared, Progress(**snapshot.progress[name]), rows)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last."""
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

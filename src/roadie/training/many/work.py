@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roadie.checkpoint.replacement import sync_folder
 from roadie.errors import ConfigError
 from roadie.training.folders import OutputExists, check_free, check_writable
 from roadie.training.many.job import Job
 from roadie.training.many.outputs import finished_result
 from roadie.training.many.saved import RUN_NAME, SNAPSHOT_NAME
-from roadie.training.many.snapshot import sync_folder
 
 
 @dataclass(frozen=True)

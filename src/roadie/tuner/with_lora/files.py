@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from roadie import checkpoint
-from roadie.checkpoint.replacement import replace_pair
+from roadie.checkpoint.replacement import replace_pair, sync_folder
 from roadie.errors import CheckpointError, ConfigError
 from roadie.tuner.registry import register
 from roadie.tuner.with_lora import lora_files
@@ -101,17 +101,7 @@ def _put(new: Path, target: Path, old: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(target.parent)
 
 
 def _one(name: str | None, known: Any, active: list[str], kind: str) -> str:
