@@ -1,8 +1,8 @@
 """Adapters' parameters on their way into a bank: the rotations of all layers of all of them in a handful of operations.
 
 An adapter has a hundred layers and more, and each of them is small: made one by one, their rotations cost what hundreds of
-small tensor operations cost. Layers of one kind are made as one long layer, which their groups allow: none crosses a border.
-Where there are several rotations in a row, each is made so.
+small tensor operations cost. Layers of one kind are made as one long layer, which their groups allow: none crosses a border. Each
+stage of their chains is made so.
 
 Legend: D out features of a layer, K adapters.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -25,36 +26,36 @@ Layers = Mapping[str, LayerParameters]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Rotations ``[K, D]`` of one layer, several where they are in a row, and which adapters they belong to."""
+class SiteChains:
+    """Chains of rotations ``[K, D]`` at one site, and which adapters they belong to."""
 
     of: tuple[int, ...]
     rotations: tuple[Rotation, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class ReadyAdapter:
     """An adapter that fits a bank, its rotations made: what `AdapterBank.prepare` gives, and `admit` and `replace` take."""
 
     bank: object
-    layers: Mapping[str, Sequence[Rows]]
+    layers: Mapping[str, Sequence[SiteChains]]
 
 
 def rotations(
     adapters: Mapping[str, Layers], dtype: torch.dtype, device_of: Callable[[str], torch.device]
-) -> dict[str, list[Rows]]:
+) -> dict[str, list[SiteChains]]:
     """Layer path -> the rotations of the adapters that have it, in `dtype`, on the device that `device_of` names for the path.
 
     Raises `AdapterError` where one is not finite in `dtype`.
     """
-    made: dict[str, list[Rows]] = {}
+    made: dict[str, list[SiteChains]] = {}
     for kind, members in _by_kind(list(adapters.values()), device_of).items():
         layers = [[list(adapters.values())[index][path] for index in of] for path, of in members.items()]
         stages = _whole(kind, [layer for of_path in layers for layer in of_path], dtype)
         shapes = [(len(of_path), of_path[0].out_features) for of_path in layers]
         parts = [_split(stage, shapes) for stage in stages]
-        for path, *in_a_row in zip(members, *parts, strict=True):
-            made.setdefault(path, []).append(Rows(tuple(members[path]), tuple(in_a_row)))
+        for path, *chain in zip(members, *parts, strict=True):
+            made.setdefault(path, []).append(SiteChains(tuple(members[path]), tuple(chain)))
         if not all(_are_finite(stage.direct, stage.cross) for stage in stages):
             _refuse(list(adapters), {path: made[path][-1] for path in members}, dtype)
     return made
@@ -72,21 +73,16 @@ def _by_kind(adapters: Sequence[Layers], device_of: Callable[[str], torch.device
 
 
 def _whole(kind: Kind, layers: Sequence[LayerParameters], dtype: torch.dtype) -> list[Rotation]:
-    """The rotations in a row of layers of one kind, each time end to end."""
+    """The chains of layers of one kind: of each stage all of them, end to end."""
     variant, stages, *_, device = kind
     with torch.no_grad():
         thetas, alphas = (_by_stage(v, len(stages)) for v in ([x.theta for x in layers], [x.alpha for x in layers]))
-        whole = [
-            from_parameters(theta, alpha, variant, group_size)
-            for theta, alpha, group_size in zip(thetas, alphas, stages, strict=True)
-        ]
+        whole = map(from_parameters, thetas, alphas, repeat(variant), stages)
         return [Rotation(r.direct.to(device, dtype), r.cross.to(device, dtype), r.group_size) for r in whole]
 
 
 def _by_stage(stored: Sequence[Tensor], num_stages: int) -> list[Tensor]:
-    """For each rotation in a row the parameters of all layers, end to end."""
-    if num_stages == 1:
-        return [torch.cat(list(stored))]
+    """For each stage the parameters of all layers, end to end."""
     parts = (split_stages(vector, num_stages) for vector in stored)
     return [torch.cat(of_stage) for of_stage in zip(*parts, strict=True)]
 
@@ -104,7 +100,7 @@ def _are_finite(direct: Tensor, cross: Tensor) -> bool:
     return all(math.isfinite(float(end)) for end in ends)
 
 
-def _refuse(names: Sequence[str], of_paths: Mapping[str, Rows], dtype: torch.dtype) -> None:
+def _refuse(names: Sequence[str], of_paths: Mapping[str, SiteChains], dtype: torch.dtype) -> None:
     for path, rows in of_paths.items():
         for place, index in enumerate(rows.of):
             if not all(_are_finite(rotation.direct[place], rotation.cross[place]) for rotation in rows.rotations):

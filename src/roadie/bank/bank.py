@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, LayerParameters, check_adapter_name, is_input, layer_of
-from roadie.bank.admission import Prepared, Rows, rotations
+from roadie.adapter import Adapter, check_adapter_name, is_input, layer_of
+from roadie.bank.admission import ReadyAdapter, SiteChains, rotations
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.live import live_adapter
@@ -41,11 +41,11 @@ class AdapterBank:
     """Adapters in numbered slots, for one model whose rows choose among them; see the module.
 
     model: any module with linear layers, whose paths are those of the adapters; kept as `model`. slots: how many adapters (and
-    blends) fit at once.
-    dtype: of the tables: float32, or the model's activation dtype for half the memory, at one rounding of direct and cross
-    (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element). wait_s: how long `replace` and
-    `admit` wait for a slot that is being read. hold: how the bank gets at the layers; by forward hooks, unless layers rotate
-    their own output. check_name: raises for names that are not allowed; PEFT's rules, unless somebody has others.
+    blends) fit at once. dtype: of the tables, kept as `dtype`: float32, or the model's activation dtype for half the memory, at
+    one rounding of direct and cross (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element).
+    wait_s: how long `replace` and `admit` wait for a slot that is being read. hold: how the bank gets at the layers; by forward
+    hooks, unless layers rotate their own output. check_name: raises for names that are not allowed; PEFT's rules, unless
+    somebody has others.
 
     One thread may admit, replace and evict while others run the model. `close` (or a with block) takes the bank off the model.
     """
@@ -67,7 +67,7 @@ class AdapterBank:
         self._refusals = self._hold.refusals(model)
         if not self._modules:
             raise ConfigError(f"got a {type(model).__name__} without linear layers; wanted a model that RoAd can adapt")
-        self._dtype, self._wait_s, self._check_name = dtype, wait_s, check_name
+        self.dtype, self._wait_s, self._check_name = dtype, wait_s, check_name
         self._attached: dict[str, LayerRotation] = {}
         self._detach = ExitStack()
         self._book = SlotBook(slots + 1)  # one to spare, so that a full bank can replace
@@ -85,7 +85,7 @@ class AdapterBank:
         if hold is None:
             serve(model, self.rows)
 
-    def admit(self, name: str, source: Adapter | Prepared | str | Path | tuple[nn.Module, str]) -> int:
+    def admit(self, name: str, source: Adapter | ReadyAdapter | str | Path | tuple[nn.Module, str]) -> int:
         """Take an adapter in, validated first; gives its slot. Where the bank is full a blend leaves, or the least
         recently used adapter.
 
@@ -101,15 +101,15 @@ class AdapterBank:
                 raise ConfigError(f"got {name!r}, which is in the bank already; use replace, or evict it first")
             return self._publish([name], made)[0]
 
-    def prepare(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> Prepared:
+    def prepare(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> ReadyAdapter:
         """Everything of `admit` and `replace` that does not need a slot; changes nothing.
 
         Raises what `admit` would raise because of the name or the adapter itself.
         """
         self._check_name(name)
-        return Prepared(self, self._made({name: source}))
+        return ReadyAdapter(self, self._made({name: source}))
 
-    def replace(self, name: str, source: Adapter | Prepared | str | Path | tuple[nn.Module, str]) -> int:
+    def replace(self, name: str, source: Adapter | ReadyAdapter | str | Path | tuple[nn.Module, str]) -> int:
         """Put another adapter behind a name; gives its new slot. Rows that run now go on with the old one.
 
         Raises as `admit` does, and `RoutingError` for unknown names; the old adapter stays then.
@@ -166,11 +166,6 @@ class AdapterBank:
     def num_slots(self) -> int:
         """How many adapters and blends fit."""
         return self._book.num_slots - self._spare
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the tables."""
-        return self._dtype
 
     @property
     def nbytes(self) -> int:
@@ -268,15 +263,15 @@ class AdapterBank:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _made(self, sources: Mapping[str, Any]) -> Mapping[str, Sequence[Rows]]:
+    def _made(self, sources: Mapping[str, Any]) -> Mapping[str, Sequence[SiteChains]]:
         """The rotations of sources, by layer, once they fit the model; in the dtype and on the device of their layers."""
         first = next(iter(sources.values()), None)
-        if isinstance(first, Prepared) and len(sources) == 1 and first.bank is self:
+        if isinstance(first, ReadyAdapter) and len(sources) == 1 and first.bank is self:
             return first.layers
         adapters = {name: self._read(source) for name, source in sources.items()}
         for name, adapter in adapters.items():
             self._check_fits(name, adapter)
-        return rotations({name: adapter.layers for name, adapter in adapters.items()}, self._dtype, self._device_of)
+        return rotations({name: adapter.layers for name, adapter in adapters.items()}, self.dtype, self._device_of)
 
     def _check_fits(self, name: str, adapter: Adapter) -> None:
         for path in adapter.layers:
@@ -292,7 +287,12 @@ class AdapterBank:
                 f"was trained on ({adapter.base_model_name or 'not named in its config'})"
             )
         for path, layer in adapter.layers.items():
-            self._check_width(name, path, layer)
+            wanted = out_features_of(self._modules[path])
+            if layer.out_features != wanted:
+                raise AdapterError(
+                    f"got adapter {name!r} with {layer.out_features} {'inputs' if is_input(path) else 'outputs'} for {path!r}; "
+                    f"wanted {wanted}; use its own base model"
+                )
 
     def _read(self, source: Any) -> Adapter:
         if isinstance(source, Adapter):
@@ -305,15 +305,7 @@ class AdapterBank:
             f"got a source of type {type(source).__name__}; wanted an Adapter, a folder, (model, name), or what prepare gave"
         )
 
-    def _check_width(self, name: str, path: str, layer: LayerParameters) -> None:
-        wanted = out_features_of(self._modules[path])
-        if layer.out_features != wanted:
-            raise AdapterError(
-                f"got adapter {name!r} with {layer.out_features} {'inputs' if is_input(path) else 'outputs'} for {path!r}; "
-                f"wanted {wanted}; use its own base model"
-            )
-
-    def _publish(self, names: Sequence[str | Blend], made: Mapping[str, Sequence[Rows]]) -> list[int]:
+    def _publish(self, names: Sequence[str | Blend], made: Mapping[str, Sequence[SiteChains]]) -> list[int]:
         """Write rows for names into slots of their own, and then let the names move there; all or none."""
         slots: list[int] = []
         try:
@@ -363,7 +355,7 @@ class AdapterBank:
             self._forget(evicted)
         return evicted is not None
 
-    def _write(self, slots: Sequence[int], made: Mapping[str, Sequence[Rows]]) -> None:
+    def _write(self, slots: Sequence[int], made: Mapping[str, Sequence[SiteChains]]) -> None:
         self._writes += 1
         for path in made:
             if path not in self._attached:
@@ -379,7 +371,7 @@ class AdapterBank:
     def _attach(self, path: str) -> None:
         module = self._modules[path]
         width, device = out_features_of(module), self._device_of(path)
-        table = SlotTable(width, self._book.num_slots, self._dtype, device, is_sparse=is_input(path))
+        table = SlotTable(width, self._book.num_slots, self.dtype, device, is_sparse=is_input(path))
         self._attached[path] = rotation = LayerRotation(table, self._routing, self._hold.linear(module), path)
         self._detach.callback(self._hold.attach(module, rotation))
 
@@ -406,19 +398,17 @@ class AdapterBank:
             raise self._unknown(wish)
         return self._publish([wish], self._blend(wish))[0]
 
-    def _blend(self, wish: Blend) -> dict[str, list[Rows]]:
-        slots = {name: self._book.use(name) for name in wish.names}
+    def _blend(self, wish: Blend) -> dict[str, list[SiteChains]]:
+        slots = {name: self._slot_of(name) for name in wish.names}
         made = {}
         for path, held in self._attached.items():
-            parts = []
-            for name, weight in wish.weights:
-                slot = slots[name]
-                assert slot is not None
-                has_layer = path in self._layers_of[name]
-                parts.append((name, weight, held.table.read(slot) if has_layer else None))
-            rotations = blended(path, parts)
-            if rotations is not None:
-                made[path] = [Rows((0,), tuple(_in_range(turn, self._dtype, path, wish) for turn in rotations))]
+            parts = [
+                (name, weight, held.table.read(slots[name]) if path in self._layers_of[name] else None)
+                for name, weight in wish.weights
+            ]
+            chain = blended(path, parts)
+            if chain is not None:
+                made[path] = [SiteChains((0,), tuple(_in_range(stage, self.dtype, path, wish) for stage in chain))]
         return made
 
     def _require(self, name: str) -> None:
@@ -430,7 +420,7 @@ class AdapterBank:
         return RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")
 
 
-def _has(parts: Sequence[Rows], index: int) -> bool:
+def _has(parts: Sequence[SiteChains], index: int) -> bool:
     return any(index in rows.of for rows in parts)
 
 

@@ -108,10 +108,6 @@ class SlotBook:
         """The name may give its slot up again."""
         self._pinned.discard(name)
 
-    def is_pinned(self, name: Hashable) -> bool:
-        """Whether the name keeps its slot."""
-        return name in self._pinned
-
     def grow(self, num_slots: int) -> None:
         """More slots, all free; the old ones stay what they are."""
         self._free.extend(range(self.num_slots, num_slots))

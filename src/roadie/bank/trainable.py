@@ -19,18 +19,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from roadie.adapter import is_input, layer_of
+from roadie.bank.attachment import Hooks, LayerInput
 from roadie.bank.families import AdaptedLayer, Family, Stack
 from roadie.errors import RoutingError
 from roadie.kernels import Chain, Keep, RotationTable, rotate_checked, table_of
-from roadie.linear import check_output
-from roadie.rotation import Rotation, Variant, from_parameters, identity, parameter_gradients, split_stages
+from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_gradients, split_stages
 from roadie.sites.rows import Choice, Routing
 from roadie.sites.table import NO_ROTATION
 
@@ -125,34 +125,26 @@ class TrainableBank:
     @contextmanager
     def attached(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
         """Within the block the sites `paths` are rotated wherever rows are routed (`routed`)."""
+        hooks: Any = Hooks()
         with ExitStack() as stack:
             stack.callback(self._routing.detach, self._routing.attach(model))
             for path in paths:
-                module = model.get_submodule(layer_of(path))
-                if is_input(path):
-                    handle = module.register_forward_pre_hook(partial(self._at_input, path))
-                else:
-                    handle = module.register_forward_hook(partial(self._at_output, path))
-                stack.callback(handle.remove)
+                layer = model.get_submodule(layer_of(path))
+                hooked = LayerInput(layer) if is_input(path) else layer
+                stack.callback(hooks.attach(hooked, _Site(self, path, layer)))
             yield
 
     def routed(self, slots: Tensor) -> AbstractContextManager[Any]:
         """Within the block row b of a batch uses the adapter at ``slots[b]`` (int64 ``[B]`` or ``[B, T]``); -1: none."""
         return self._routing.chosen(Choice(slots))
 
-    def _at_output(self, path: str, module: nn.Module, _: Any, y: Tensor) -> Tensor:
-        return self._rotated(path, module, y, _gives_fresh_memory(module))
-
-    def _at_input(self, path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self._rotated(path, module, inputs[0], False), *inputs[1:]
-
-    def _rotated(self, path: str, module: nn.Module, y: Tensor, is_fresh: bool) -> Tensor:
-        layer, choice = self._tables.get(path), self._routing.current()
-        if layer is None or choice is None:
+    def rotated(self, path: str, layer: nn.Module, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
+        """y of the site `path`, which is at `layer`, each row by its adapter; itself where none is routed, or has the site."""
+        table, choice = self._tables.get(path), self._routing.current()
+        if table is None or choice is None:
             return y
-        if not is_input(path):
-            check_output(y, module, path)
-        return layer.rotated(y, choice.placed(y, module, self._rows_of(layer.families)), is_fresh)
+        slots = choice.placed(y, layer, self._rows_of(table.families))
+        return rotate_checked(y, table.chain, slots, table.keep, is_fresh())
 
     def _rows_of(self, families: tuple[int, ...]) -> tuple[int, ...] | None:
         """For each slot its row in a table of these families, or -1, as it is for slot -1; None where the rows are the slots."""
@@ -175,19 +167,26 @@ def _summed_squares(family: Family, sum_: Callable[[Tensor], object]) -> Tensor:
     return torch.stack([stack.gradients.square().sum(dim=(0, 1, 3)) for stack in family.stacks]).sum(dim=0)
 
 
+class _Site(NamedTuple):
+    """A site of an attached model, as `Hooks` rotate it."""
+
+    bank: TrainableBank
+    path: str
+    layer: nn.Module
+
+    def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
+        return self.bank.rotated(self.path, self.layer, y, is_fresh)
+
+
 @dataclass(frozen=True, eq=False)
 class _LayerTable:
-    """The rotations of one layer: rows of each of `families` in turn, and where these rows begin; a table a rotation in a row."""
+    """The rotations of one site: rows of each of `families` in turn, and where these rows begin; a table a stage."""
 
     chain: Chain
     families: tuple[int, ...]
     stacks: tuple[Stack, ...]
     begins: tuple[int, ...]
     keep: Keep
-
-    def rotated(self, y: Tensor, slots: Tensor, is_fresh: bool) -> Tensor:
-        """Each row of y by the row of the table that `slots` names; differentiable in y and the table."""
-        return rotate_checked(y, self.chain, slots, self.keep, is_fresh)
 
     def gradients_into(self, stack: Stack, index: int) -> Tensor:
         """Write the gradients of layer `index` of `stack`; the squares of their norms ``[S]``."""
@@ -212,33 +211,27 @@ def _layer_table(parts: Sequence[tuple[int, Stack, int]], keep: Keep | None) -> 
     families, stacks = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
     counts = [stack.parameters.shape[2] for stack in stacks]
     begins = tuple(sum(counts[:place]) for place in range(len(counts)))
-    chain = tuple(_table(parts, counts, number) for number in range(max(len(stack.stages) for stack in stacks)))
+    chains = [
+        chain_from_parameters(stack.parameters[index, 0], stack.parameters[index, 1], stack.variant, stack.stages)
+        for _, stack, index in parts
+    ]
+    chain = tuple(_table(stage, counts) for stage in zip_longest(*chains))
     alike = all(stack.variant is Variant.ROAD_1 for stack in stacks)
     return _LayerTable(chain, families, stacks, begins, keep or (Keep.COPY if alike else Keep.INPUT))
 
 
-def _table(parts: Sequence[tuple[int, Stack, int]], counts: Sequence[int], number: int) -> RotationTable:
-    """The table of one rotation in a row; the rows of families that have fewer are the identity, with group size 0."""
-    rotations, sizes = [], []
-    for _, stack, index in parts:
-        if number < len(stack.stages):
-            sizes.append(stack.stages[number])
-            theta, alpha = (split_stages(stored, len(stack.stages))[number] for stored in stack.parameters[index])
-            rotations.append(from_parameters(theta, alpha, stack.variant, sizes[-1]))
-        else:
-            sizes.append(NO_ROTATION)
-            one = identity(stack.out_features, 2, device=stack.parameters.device)
-            count = stack.parameters.shape[2]
-            rotations.append(Rotation(one.direct.expand(count, -1), one.cross.expand(count, -1), 2))
-    direct, cross = _leaf([each.direct for each in rotations]), _leaf([each.cross for each in rotations])
-    return table_of(direct, cross, [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)])
+def _table(rotations: Sequence[Rotation | None], counts: Sequence[int]) -> RotationTable:
+    """The table of one stage; the rows of families whose chains are shorter are the identity, with group size 0."""
+    like = next(filter(None, rotations)).direct
+    shapes = [(count, like.shape[1]) for count in counts]
+    parts = [
+        rotation or Rotation(like.new_ones(shape), like.new_zeros(shape), NO_ROTATION)
+        for rotation, shape in zip(rotations, shapes, strict=True)
+    ]
+    sizes = [part.group_size for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+    return table_of(_leaf([part.direct for part in parts]), _leaf([part.cross for part in parts]), sizes)
 
 
 def _leaf(parts: list[Tensor]) -> Tensor:
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     return whole.detach().requires_grad_()
-
-
-def _gives_fresh_memory(module: nn.Module) -> bool:
-    """Whether nobody but the hook holds the layer's output."""
-    return type(module) is nn.Linear and len(module._forward_hooks) == 1 and type(module.weight.data) is Tensor

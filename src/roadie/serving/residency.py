@@ -28,7 +28,7 @@ from pathlib import Path
 from torch import Tensor
 
 from roadie.bank import AdapterBank
-from roadie.bank.admission import Prepared
+from roadie.bank.admission import ReadyAdapter
 from roadie.bank.blends import Blend
 from roadie.errors import AdapterBusy, BankFull, ConfigError, RoadieError, ShuttingDown, UnknownAdapter
 from roadie.serving.belongings import Base, Belongings, notes
@@ -363,7 +363,7 @@ class Residency:
                 raise ConfigError(f"got {name!r}, which is loaded already; use replace, or unload it first")
         return folder
 
-    def _publish(self, name: str, read: ReadAdapter, prepared: Prepared) -> None:
+    def _publish(self, name: str, read: ReadAdapter, prepared: ReadyAdapter) -> None:
         """A checked adapter takes its name; where no slot can be had, the next request brings it."""
         self._engine.on_layers(frozenset(read.adapter.layers))
         try:
