@@ -20,6 +20,7 @@ from roadie.adapter import Adapter, LayerParameters
 from roadie.bank import AdapterBank
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError, UnsupportedLayer
 from roadie.rotation import Rotation, from_parameters, parameter_size, rotate, to_parameters
+from roadie.sites.rows import Choice
 from roadie.testing import randomise, tiny_llama
 
 WIDTHS = {"up": 32, "down": 16}
@@ -305,6 +306,40 @@ def test_growing_keeps_what_is_there_and_is_counted() -> None:
         check_rows(net, bank, wanted, [*wanted, None])
         with pytest.raises(ConfigError, match="does not shrink"):
             bank.grow(3)
+
+
+def test_the_same_rows_again_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding, where each step has a block of its own; what was written in between is seen."""
+    looked_up = []
+    placed = Choice.placed
+
+    def counted(choice: Choice, y: Tensor, *others: Any) -> Tensor:
+        looked_up.append(y.shape)
+        return placed(choice, y, *others)
+
+    monkeypatch.setattr(Choice, "placed", counted)
+    net, names = Net(), ["a0", None, "a1", "a0"]
+    wanted = {"a0": adapter(0), "a1": adapter(1)}
+    with AdapterBank(net, slots=3) as bank:
+        for name, value in wanted.items():
+            bank.admit(name, value)
+        for _ in range(3):
+            check_rows(net, bank, wanted, names)
+        assert len(looked_up) == 2  # one for each layer
+        for again in (names[::-1], [*names, "a1"]):
+            looked_up.clear()
+            check_rows(net, bank, wanted, again)
+            assert len(looked_up) == 2
+        for change in (bank.replace, bank.grow, bank.replace):
+            if change == bank.grow:
+                bank.grow(bank.num_slots + 3)
+            else:
+                wanted["a1"] = adapter(len(looked_up) + 5)
+                bank.replace("a1", wanted["a1"])
+            looked_up.clear()
+            for _ in range(2):
+                check_rows(net, bank, wanted, names)
+            assert len(looked_up) == 2
 
 
 def test_rows_of_roadie_find_the_bank_and_one_bank_serves_a_model() -> None:

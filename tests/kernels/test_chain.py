@@ -146,6 +146,7 @@ def test_prepared_it_is_the_same_and_refuses_what_it_was_not_made_for(dtype):
             assert_same_bits(other.detach(), before.detach(), what)
     assert not prepared(x.clone(), z.double()), "into another dtype"
     assert not prepared(x.clone(), z[:2].clone()), "into another size"
+    assert not prepared(x.clone(), 7), "into no tensor"
     assert not prepared()
 
 

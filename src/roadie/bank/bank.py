@@ -231,7 +231,7 @@ class AdapterBank:
         if not isinstance(slots, Tensor):
             slots = self.slots(slots)
         # Layers remember where a batch lay; the leases hang on the tensor that was given, and end with the choice.
-        choice = Choice(slots.clone(), expansion, model=self.model, held=slots)
+        choice = _BankChoice(self, slots.clone(), expansion, held=slots)
         choice.check(self._book.num_slots)
         return self._routing.chosen(choice, self.model)
 
@@ -240,12 +240,17 @@ class AdapterBank:
 
         Where the last one had the same, and nothing was written since, layers know already what they do.
         """
+        mark = self.mark(slots, expansion, calls, device)
+        return Choice(slots, expansion, device=device, held=held, calls=calls, mark=mark)
+
+    def mark(self, slots: Tensor, expansion: int, calls: Calls, device: torch.device) -> Mark:
+        """That of the last rows, if they had these slots, on the CPU, and nothing was written since; else a new one."""
         kind = self._writes, expansion, device, frozenset(calls.tokens)
         before, as_before, mark = self._last
         if kind != before or slots.shape != as_before.shape or not torch.equal(slots, as_before):
             mark = Mark()
             self._last = kind, slots, mark
-        return Choice(slots, expansion, device=device, held=held, calls=calls, mark=mark)
+        return mark
 
     def close(self) -> None:
         """Take the bank off the model, which is then what it was."""
@@ -418,6 +423,18 @@ class AdapterBank:
     def _unknown(self, name: str) -> RoutingError:
         known = ", ".join(map(repr, list(self.names)[:8])) or "none"
         return RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")
+
+
+class _BankChoice(Choice):
+    """Rows of a bank, which are marked as the last ones were where they are the same in the same kind of call."""
+
+    def __init__(self, bank: AdapterBank, slots: Tensor, expansion: int, held: object) -> None:
+        super().__init__(slots, expansion, model=bank.model, held=held)
+        self._bank = bank
+
+    def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().starts(model, args, kwargs)
+        self.mark = self._bank.mark(self.host, self.expansion, self.calls, self.slots.device)
 
 
 def _has(parts: Sequence[SiteChains], index: int) -> bool:

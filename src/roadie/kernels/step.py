@@ -74,7 +74,7 @@ class Rotated(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         kept, slots, *vectors = saved_tensors(ctx)
         want_x = ctx.needs_input_grad[0]
-        chain = with_vectors(ctx.chain, vectors)
+        chain = with_vectors(ctx.chain, vectors) if torch.is_grad_enabled() else ctx.chain  # (with their history)
         if len(chain) > 1:
             grad_x, of_vectors = _gradients_of_chain(grad, kept, chain, slots, want_x)
         else:

@@ -74,8 +74,6 @@ def vectors_of(chain: Chain) -> list[Tensor]:
 
 def with_vectors(chain: Chain, vectors: Sequence[Tensor]) -> Chain:
     """The same group sizes with other vectors, given as `vectors_of` gives them."""
-    if len(chain) == 1:
-        return (RotationTable(vectors[0], vectors[1], chain[0].group_sizes),)
     pairs = zip(chain, vectors[::2], vectors[1::2], strict=True)
     return tuple(RotationTable(direct, cross, table.group_sizes) for table, direct, cross in pairs)
 

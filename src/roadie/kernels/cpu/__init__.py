@@ -34,7 +34,7 @@ _FAILURES = {
 }
 
 
-ROTATE, BACKWARD, GRADIENTS, GRADIENTS_OF_OUTPUT = range(4)  # the operations of calls.c
+ROTATE, BACKWARD, GRADIENT, _, GRADIENTS, _ = range(6)  # the operations of job.h; one more: of what kept the output
 Place = tuple[int, int]
 """Address and stride between rows of what was kept: whoever asks a tensor itself for its address moves it (`address`)."""
 
@@ -64,7 +64,9 @@ class CpuImplementation(Implementation):
         """All rotations of a row while it is in the cache; see the contract."""
         threads = threads_for(2 * x.numel() * x.element_size() + table_work(chain))
         job = _job(x, None, out, chain[0], None, None, threads)
-        _check(loaded().rotate_chain(stages_of(chain), len(chain), job))
+        status = loaded().rotate_chain(stages_of(chain), len(chain), job)
+        if status:
+            _fail(status)
 
     def backward(
         self,
@@ -91,12 +93,11 @@ class CpuImplementation(Implementation):
     ) -> None:
         """`backward` and `gradient` in one call; see the contract."""
         threads = 1 if 3 * grad.nbytes < 2 * BYTES_A_THREAD else threads_for(3 * grad.nbytes)
-        operation = GRADIENTS_OF_OUTPUT if of_output else GRADIENTS
-        _run(operation, grad, _place_of(kept), grad_x, turns, own, partner, threads)
+        _run(GRADIENTS + of_output, grad, _place_of(kept), grad_x, turns, own, partner, threads)
 
     def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
         """From sums to gradients of direct and cross, in place; see the contract."""
-        _check(loaded().gradient(_job(own, None, None, turns._replace(slots=None), own, partner, 1), int(of_output)))
+        _run(GRADIENT + of_output, own, None, None, turns._replace(slots=None), own, partner, 1)
 
 
 def _run(*given: Any) -> None:
@@ -139,7 +140,7 @@ def _job(
         repeat,
         direct.shape[0],
         group_size,
-        TYPES[direct.dtype if x is own else x.dtype],
+        TYPES[x.dtype],
         TYPES[direct.dtype],
         threads,
     )
@@ -176,11 +177,6 @@ def threads_for(nbytes: int) -> int:
     return min(torch.get_num_threads(), nbytes // BYTES_A_THREAD)
 
 
-def _check(status: int) -> None:
-    if status:
-        _fail(status)
-
-
 def _fail(status: int) -> NoReturn:
     if status == 1:
         raise MemoryError(_FAILURES[1])
@@ -211,19 +207,14 @@ class _Library:
 
     def __init__(self, path: Path) -> None:
         self.problem: str | None = None
-        self.rotate: Callable[[bytes], int]
         self.rotate_chain: Callable[[bytes, int, bytes], int]
-        self.backward: Callable[[bytes], int]
-        self.gradient: Callable[[bytes, int], int]
-        self.gradients: Callable[[bytes, int], int]
         self.callable: Callable[[int, tuple[Any, ...]], Callable[..., Any]] | None = None
         self.run: Callable[..., int] = self.run_by_ctypes
         try:
             library = ctypes.CDLL(str(path))
-            self.rotate, self.backward = (self._function(library, f"roadie_{name}") for name in ("rotate", "backward"))
-            names = ("gradient", "gradients")
-            self.gradient, self.gradients = (self._function(library, f"roadie_{n}", ctypes.c_int) for n in names)
-            self.rotate_chain = self._function(library, "roadie_rotate_chain", ctypes.c_int64, ctypes.c_char_p)
+            self._run, self.rotate_chain = library.roadie_run, library.roadie_rotate_chain
+            self._run.argtypes = [ctypes.c_int64, ctypes.c_char_p]
+            self.rotate_chain.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p]
             if library.roadie_job_bytes() != JOB.size or library.roadie_stage_bytes() != STAGE.size:
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
             elif reader() and hasattr(library, "roadie_callable"):
@@ -238,16 +229,7 @@ class _Library:
 
     def run_by_ctypes(self, operation: int, *given: Any) -> int:
         """As run, where torch does not tell C what its tensors are."""
-        job = _job(*given)
-        if operation in (GRADIENTS, GRADIENTS_OF_OUTPUT):
-            return self.gradients(job, operation == GRADIENTS_OF_OUTPUT)
-        return (self.backward if operation == BACKWARD else self.rotate)(job)
-
-    @staticmethod
-    def _function(library: ctypes.CDLL, name: str, *more: Any) -> Callable[..., int]:
-        function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.c_char_p, *more], ctypes.c_int
-        return function
+        return int(self._run(operation, _job(*given)))
 
 
 @cache

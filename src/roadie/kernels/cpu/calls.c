@@ -31,6 +31,8 @@ extern char *PyBytes_AsString(Object *bytes);
 extern char *PyByteArray_AsString(Object *bytes);
 extern void Py_DecRef(Object *object);
 extern void PyErr_Clear(void);
+extern void *PyEval_SaveThread(void);
+extern void PyEval_RestoreThread(void *thread);
 extern Object _Py_NoneStruct;
 
 /* DLPack's DLTensor. */
@@ -106,7 +108,8 @@ static int fits(const Prepared *prepared, Object *y, Object *z, Job *job) {
     job->rows = size / job->width;
     job->repeat = job->rows / prepared->routed;
     if (!z) return 1;
-    if (!is_read(prepared->read, z, &into) || size_of(&into) != size || type_of(&into) != job->type) return 0;
+    if (!is_of_type(z, prepared->tensor_type) || !is_read(prepared->read, z, &into)) return 0;
+    if (size_of(&into) != size || type_of(&into) != job->type) return 0;
     job->z = into.data;
     return 1;
 }
@@ -144,7 +147,7 @@ static const void *memory_of(Read *read, Object *object, int *is_right) {
 
 static int64_t integer_at(Object *tuple, intptr_t place) { return PyLong_AsLongLong(PyTuple_GetItem(tuple, place)); }
 
-enum { ROTATE = 0, BACKWARD = 1, GRADIENTS = 2, GRADIENTS_OF_OUTPUT = 3, NOT_READ = -1 };
+enum { NOT_READ = -1, LARGE = 1 << 20 };
 
 /* run(operation, x, kept, z, turns, own, partner, threads): one of the kernels, on tensors; its status. kept: an address and a
  * stride, or None; turns: as RowRotations of contract.py; z, own, partner: a tensor or None. */
@@ -170,13 +173,11 @@ static Object *run(Object *self, Object *const *arguments, intptr_t count) {
         job.kept_stride = integer_at(kept, 1);
     }
     if (!is_right) return PyLong_FromLong(NOT_READ);
-    switch (PyLong_AsLongLong(arguments[0])) {
-    case ROTATE: return PyLong_FromLong(roadie_rotate(&job));
-    case BACKWARD: return PyLong_FromLong(roadie_backward(&job));
-    case GRADIENTS: return PyLong_FromLong(roadie_gradients(&job, 0));
-    case GRADIENTS_OF_OUTPUT: return PyLong_FromLong(roadie_gradients(&job, 1));
-    }
-    return PyLong_FromLong(NOT_READ);
+    int64_t operation = PyLong_AsLongLong(arguments[0]);
+    void *thread = job.rows * job.width >= LARGE ? PyEval_SaveThread() : NULL; /* other threads may run Python meanwhile */
+    int status = roadie_run(operation, &job);
+    if (thread) PyEval_RestoreThread(thread);
+    return PyLong_FromLong(status);
 }
 
 /* One tensor, as roadie.kernels.stamp.SEEN packs it; hint: an address inside what torch keeps of it, noted at the first look. */

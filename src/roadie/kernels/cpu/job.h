@@ -36,9 +36,11 @@ typedef struct {
     int64_t group_size;
 } Stage;
 
-EXPORT int roadie_rotate(const Job *job);
-EXPORT int roadie_backward(const Job *job);
-EXPORT int roadie_gradients(const Job *job, int of_output);
+/* What a job can be; GRADIENTS is BACKWARD, and then GRADIENT of its sums. */
+enum { ROTATE, BACKWARD, GRADIENT, GRADIENT_OF_OUTPUT, GRADIENTS, GRADIENTS_OF_OUTPUT };
+
+int roadie_rotate(const Job *job);
+EXPORT int roadie_run(int64_t operation, const Job *job);
 EXPORT int roadie_rotate_chain(const Stage *stages, int64_t count, const Job *job);
 
 #endif

@@ -1,4 +1,5 @@
-/* The rotation on CPUs: see ../contract.py for what is computed. Plain C without Python or torch in it; called by ctypes, and by calls.c.
+/* The rotation on CPUs: see ../contract.py for what is computed. Plain C without Python or torch in it, called by ctypes and from
+ * calls.c.
  *
  * What counts is memory: every element is read once and written once, both members of a pair together; the tables of one
  * layer stay in the first levels of the cache. Products and sums are rounded one by one (no fused multiply-add), as in
@@ -132,7 +133,7 @@ static void prefer_huge_pages(const Job *job) {
 #endif
 }
 
-EXPORT int roadie_rotate(const Job *job) {
+int roadie_rotate(const Job *job) {
     int status = check(job);
     if (status) return status;
     TurnSpan *turn = spans()->turn[job->type][is_narrow(job)];
@@ -354,7 +355,7 @@ static int run_plan(const Job *job, const Plan *plan) {
     return failed ? OUT_OF_MEMORY : DONE;
 }
 
-EXPORT int roadie_backward(const Job *job) {
+static int backward(const Job *job) {
     Plan plan = {0};
     int status = check(job);
     if (!status) prefer_huge_pages(job);
@@ -383,7 +384,7 @@ static void gradient_of_pair(const Job *job, int64_t slot, int64_t i, int64_t k,
 }
 
 /* Turns the sums own and partner into the gradients of direct and cross, in place. */
-EXPORT int roadie_gradient(const Job *job, int of_output) {
+static int gradient(const Job *job, int of_output) {
     int status = check(job);
     for (int64_t slot = 0; !status && slot < job->num_slots; slot++) {
         int64_t group = group_of(job, slot), half = group / 2;
@@ -394,10 +395,15 @@ EXPORT int roadie_gradient(const Job *job, int of_output) {
     return status;
 }
 
-/* roadie_backward, and then roadie_gradient of the sums. */
-EXPORT int roadie_gradients(const Job *job, int of_output) {
-    int status = roadie_backward(job);
-    return status ? status : roadie_gradient(job, of_output);
+/* One of the operations; gives a status. */
+EXPORT int roadie_run(int64_t operation, const Job *job) {
+    int status = DONE;
+    if (operation == ROTATE) return roadie_rotate(job);
+    if (operation != GRADIENT && operation != GRADIENT_OF_OUTPUT) status = backward(job);
+    if (status || operation == BACKWARD) return status;
+    Job of_sums = *job;
+    of_sums.type = job->table_type; /* the sums are float32, whatever the tables are */
+    return gradient(&of_sums, operation == GRADIENT_OF_OUTPUT || operation == GRADIENTS_OF_OUTPUT);
 }
 
 /* So that the caller can see that both sides mean the same by a Job. */
