@@ -85,6 +85,36 @@ def test_a_stamp_sees(
     assert not watched.holds()
 
 
+def _counted(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["a"] += 0.0
+
+
+def _trained(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["a"].requires_grad_()
+
+
+@pytest.mark.parametrize("change", [_counted, _trained, _with_other_memory, _another, _gone])
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("which", ["a", "ab"], ids=["some", "all"])
+def test_a_stamp_of_what_is_elsewhere_sees(
+    change: Callable[[dict[str, torch.Tensor]], None], is_compiled: bool, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where content is not compared; these tensors are only called elsewhere."""
+    if is_compiled and cpu.loaded().callable is None:
+        pytest.skip("there is no compiled way")
+    if not is_compiled:
+        monkeypatch.setattr(stamp, "loaded", lambda: SimpleNamespace(callable=None))
+    tensors = {"a": torch.randn(3, 4), "b": torch.zeros(5)}
+    elsewhere = [id(tensors[name]) for name in which]
+    monkeypatch.setattr(stamp, "_is_on_cpu", lambda tensor: id(tensor) not in elsewhere)
+    watched = stamp.Stamp([(tensors, name) for name in tensors])
+    assert watched.holds()
+    tensors["a"].data[0, 0] = 7.0  # which nobody can see there
+    assert watched.holds()
+    change(tensors)
+    assert not watched.holds()
+
+
 @pytest.fixture
 def _fresh_choice() -> Iterator[None]:
     """What was found once is remembered: forgotten before and after."""

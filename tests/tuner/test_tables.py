@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.kernels.cases import no_compiled_kernel
 from torch import Tensor, nn
 
 import roadie
+from roadie.kernels import prepare_rotation
 from roadie.rotation import rotate
 from roadie.sites import parameters
 from roadie.testing import randomise, tiny_llama
+from roadie.tuner import rotating
 
 D = 16
 
@@ -163,3 +166,24 @@ def test_a_replica_of_data_parallel_trains_its_adapter() -> None:
             object.__setattr__(store, "default", copied)
     for got, gradient in zip(torch.autograd.grad(model(_x()).sum(), leaves), wanted, strict=True):
         torch.testing.assert_close(got, gradient)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_gets_ready_for_each_dtype_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layer_calls = _adapted(1, group_size=4).eval(), []
+    rotated = rotating.RoadLayer._rotated
+
+    def counted(layer: Any, *given: Any) -> Tensor:
+        layer_calls.append(layer)
+        return rotated(layer, *given)
+
+    monkeypatch.setattr(rotating.RoadLayer, "_rotated", counted)
+    for _ in range(2):
+        model(_x())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = [model(_x()) for _ in range(3)]
+        wanted = _alone(_layers(model)[0], _x()).sin()
+    assert all(torch.equal(each, wanted) for each in found)
+    if not no_compiled_kernel() and prepare_rotation(_x(), roadie.identity(D, 4)) is not None:
+        assert len(layer_calls) == (1 if dtype == torch.float32 else 2)

@@ -21,14 +21,14 @@ Place: TypeAlias = "tuple[dict[str, Any], str]"
 """A dict, such as the parameters of a module, and a key of it."""
 
 HEAD = Struct("@Pq")  # the first fields of the struct Stamp of kernels/cpu/calls.c
-SEEN = Struct("@2PqP")  # the struct Seen
+SEEN = Struct("@2P2qP")  # the struct Seen
 
 
 def can_be_stamped(tensor: Tensor) -> bool:
     """Whether every later write to a parameter will be seen: what may be training elsewhere than on the CPU is not trusted."""
     if type(tensor) not in PLAIN or tensor.is_inference() or tensor.device.type == "meta":
         return False
-    return tensor.device.type == "cpu" or not tensor.requires_grad
+    return _is_on_cpu(tensor) or not tensor.requires_grad
 
 
 class Stamp:
@@ -40,44 +40,50 @@ class Stamp:
         """content: a copy of each tensor that is on the CPU, made before; else it is made here."""
         self._places = list(places)
         self._tensors: list[Tensor] = [store[key] for store, key in places]
-        on_cpu = [tensor for tensor in self._tensors if tensor.device.type == "cpu"]
+        on_cpu = [tensor for tensor in self._tensors if _is_on_cpu(tensor)]
         self._content = _copies(on_cpu) if content is None else list(content)
-        self._then = [_facts_of(tensor) for tensor in self._tensors]
+        self._then = list(map(_facts_of, self._tensors))
         # Kept, so that an address cannot come back as another's.
         self._storages = [tensor.untyped_storage() for tensor in self._tensors]
-        self.holds = self._compiled() if len(on_cpu) == len(self._tensors) else self._holds
+        self.holds = self._compiled()
 
     @classmethod
     def each(cls, groups: Sequence[Sequence[Place]]) -> list[Stamp]:
         """One for each group of places; what is in them is copied together."""
-        on_cpu = [[store[key] for store, key in places if store[key].device.type == "cpu"] for places in groups]
+        on_cpu = [[store[key] for store, key in places if _is_on_cpu(store[key])] for places in groups]
         content = iter(_copies([tensor for tensors in on_cpu for tensor in tensors]))
         return [cls(places, [next(content) for _ in of_group]) for places, of_group in zip(groups, on_cpu, strict=True)]
 
     def _compiled(self) -> Callable[[], bool]:
-        """`_holds` of tensors on the CPU, in one call of C where that can be."""
-        make, tensors, content = loaded().callable, self._tensors, self._content
+        """`_holds` in one call of C, where that can be."""
+        make, tensors, content = loaded().callable, self._tensors, iter(self._content)
         if make is None or not all(tensor.is_contiguous() for tensor in tensors):
             return self._holds
-        seen = [SEEN.pack(t.data_ptr(), c.data_ptr(), c.nbytes, 0) for t, c in zip(tensors, content, strict=True)]
+        packed = bytearray(HEAD.pack(reader(), len(tensors)))
+        for tensor, (address, _, writes) in zip(tensors, self._then, strict=True):
+            copied = next(content).data_ptr() if writes is None else 0
+            packed += SEEN.pack(address, copied, tensor.nbytes, -1 if writes is None else writes, 0)
         stores, keys = zip(*self._places, strict=True) if tensors else ((), ())
-        packed = bytearray(HEAD.pack(reader(), len(tensors)) + b"".join(seen))
-        return make(1, (packed, stores, keys, tuple(tensors), content, self._storages))
+        kept = self._content, self._storages
+        return make(1, (packed, stores, keys, tuple(tensors), "_version", "requires_grad", kept))
 
     def _holds(self) -> bool:
         content = iter(self._content)
         for (store, key), tensor, then in zip(self._places, self._tensors, self._then, strict=True):
             if store.get(key) is not tensor or _facts_of(tensor) != then:
                 return False
-            if not (can_be_stamped(tensor) if tensor.device.type != "cpu" else _is_equal(tensor, next(content))):
+            if not (_is_equal(tensor, next(content)) if _is_on_cpu(tensor) else can_be_stamped(tensor)):
                 return False
         return True
 
 
-def _facts_of(tensor: Tensor) -> tuple[object, ...]:
+def _is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _facts_of(tensor: Tensor) -> tuple[int, torch.Size, int | None]:
     """Where its memory is, its shape, and, but for CPUs, how often it was written to."""
-    count = None if tensor.device.type == "cpu" else writes_to(tensor)
-    return tensor.data_ptr(), tensor.shape, count
+    return tensor.data_ptr(), tensor.shape, None if _is_on_cpu(tensor) else writes_to(tensor)
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ class RoadLayer(BaseTunerLayer):
         z = self.resident.by(in_bank, y, lambda: is_fresh)
         prepared = self.resident.prepared
         if prepared is not None:
-            self._kept.last = Last(in_bank.mark, prepared)
+            self._kept.last = Last(in_bank.mark, y.dtype, prepared)
         return z
 
     def _slots_of(self, y: Tensor, choice: AdapterChoice) -> Tensor:
@@ -234,10 +234,10 @@ class RoadLayer(BaseTunerLayer):
         tables, last = self._routing.by.get(), self._kept.last
         if not isinstance(tables, Tables) or found.chain is None or tables.of.get(self) is not found:
             return
-        if last is not None and last.by is tables:
-            return
+        if last is not None and last.by is tables and last.dtype == y.dtype:
+            return  # too much for one thread, or with gaps
         prepared = prepare_checked(y, found.chain, None)
-        self._kept.last = None if prepared is None else Last(tables, prepared)
+        self._kept.last = None if prepared is None else Last(tables, y.dtype, prepared)
 
     def hold(self, names: Iterable[str]) -> None:
         """From now on these adapters (LoRA) are merged into the weight after RoAd."""

@@ -170,9 +170,13 @@ def are_trained(layers: Iterable[Any], names: Names) -> bool:
 
 
 class Last(NamedTuple):
-    """How a layer rotated the last time, and by what: tables, or the `Mark` of rows in the bank (`RoadRouting.by_now`)."""
+    """How a layer rotated the last time, and by what: tables, or the `Mark` of rows in the bank (`RoadRouting.by`).
+
+    dtype: of what was rotated.
+    """
 
     by: object
+    dtype: torch.dtype
     rotate: PreparedRotation
 
 

@@ -24,6 +24,8 @@ extern Object *PyCFunction_NewEx(Definition *definition, Object *self, Object *m
 extern Object *PyTuple_GetItem(Object *tuple, intptr_t place);
 extern Object *PyDict_GetItem(Object *dict, Object *key);
 extern Object *PyObject_Type(Object *object);
+extern Object *PyObject_GetAttr(Object *object, Object *name);
+extern int PyObject_IsTrue(Object *object);
 extern Object *PyBool_FromLong(long value);
 extern Object *PyLong_FromLong(long value);
 extern long long PyLong_AsLongLong(Object *number);
@@ -58,14 +60,18 @@ static int is_of_type(Object *object, const void *type) {
     return found == type;
 }
 
-/* Whether an object is a tensor on the CPU. */
+/* Whether torch has told what a tensor is. */
 static int is_read(Read *read, Object *object, Tensor *tensor) {
     if (read(object, tensor)) {
         PyErr_Clear();
         return 0;
     }
     tensor->data += tensor->offset;
-    return tensor->device.kind == ON_CPU;
+    return 1;
+}
+
+static int is_on_cpu(Read *read, Object *object, Tensor *tensor) {
+    return is_read(read, object, tensor) && tensor->device.kind == ON_CPU;
 }
 
 /* The number of elements, -1 where there are gaps in the memory. */
@@ -98,7 +104,7 @@ typedef struct {
 /* Whether y is what was prepared for; then the job is completed. */
 static int fits(const Prepared *prepared, Object *y, Object *z, Job *job) {
     Tensor from, into;
-    if (!is_of_type(y, prepared->tensor_type) || !is_read(prepared->read, y, &from)) return 0;
+    if (!is_of_type(y, prepared->tensor_type) || !is_on_cpu(prepared->read, y, &from)) return 0;
     int64_t size = size_of(&from);
     if (size <= 0 || type_of(&from) != job->type || from.shape[from.dims - 1] != job->width) return 0;
     for (int64_t i = 0; i < prepared->dims; i++)
@@ -108,7 +114,7 @@ static int fits(const Prepared *prepared, Object *y, Object *z, Job *job) {
     job->rows = size / job->width;
     job->repeat = job->rows / prepared->routed;
     if (!z) return 1;
-    if (!is_of_type(z, prepared->tensor_type) || !is_read(prepared->read, z, &into)) return 0;
+    if (!is_of_type(z, prepared->tensor_type) || !is_on_cpu(prepared->read, z, &into)) return 0;
     if (size_of(&into) != size || type_of(&into) != job->type) return 0;
     job->z = into.data;
     return 1;
@@ -133,7 +139,7 @@ static int are_rows(Read *read, Object *object, Rows *rows) {
     Tensor tensor;
     *rows = (Rows){0};
     if (object == &_Py_NoneStruct) return 1;
-    if (!is_read(read, object, &tensor) || tensor.dims != 2 || (tensor.shape[1] > 1 && tensor.strides[1] != 1)) return 0;
+    if (!is_on_cpu(read, object, &tensor) || tensor.dims != 2 || (tensor.shape[1] > 1 && tensor.strides[1] != 1)) return 0;
     *rows = (Rows){tensor.data, tensor.shape[0], tensor.shape[1], tensor.strides[0], type_of(&tensor)};
     return rows->type >= 0;
 }
@@ -141,7 +147,7 @@ static int are_rows(Read *read, Object *object, Rows *rows) {
 static const void *memory_of(Read *read, Object *object, int *is_right) {
     Tensor tensor;
     if (object == &_Py_NoneStruct) return NULL;
-    *is_right = *is_right && is_read(read, object, &tensor) && size_of(&tensor) >= 0;
+    *is_right = *is_right && is_on_cpu(read, object, &tensor) && size_of(&tensor) >= 0;
     return *is_right ? tensor.data : NULL;
 }
 
@@ -180,10 +186,11 @@ static Object *run(Object *self, Object *const *arguments, intptr_t count) {
     return PyLong_FromLong(status);
 }
 
-/* One tensor, as roadie.kernels.stamp.SEEN packs it; hint: an address inside what torch keeps of it, noted at the first look. */
+/* One tensor, as roadie.kernels.stamp.SEEN packs it. writes: how many torch has counted, or -1 on the CPU, where there is content to
+ * compare; hint: an address inside what torch keeps of the tensor, noted at the first look. */
 typedef struct {
     const char *data, *content;
-    int64_t bytes;
+    int64_t bytes, writes;
     const char *hint;
 } Seen;
 
@@ -208,11 +215,20 @@ static void begin(const Seen *seen, Object *store, Object *tensor) {
     for (int line = -3; line < 4; line++) PREFETCH(seen->hint + line * LINE);
 }
 
+/* Whether a tensor elsewhere than on the CPU is not trained, and torch has counted no write. */
+static int is_unwritten(Object *tensor, Object *version, Object *requires_grad, int64_t writes) {
+    Object *now = PyObject_GetAttr(tensor, version), *is_trained = PyObject_GetAttr(tensor, requires_grad);
+    int is_same = now && is_trained && PyLong_AsLongLong(now) == writes && !PyObject_IsTrue(is_trained);
+    Py_DecRef(now), Py_DecRef(is_trained), PyErr_Clear();
+    return is_same;
+}
+
 /* holds(): whether tensors stand where they stood, in the same memory, which holds the same; self goes on with a tuple of dicts,
- * one of keys, and one of tensors. */
+ * one of keys, and one of tensors, and the names of two attributes: _version and requires_grad. */
 static Object *holds(Object *self, Object *const *arguments, intptr_t count) {
     Stamp *stamp = (Stamp *)PyByteArray_AsString(PyTuple_GetItem(self, 0));
     Object *stores = PyTuple_GetItem(self, 1), *keys = PyTuple_GetItem(self, 2), *tensors = PyTuple_GetItem(self, 3);
+    Object *version = PyTuple_GetItem(self, 4), *requires_grad = PyTuple_GetItem(self, 5);
     (void)arguments, (void)count;
     for (int64_t i = 0; i < stamp->count; i++) {
         Seen *seen = stamp->seen + i;
@@ -222,10 +238,11 @@ static Object *holds(Object *self, Object *const *arguments, intptr_t count) {
         if (PyDict_GetItem(PyTuple_GetItem(stores, i), PyTuple_GetItem(keys, i)) != expected) return PyBool_FromLong(0);
         int64_t size = is_read(stamp->read, expected, &tensor) ? size_of(&tensor) : -1;
         if (size < 0 || size * tensor.dtype.bits / 8 != seen->bytes || tensor.data != seen->data) return PyBool_FromLong(0);
+        if (seen->writes >= 0 && !is_unwritten(expected, version, requires_grad, seen->writes)) return PyBool_FromLong(0);
         seen->hint = (const char *)tensor.shape;
     }
-    for (int64_t i = 0; i < stamp->count; i++)
-        if (memcmp(stamp->seen[i].data, stamp->seen[i].content, (size_t)stamp->seen[i].bytes)) return PyBool_FromLong(0);
+    for (const Seen *seen = stamp->seen; seen < stamp->seen + stamp->count; seen++)
+        if (seen->writes < 0 && memcmp(seen->data, seen->content, (size_t)seen->bytes)) return PyBool_FromLong(0);
     return PyBool_FromLong(1);
 }
 
