@@ -386,7 +386,7 @@ def matches_end(pattern: str, module_path: str, key: str) -> bool:
     try:
         return re.match(rf"(.*\.)?({pattern})$", module_path) is not None
     except (re.error, OverflowError, RecursionError) as error:
-        got = f"got {key} {_shortened(pattern)}, which is not a regular expression"
+        got = f"got {key} {_shortened(pattern)}, a key of {key}, which is not a regular expression"
         raise ConfigError(f"{got} ({error}); wanted one.") from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,10 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from roadie import checkpoint
-from roadie.adapter import DEFAULT_GROUP_SIZE, stages_of, stages_or_none
+from roadie.adapter import DEFAULT_GROUP_SIZE, check_settings, stages_of, stages_or_none
 from roadie.checkpoint.replacement import replace_file
 from roadie.errors import ConfigError
-from roadie.rotation import Variant, check_group_size
+from roadie.rotation import Variant
 from roadie.tuner.registry import register
 
 BIAS_CHOICES = ("none", "all", "road_only")
@@ -96,15 +95,13 @@ class RoadConfig(PeftConfig):
         super().__post_init__()
         register()
         self.peft_type = PeftType.ROAD
-        self.variant = _parsed_variant(self.variant)
-        check_group_size(self.group_size)
+        self.variant = Variant.parse(checkpoint.without_prefix(self.variant)).value
+        check_settings(vars(self))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         self._check_layers()
-        self._check_patterns()
-        self._check_stages()
-        self._check_input_stages()
+        self._settle_stages()
         if self.bias not in BIAS_CHOICES:
             raise ConfigError(f"got bias={self.bias!r}; wanted one of {', '.join(BIAS_CHOICES)}")
 
@@ -122,18 +119,12 @@ class RoadConfig(PeftConfig):
                         f"{self.target_modules!r}; wanted a list of names; or put the layers into the expression."
                     )
 
-    def _check_patterns(self) -> None:
-        for pattern, variant in self.variant_pattern.items():
-            _check_regex(pattern, "variant_pattern")
-            Variant.parse(variant)
-        for pattern, group_size in self.group_size_pattern.items():
-            _check_regex(pattern, "group_size_pattern")
-            check_group_size(group_size)
-
-    def _check_stages(self) -> None:
-        for pattern, stages in self.stages_pattern.items():
-            _check_regex(pattern, "stages_pattern")
-            self.stages_pattern[pattern] = list(stages_of(stages))
+    def _settle_stages(self) -> None:
+        """Group sizes of chains become lists, and a chain of one the plain adapter that it is."""
+        for name in ("stages_pattern", "input_stages_pattern"):
+            given = getattr(self, name).items()
+            setattr(self, name, {pattern: list(stages_or_none(stages)) for pattern, stages in given})
+        self.input_stages = None if self.input_stages is None else list(stages_of(self.input_stages))
         if self.stages is None:
             return
         self.stages = list(stages_of(self.stages))
@@ -143,15 +134,8 @@ class RoadConfig(PeftConfig):
                 f"got stages={self.stages} and {said}; wanted one of them, because stages say the group sizes; leave the other "
                 "out, or use stages_pattern for modules that differ"
             )
-        if len(self.stages) == 1:  # a chain of one is a plain adapter
+        if len(self.stages) == 1:
             self.group_size, self.stages = self.stages[0], None
-
-    def _check_input_stages(self) -> None:
-        if self.input_stages is not None:
-            self.input_stages = list(stages_of(self.input_stages))
-        for pattern, stages in self.input_stages_pattern.items():
-            _check_regex(pattern, "input_stages_pattern")
-            self.input_stages_pattern[pattern] = list(stages_or_none(stages))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json into `save_directory`, whole and reproducible byte for byte.
@@ -209,15 +193,3 @@ class WeightsSource:
     hub_arguments: Mapping[str, Any]
     allow_pickle: bool
     base_model: str | None
-
-
-def _parsed_variant(variant: Any) -> str:
-    """The name of a variant, which a saved config may have behind a prefix."""
-    return Variant.parse(checkpoint.without_prefix(variant)).value
-
-
-def _check_regex(pattern: str, where: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"got {pattern!r} in {where}, which is not a regular expression ({error})") from None
