@@ -6,7 +6,7 @@
     {"legal": 1.5}                  more of it;  {"legal": -1} its inverse
 
 A blend is one rotation a pair (`roadie.algebra.blend`), so that a row with a blend costs what any other row costs. Adapters
-with several rotations in a row blend rotation by rotation (`roadie.algebra.blend_chains`).
+with longer chains blend stage by stage (`roadie.algebra.blend_chains`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse(wish: Wish) -> str | Blend | None:
 
 
 def blended(path: str, parts: Sequence[tuple[str, float, Sequence[Rotation] | None]]) -> Sequence[Rotation] | None:
-    """The blend of (name, weight, rotations in a row) in the layer `path`; what is None is the identity, which adds nothing.
+    """The blend of (name, weight, chain) in the layer `path`; what is None is the identity, which adds nothing.
 
     Raises `AdapterError` or `ConfigError`, naming layer and adapters, where a block has no logarithm or sizes differ.
     """

@@ -1,14 +1,14 @@
 """Adapters of one shape, their parameters stacked: what is trained at once as a few tensors.
 
-Legend: L layers of one stack, S adapters of a family, n parameters of theta (and of alpha), those of several rotations in a row
-end to end, D out features of a layer. Along the second dimension of a stack 0 is theta and 1 alpha.
+Legend: L layers of one stack, S adapters of a family, n parameters of theta (and of alpha), those of all stages end to
+end, D out features of a layer. Along the second dimension of a stack 0 is theta and 1 alpha.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class AdaptedLayer(NamedTuple):
     """One layer that an adapter adapts, or the input of one, and how.
 
     path: of the layer, or of its input (`roadie.adapter.INPUT_SUFFIX`), whose in_features are then the out_features here;
-    stages: the group sizes of its rotations in a row; share: the pairs that are trained, None for all.
+    stages: the group sizes of its chain; share: the pairs that are trained, None for all.
     """
 
     path: str
@@ -126,14 +126,12 @@ def _trained(
 
 
 def _mapped(stack: Stack, change: Callable[[Tensor], Tensor]) -> Stack:
-    changed = {name: change(tensor).contiguous() for name, tensor in stack.tensors.items()}
-    return _with(stack, changed)
+    return _with(stack, {name: change(tensor).contiguous() for name, tensor in stack.tensors.items()})
 
 
 def _with(stack: Stack, tensors: Mapping[str, Tensor]) -> Stack:
-    gradients = torch.zeros_like(tensors["parameters"])
-    parameters, exp_avg, exp_avg_sq = (tensors[name] for name in ("parameters", "exp_avg", "exp_avg_sq"))
-    return replace(stack, parameters=parameters, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, gradients=gradients)
+    whole: dict[str, Any] = {**tensors, "gradients": torch.zeros_like(tensors["parameters"])}
+    return replace(stack, **whole)
 
 
 def _appended(tensor: Tensor, count: int) -> Tensor:

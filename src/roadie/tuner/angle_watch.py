@@ -62,10 +62,8 @@ class AngleWatch:
         self._updates = 0
         self._before: list[Tensor] | None = None  # of the update that is looked at
         self._next, self._last_change = FIRST_LOOK, 0.0
-        self._without_gradient: dict[bool, set[int]] = {
-            True: set(),
-            False: set(),
-        }  # in training mode or not: after which updates
+        # In training mode or not: after which updates the model was run without gradient.
+        self._without_gradient: dict[bool, set[int]] = {True: set(), False: set()}
         if self._tick is not None:
             self._tick.remove()
         self._tick = samples[-1].register_post_accumulate_grad_hook(self._after_backward) if samples else None
@@ -183,13 +181,9 @@ def _watches(model: nn.Module) -> Iterator[AngleWatch]:
 
 def _samples(model: nn.Module) -> list[Tensor]:
     """The angles of a few layers, from the first to the last, of adapters that are trained."""
-    books = (module._modules.get("road_theta") for module in model.modules())
-    found = [theta for book in books if book is not None for theta in book.parameters() if _can_be_watched(theta)]
+    books = [book for module in model.modules() if (book := module._modules.get("road_theta")) is not None]
+    found = [theta for book in books for theta in book.parameters() if theta.requires_grad and theta.numel() > 0]
     return [found[index * (len(found) - 1) // (MOST_SAMPLES - 1)] for index in range(MOST_SAMPLES)] if found else []
-
-
-def _can_be_watched(theta: Tensor) -> bool:
-    return theta.requires_grad and theta.numel() > 0
 
 
 def _width(model: nn.Module) -> int | None:

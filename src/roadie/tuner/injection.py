@@ -9,11 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
@@ -78,8 +74,7 @@ class Plan:
         paths = _paths_in(state_dict, tuner.prefix) if state_dict is not None else None
         targets = []
         for path, module in _candidates(model):
-            matches = path in paths if paths is not None else _matches(tuner, trial, path)
-            if matches:
+            if path in paths if paths is not None else _matches(tuner, trial, path):
                 targets.append(_target(model, path, module, trial, reasons.get(path)))
         return cls(model, trial.target_modules, tuple(targets))
 

@@ -23,7 +23,7 @@ from roadie.tuner.rotating import group_sizes_of, input_group_sizes_of
 
 if TYPE_CHECKING:
     from roadie.tuner.config import WeightsSource
-    from roadie.tuner.injection import Plan, Target
+    from roadie.tuner.injection import Plan
 
 
 _PREFIX = "base_model.model."
@@ -83,11 +83,12 @@ def stored_adapter(source: WeightsSource, *, is_certain: bool) -> Adapter | None
 def check_stored_sizes(stored: Adapter, plan: Plan, place: str) -> None:
     """Raise `CheckpointError` if the parameters of a layer do not fit into the plan; place: where they were read."""
     for target in plan.targets:
-        for path, stages, width in _sites(target):
-            layer = stored.layers.get(path)
+        output = target.path, group_sizes_of(target.config), "out_features"
+        input_ = target.path + INPUT_SUFFIX, input_group_sizes_of(target.config), "in_features"
+        for path, stages, name in (output, input_):
+            layer, width = stored.layers.get(path), getattr(target, name)
             wanted = len(stages) * parameter_size(target.config.variant, width)
             if layer is not None and layer.theta.numel() != wanted:
-                name = "out_features" if path == target.path else "in_features"
                 raise CheckpointError(
                     f"got {layer.theta.numel()} parameters for {path!r} in {place}; wanted {wanted} for "
                     f"{target.config.variant} on {name}={width}; the adapter belongs to another base "
@@ -112,23 +113,12 @@ def check_whole_modules(stored: Adapter, model: nn.Module, adapter_name: str, pl
         )
 
 
-def _sites(target: Target) -> list[tuple[str, tuple[int, ...], int]]:
-    """The output of a layer, and its input: path, group sizes (none where it is not rotated), and width."""
-    stages, input_stages = group_sizes_of(target.config), input_group_sizes_of(target.config)
-    return [
-        (target.path, stages, target.out_features),
-        (target.path + INPUT_SUFFIX, input_stages, target.in_features),
-    ]
-
-
 def _folder(source: WeightsSource) -> Path | None:
     """The folder with the weights, downloaded if need be; None where there is nothing to look at."""
-    folder = Path(source.name_or_path, source.subfolder or "")
-    if not folder.is_dir():
-        downloaded = _download(source)
-        if downloaded is None:
-            return None
-        folder = downloaded
+    local = Path(source.name_or_path, source.subfolder or "")
+    folder = local if local.is_dir() else _download(source)
+    if folder is None:
+        return None
     if (folder / checkpoint.WEIGHTS_NAME).is_file():
         return folder
     if not _may_be_pickle(source) and any(folder.glob("adapter_model.bin")):

@@ -265,7 +265,9 @@ class RoadModel(BaseTuner):
         layers = self._layers()
         if merge:
             mark_shared_weights(self.model)
-            self._check_can_merge(layers)
+            for layer in layers:
+                with onloaded(layer):
+                    layer._base_weight().check_can_merge()
             if safe_merge:
                 self._check_merges(adapter_names)
         kept = [(layer, layer.exact_unmerge) for layer in layers]
@@ -278,11 +280,6 @@ class RoadModel(BaseTuner):
         finally:
             for layer, exact in kept:
                 layer.exact_unmerge = exact
-
-    def _check_can_merge(self, layers: list[Linear]) -> None:
-        for layer in layers:
-            with onloaded(layer):
-                layer._base_weight().check_can_merge()
 
     def set_exact_unmerge(self, exact: ExactUnmerge | str) -> None:
         """Say for which weights unmerging gives back the original bit for bit: "half" (default), "always" or "never".

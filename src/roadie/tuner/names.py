@@ -8,7 +8,7 @@ name by which no adapter of the model loses anything is allowed, whatever the mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -28,15 +28,15 @@ class _Tensors(NamedTuple):
     saved_as: Collection[str] = ()
 
 
-def check_name(adapter_name: str) -> None:
-    """Raise `ConfigError` unless the name is one that adapters of some model may have.
+def check_name(adapter_name: str, module_paths: Iterable[str] = (), holder: type[nn.Module] = nn.ParameterDict) -> None:
+    """Raise `ConfigError` unless the name is one that adapters of a model with modules at `module_paths` may have.
 
-    torch's ParameterDict, which holds an adapter's parameters, must have no attribute of that name.
+    holder: torch's class that holds an adapter's parameters, which must have no attribute of that name.
     """
-    check_adapter_name(adapter_name)
-    if hasattr(nn.ParameterDict(), adapter_name):
+    check_adapter_name(adapter_name, module_paths)
+    if hasattr(holder(), adapter_name):
         raise ConfigError(
-            f"got adapter name {adapter_name!r}, which torch.nn.ParameterDict uses for itself; wanted another name; try "
+            f"got adapter name {adapter_name!r}, which torch.nn.{holder.__name__} uses for itself; wanted another name; try "
             f"'my_{adapter_name}'"
         )
 

@@ -38,12 +38,14 @@ class KeptForBackward(str, Enum):
 
 def gives_fresh_memory(layer: nn.Module) -> bool:
     """Whether a base layer returns a new tensor each time, which nobody else holds: of a known kind, and without hooks."""
+    weight = layer._parameters.get("weight")
     return (
         _is_of_a_known_kind(type(layer))  # type: ignore[arg-type]
         and not layer._forward_hooks
         and "forward" not in layer.__dict__  # accelerate's hooks stand there
         and not nn.modules.module._global_forward_hooks
-        and (type(layer._parameters.get("weight")) is nn.Parameter or _is_plain(layer._parameters.get("weight")))
+        # No tensor subclass, which decides itself what it returns; bitsandbytes' parameters are known.
+        and (type(weight) is nn.Parameter or (weight is not None and type(weight.data) is Tensor))
     )
 
 
@@ -52,8 +54,3 @@ def _is_of_a_known_kind(kind: Any) -> bool:
     if kind in (nn.Linear, Conv1D):
         return True
     return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in ("Linear4bit", "Linear8bitLt")
-
-
-def _is_plain(weight: Tensor | None) -> bool:
-    """Whether a weight is no tensor subclass, which decides itself what it returns; bitsandbytes' are known."""
-    return type(weight) is nn.Parameter or (weight is not None and type(weight.data) is Tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -141,15 +141,11 @@ def _unmatched_layers(config: Any, model: nn.Module) -> Iterator[str]:
     for name in [] if not pattern or isinstance(pattern, str) else pattern:
         if not any(layer_index(path, name) is not None for path in paths):
             yield f"The following layers_pattern matches nothing and was ignored: {name!r}."
-    there = {index for path in paths if (index := layer_index(path, pattern)) is not None}
-    missing = sorted(set(layers) - there)
+    there = sorted({index for path in paths if (index := layer_index(path, pattern)) is not None})
+    missing = sorted(set(layers).difference(there))
     if missing:
-        yield f"The following layers_to_transform do not exist and were ignored: {missing}. There are {_span(there)}."
-
-
-def _span(indices: Iterable[int]) -> str:
-    found = sorted(indices)
-    return f"layers {found[0]} to {found[-1]}" if found else "no numbered layers"
+        span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
+        yield f"The following layers_to_transform do not exist and were ignored: {missing}. There are {span}."
 
 
 def _patterns(config: Any, targeted: Collection[str]) -> Iterator[str]:

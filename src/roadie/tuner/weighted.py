@@ -64,7 +64,7 @@ def weighted_adapter(
     _check_only_rotations(tuner, adapters)
     values = [_value(tuner, name) for name in adapters]
     labels = [name if list(adapters).count(name) == 1 else f"{name} ({k})" for k, name in enumerate(adapters, start=1)]
-    result = _COMBINE[how](dict(zip(labels, values, strict=True)), numbers)
+    result = _combined(how, dict(zip(labels, values, strict=True)), numbers)
     return Adapter(result.layers, {**result.config, **_of_the_model(values)})
 
 
@@ -162,12 +162,12 @@ def _check_only_rotations(tuner: BaseTuner, adapters: Sequence[str]) -> None:
         )
 
 
-def _blend(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
-    return blend_adapters(list(adapters.values()), weights, names=list(adapters))
-
-
-def _mean(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
-    return mean_adapters(list(adapters.values()), weights, magnitude_corrected=True, names=list(adapters))
+def _combined(how: CombinationType, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
+    if how is CombinationType.BLEND:
+        return blend_adapters(list(adapters.values()), weights, names=list(adapters))
+    if how is CombinationType.MEAN:
+        return mean_adapters(list(adapters.values()), weights, magnitude_corrected=True, names=list(adapters))
+    return _compose(adapters, weights) if how is CombinationType.COMPOSE else _linear(adapters, weights)
 
 
 def _compose(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
@@ -188,11 +188,3 @@ def _linear(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapte
         return Rotation(torch.as_tensor(direct), torch.as_tensor(cross), group_size)
 
     return combined(adapters, added)
-
-
-_COMBINE: dict[CombinationType, Any] = {
-    CombinationType.BLEND: _blend,
-    CombinationType.MEAN: _mean,
-    CombinationType.COMPOSE: _compose,
-    CombinationType.LINEAR: _linear,
-}

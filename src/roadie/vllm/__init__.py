@@ -12,8 +12,8 @@ engine for RoAd has layers of its own over vLLM's LoRA layers, which rotate what
 `roadie.kernels` a layer, each row by the rotation of its slot.
 
 Files: `settings` what users may choose; `contract` what is touched of vLLM, and in which versions; `plugin` the touches;
-`frontend`, `admission`, `store`, `resolver` the process that takes requests; `worker`, `placement`, `layers`, `table` the
-processes that hold the model.
+`frontend`, `admission`, `store`, `resolver` the process that takes requests; `worker`, `matching`, `layers` the processes
+that hold the model.
 """
 
 from __future__ import annotations

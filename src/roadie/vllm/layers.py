@@ -1,4 +1,4 @@
-"""vLLM's six linear layers with LoRA, of which only the place in the model is kept: their output is rotated instead.
+"""vLLM's six linear layers with LoRA, of which only the position in the model is kept: their output is rotated instead.
 
 A layer of vLLM may be several layers of the model on disk: q, k and v in one, gate and up in one. Its outputs are then
 the parts one after the other, on this device those of its rank. `RotatedLayer.placed` brings what an adapter says about
@@ -32,7 +32,7 @@ from roadie.rotation import Rotation, identity, partner_columns
 from roadie.sites.table import ANY_SIZE, SlotTable
 from roadie.vllm.settings import Packing
 
-PlacedRotations = tuple[Rotation | None, ...]  # one for each table of a layer; None: the identity
+TableRotations = tuple[Rotation | None, ...]  # one for each table of a layer; None: the identity
 
 packing = Packing.WHOLE  # of the layers that are being made; set by `worker.RoadModelManager`
 
@@ -57,7 +57,7 @@ class RotatedLayer:
         for table in self.slot_tables:
             table.clear([index])
 
-    def set_lora(self: Any, index: int, lora_a: PlacedRotations, lora_b: None = None) -> None:
+    def set_lora(self: Any, index: int, lora_a: TableRotations, lora_b: None = None) -> None:
         """Put what `placed` gave into slot `index`."""
         for table, rotation in zip(self.slot_tables, lora_a, strict=True):
             if rotation is None:
@@ -77,7 +77,7 @@ class RotatedLayer:
         ]
         return torch.cat(turned, dim=-1).view(output.shape)
 
-    def placed(self: Any, parts: Sequence[Rotation | None]) -> PlacedRotations:
+    def placed(self: Any, parts: Sequence[Rotation | None]) -> TableRotations:
         """Rotations of the model's layers (None: not adapted), whole ones, as this device's tables want them.
 
         Raises `AdapterError` where a size does not fit, and `ConfigError` where pairs would be torn apart or the parts

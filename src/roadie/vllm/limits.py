@@ -7,12 +7,11 @@ from typing import Any
 from vllm import envs
 
 from roadie.errors import ConfigError
-from roadie.vllm.settings import KEY, settings_of
+from roadie.vllm.settings import KEY
 
 
 def check_supported(vllm_config: Any) -> None:
     """Raise `ConfigError` for an engine for RoAd with settings that the plug-in cannot serve, with the reason."""
-    settings_of(vllm_config.additional_config)
     lora_config = vllm_config.lora_config
     if lora_config is None:
         raise ConfigError(f'got "{KEY}" in additional_config without LoRA; set enable_lora=True (--enable-lora)')

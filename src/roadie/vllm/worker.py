@@ -17,7 +17,7 @@ from roadie import checkpoint
 from roadie.errors import ConfigError
 from roadie.vllm import layers
 from roadie.vllm.limits import check_supported
-from roadie.vllm.placement import place
+from roadie.vllm.matching import layer_rotations
 from roadie.vllm.settings import KEY, Settings, settings_of
 from roadie.vllm.store import is_road, leave_reason
 
@@ -56,7 +56,7 @@ class RoadModelManager(LRUCacheLoRAModelManager):
             super()._create_lora_modules()
 
     def _add_adapter(self, lora: Any) -> None:
-        """Keep an adapter; it was placed when it was loaded, and needs no merging."""
+        """Keep an adapter; its rotations were made when it was loaded, and need no merging."""
         self._registered_adapters[lora.id] = lora
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Any:
@@ -97,9 +97,9 @@ class RoadWorkerManager(LRUCacheWorkerLoRAManager):
         return adapted
 
     def _load_adapter(self, lora_request: Any) -> Any:
-        """The adapter at ``lora_path``, placed; raises before anything of the engine has changed."""
+        """The adapter at ``lora_path`` as rotations of the layers; raises before anything of the engine has changed."""
         adapter = checkpoint.load(lora_request.lora_path)
-        return LoRAModel(lora_request.lora_int_id, 1, place(adapter, self._adapter_manager))
+        return LoRAModel(lora_request.lora_int_id, 1, layer_rotations(adapter, self._adapter_manager))
 
     def _apply_adapters(self, lora_requests: set[Any]) -> None:
         """Put the adapters of a step into slots: O(adapters of the step), where nothing changes a touch each.

@@ -138,7 +138,8 @@ class LoraLinear(lora.Linear):
             return
         base = self.get_base_layer()
         weight, bias = self._parameters_of_base()
-        if type(weight.data) is not Tensor or not weight.is_floating_point() or self.quantises:
+        is_quantised = self.road is not None and self.road.quantization_backend is not None
+        if type(weight.data) is not Tensor or not weight.is_floating_point() or is_quantised:
             raise MergeError(
                 f"got LoRA to merge into a {type(base).__name__} that is quantised; wanted a floating-point weight; keep LoRA "
                 "unmerged, or merge into an unquantised model. Nothing was changed."
@@ -148,7 +149,8 @@ class LoraLinear(lora.Linear):
                 f"got a LoRA adapter with lora_bias=True to merge into a {type(base).__name__} without a bias; wanted a layer "
                 "with one; keep LoRA unmerged. Nothing was changed."
             )
-        if finite and not all(bool(torch.isfinite(part).all()) for name in names for part in self._all_of(name)):
+        parts = [part for name in names for of in (self.lora_A, self.lora_B) for part in of[name].parameters()]
+        if finite and not all(bool(torch.isfinite(part).all()) for part in parts):
             raise MergeError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken. Nothing was changed."
             )
@@ -163,11 +165,6 @@ class LoraLinear(lora.Linear):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.get_base_layer()
 
-    @property
-    def quantises(self) -> bool:
-        """Whether a quantisation backend stores the weight."""
-        return self.road is not None and self.road.quantization_backend is not None
-
     def _hold(self) -> None:
         """RoAd must not change the weight under what was added to it."""
         if self.road is not None:
@@ -180,9 +177,6 @@ class LoraLinear(lora.Linear):
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float]:
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         return down.detach().clone(), up.detach().clone(), float(self.scaling[name])
-
-    def _all_of(self, name: str) -> list[Tensor]:
-        return [*self.lora_A[name].parameters(), *self.lora_B[name].parameters()]
 
     def _with_delta(self, weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]], sign: float) -> Tensor:
         wide = _wide(weight)

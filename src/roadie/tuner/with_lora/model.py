@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +18,11 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from roadie.adapter import check_adapter_name
 from roadie.errors import ConfigError, MergeError
 from roadie.tuner.injection import all_or_nothing
 from roadie.tuner.merging import all_or_none
 from roadie.tuner.model import RoadModel
+from roadie.tuner.names import check_name
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.with_lora import lora_files
 from roadie.tuner.with_lora.layer import LoraLinear
@@ -78,19 +78,15 @@ def lora_of(model: Any) -> LoraTuner:
     return tuner
 
 
-@contextmanager
-def without_lora(model: Any) -> Iterator[None]:
+def without_lora(model: Any) -> AbstractContextManager[None]:
     """Within the block LoRA does nothing: ``R W x``. (``disable_adapter()`` switches both off.)"""
-    with _off(lora_of(model).layers()):
-        yield
+    return _off(lora_of(model).layers())
 
 
-@contextmanager
-def without_road(model: Any) -> Iterator[None]:
+def without_road(model: Any) -> AbstractContextManager[None]:
     """Within the block RoAd does nothing: ``W x + B A x``."""
     lora_of(model)
-    with _off([module for module in model.modules() if isinstance(module, RoadLayer)]):
-        yield
+    return _off([module for module in model.modules() if isinstance(module, RoadLayer)])
 
 
 @contextmanager
@@ -244,11 +240,7 @@ def _check_name(model: Any, tuner: LoraTuner | None, name: str) -> None:
             f"got the adapter name {name!r}; wanted one that no adapter has, of either kind ({sorted(taken)}): the same methods "
             "reach both; choose another adapter_name"
         )
-    check_adapter_name(name, (path for path, _ in model.get_base_model().named_modules()))
-    if hasattr(nn.ModuleDict(), name):
-        raise ConfigError(
-            f"got adapter name {name!r}, which torch.nn.ModuleDict uses for itself; wanted another; try 'my_{name}'"
-        )
+    check_name(name, (path for path, _ in model.get_base_model().named_modules()), nn.ModuleDict)
 
 
 def _complete(config: LoraConfig, model: Any, trains: bool) -> None:
@@ -262,7 +254,7 @@ def _complete(config: LoraConfig, model: Any, trains: bool) -> None:
 def _injected(base: nn.Module, tuner: LoraTuner | None, config: LoraConfig, name: str) -> LoraTuner:
     of_road = base.__dict__.pop(
         "peft_config"
-    )  # a tuner takes the configs that lie there for its own, and puts its own there
+    )  # a tuner takes what lies there for its own configs, and puts these there
     if tuner is None:
         tuner = LoraTuner(base, config, name)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +10,20 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from roadie.adapter import Adapter, LayerParameters, refuse_inputs
 from roadie.errors import AdapterError, ConfigError
-from roadie.vllm.layers import PlacedRotations, RotatedLayer
+from roadie.vllm.layers import RotatedLayer, TableRotations
 
 _SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
-class PlacedLayer:
+class LayerRotations:
     """The rotations of one of vLLM's layers, under the names by which vLLM hands a layer its LoRA."""
 
-    lora_a: PlacedRotations
+    lora_a: TableRotations
     lora_b: None = None
 
 
-def place(adapter: Adapter, manager: Any) -> dict[str, PlacedLayer]:
+def layer_rotations(adapter: Adapter, manager: Any) -> dict[str, LayerRotations]:
     """vLLM's name of a layer -> its rotations, for every layer of `adapter` that is on this device.
 
     manager: the `RoadModelManager` of this worker. Raises `AdapterError` or `ConfigError` for parameters other than
@@ -32,13 +32,14 @@ def place(adapter: Adapter, manager: Any) -> dict[str, PlacedLayer]:
     """
     _check_rotations_alone(adapter)
     layers = {_renamed(path, manager.model): (path, layer) for path, layer in adapter.layers.items()}
-    placed = {}
-    for name, module, part_names in _rotated_layers(manager):
-        parts = [_taken(layers, part, manager) for part in part_names]
-        if any(parts):
-            placed[name] = PlacedLayer(_placed(module, parts))
+    found = {}
+    for name, module in manager.modules.items():
+        if isinstance(module, RotatedLayer):
+            parts = [_taken(layers, part, manager) for part in manager.packed_modules.get(name) or [name]]
+            if any(parts):
+                found[name] = LayerRotations(_table_rotations(module, parts))
     _check_nothing_left(layers, manager.model)
-    return placed
+    return found
 
 
 def _check_rotations_alone(adapter: Adapter) -> None:
@@ -58,13 +59,6 @@ def _renamed(path: str, model: Any) -> str:
     get_rename_mapper = getattr(mapper, "get_rename_mapper", None)
     renamed = (get_rename_mapper() if get_rename_mapper else mapper)._map_name(path)
     return path if renamed is None else str(renamed)
-
-
-def _rotated_layers(manager: Any) -> Iterator[tuple[str, Any, list[str]]]:
-    """Name, layer, and the names of its parts, of every layer that can be rotated."""
-    for name, module in manager.modules.items():
-        if isinstance(module, RotatedLayer):
-            yield name, module, manager.packed_modules.get(name) or [name]
 
 
 _Part = tuple[str, LayerParameters] | None
@@ -87,13 +81,13 @@ def _names_in_text_model(name: str, manager: Any) -> list[str]:
     return [inner] if inner.startswith("model.") else [f"model.{inner}", inner]
 
 
-def _placed(module: Any, parts: list[_Part]) -> PlacedRotations:
+def _table_rotations(module: Any, parts: list[_Part]) -> TableRotations:
     try:
-        placed: PlacedRotations = module.placed([None if part is None else part[1].rotation for part in parts])
+        found: TableRotations = module.placed([None if part is None else part[1].rotation for part in parts])
     except (AdapterError, ConfigError) as error:
         paths = ", ".join(part[0] for part in parts if part is not None)
         raise type(error)(f"{paths}: {error}") from None
-    return placed
+    return found
 
 
 def _check_nothing_left(layers: Mapping[str, tuple[str, LayerParameters]], model: Any) -> None:
