@@ -33,9 +33,9 @@ class Limit:
 
 LIMITS = {
     ("first_inference", "calls"): Limit(bound=34, target=60),
-    ("first_inference", "files"): Limit(bound=13, target=8),
-    ("first_inference", "slope"): Limit(bound=90, target=60),
-    ("first_inference", "intercept"): Limit(bound=58, target=40),
+    ("first_inference", "files"): Limit(bound=12, target=8),
+    ("first_inference", "slope"): Limit(bound=96, target=60),
+    ("first_inference", "intercept"): Limit(bound=56, target=40),
     ("repeated_inference", "calls"): Limit(bound=3, target=4),
     ("repeated_inference", "files"): Limit(bound=2, target=4),
     ("repeated_inference", "slope"): Limit(bound=2, target=4),

@@ -20,8 +20,7 @@ from roadie.kernels.api import (
     takes_kernels,
 )
 from roadie.kernels.choice import refusals, using
-from roadie.kernels.contract import Implementation, RowRotations
-from roadie.kernels.cpu.prepared import PreparedRotation
+from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations
 from roadie.kernels.keeping import Keep, settled, writes_to
 from roadie.kernels.stamp import Place, Stamp, can_be_stamped
 from roadie.kernels.table import Chain, RotationTable, table_of

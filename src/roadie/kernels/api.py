@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from roadie.errors import AdapterError, ConfigError
-from roadie.kernels.choice import asked_for
-from roadie.kernels.cpu.prepared import PreparedRotation, prepare
+from roadie.kernels.choice import asked_for, chosen
+from roadie.kernels.contract import PreparedRotation
 from roadie.kernels.eager import composed
 from roadie.kernels.keeping import PLAIN, Keep, settled
 from roadie.kernels.step import Rotated, forward
@@ -97,7 +97,8 @@ def prepare_checked(y: Tensor, chain: Chain, slots: Tensor | None) -> PreparedRo
     if not takes_kernels(y, chain) or needs_gradient(y, chain):
         return None
     turns = [row_rotations(y, table, slots) for table in chain]
-    return prepare(turns, tuple(slots.shape) if slots is not None else (), y)
+    implementation = chosen(y.device, y.dtype, chain[0].direct.dtype)
+    return implementation.prepare(turns, tuple(slots.shape) if slots is not None else (), y)
 
 
 def _in_place(x: Tensor, chain: Chain, slots: Tensor | None) -> Tensor:

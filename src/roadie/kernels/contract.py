@@ -24,11 +24,18 @@ any stride along T.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+PreparedRotation: TypeAlias = Callable[..., bool]
+"""rotate(y) in place, rotate(y, z) into z, both ``[..., D]`` and contiguous; whether it was done.
+
+Nothing is computed where y is not of the expected kind, or so large that several threads should share the work. Nobody may be
+looking on (`roadie.kernels.is_looked_on`), which is for the caller to know.
+"""
 
 
 class RowRotations(NamedTuple):
@@ -73,6 +80,15 @@ class Implementation(ABC):
     @abstractmethod
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """Write R x into `out`, ``[T, D]`` both, in the dtype of x; `out` may be x itself (but must not overlap it otherwise)."""
+
+    def prepare(
+        self, chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor
+    ) -> PreparedRotation | None:
+        """`rotate_chain` of outputs like y, whose first dimensions are `routed_shape`, ready to be called many times.
+
+        For decoding, where everything around a rotation counts. None where that would win nothing.
+        """
+        return None
 
     def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
         """Write ``R_K ... R_1 x`` into `out`, the first of `chain` applied first: `rotate` of each, and one rounding at the end.

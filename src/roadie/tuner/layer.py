@@ -115,7 +115,7 @@ class Linear(nn.Module, RoadLayer):
         base layer is not plain.
 
         The base layer is not called but computed, as `nn.Linear` does it: without its hooks, of which it has none. All in one
-        function, because each call of one costs microseconds here (`roadie.kernels.cpu.prepared`).
+        function, because each call of one costs microseconds here (`roadie.kernels.cpu`).
         """
         modules = self._modules
         base = modules["base_layer"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from roadie.errors import KernelError
-from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations
 from roadie.kernels.keeping import address
 
 LIBRARY = Path(__file__).with_name("_rotate.so")
@@ -26,6 +26,7 @@ BYTES_A_THREAD = 1 << 20  # 20 us or more of work; less takes longer to share ou
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 JOB = struct.Struct("@9P11q")  # the struct Job of job.h: nine pointers, eleven integers
 STAGE = struct.Struct("@3Pq")  # the struct Stage
+PREPARED = struct.Struct("@2P7q")  # the first fields of the struct Prepared of calls.c
 _FAILURES = {
     1: "there was not enough memory for partial sums",
     2: "the tensors are of a dtype that the compiled kernel does not know",
@@ -59,6 +60,27 @@ class CpuImplementation(Implementation):
         work = 2 * x.nbytes if turns.slots is None else 2 * x.nbytes + table_work([turns])
         threads = 1 if work < 2 * BYTES_A_THREAD else threads_for(work)
         _run(ROTATE, x, None, out, turns, None, None, threads)
+
+    def prepare(
+        self, chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor
+    ) -> PreparedRotation | None:
+        """What is known before, packed for C, which asks the rest of the tensor that is given; see the contract.
+
+        After a base layer has streamed its weight through the caches, Python runs several times slower than in a loop of its
+        own: this way takes 2 us there of a layer's 170.
+        """
+        direct, cross, slots, _, sizes, group_size = chain[0]
+        make, routed, width = loaded().callable, 1 if slots is None else slots.numel(), direct.shape[1]
+        if make is None or not routed or len(routed_shape) > 2:
+            return None
+        shape = len(routed_shape), *(*routed_shape, 0, 0)[:2]
+        head = PREPARED.pack(reader(), id(Tensor), routed, *shape, table_work(chain), 2 * BYTES_A_THREAD, len(chain))
+        job = JOB.pack(
+            *(0, 0, 0, direct.data_ptr(), cross.data_ptr()),
+            *(0 if slots is None else slots.data_ptr(), 0 if sizes is None else sizes.data_ptr(), 0, 0),
+            *(0, width, width, 0, width, 1, direct.shape[0], group_size, TYPES[y.dtype], TYPES[direct.dtype], 1),
+        )
+        return make(0, (head + job + stages_of(chain), tuple(chain)))
 
     def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
         """All rotations of a row while it is in the cache; see the contract."""

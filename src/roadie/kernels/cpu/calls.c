@@ -90,7 +90,7 @@ static int64_t type_of(const Tensor *tensor) {
     return tensor->dtype.code == BFLOAT ? BFLOAT16 : tensor->dtype.code == FLOAT ? FLOAT16 : -1;
 }
 
-/* The same fields as roadie.kernels.cpu.prepared.HEAD, then a Job and Stages. */
+/* The same fields as roadie.kernels.cpu.PREPARED, then a Job and Stages. */
 typedef struct {
     Read *read;
     const void *tensor_type;
@@ -247,7 +247,7 @@ static Object *holds(Object *self, Object *const *arguments, intptr_t count) {
 }
 
 static Definition definitions[] = {
-    {"rotate", rotate, FASTCALL, "Rotate as before; see roadie.kernels.cpu.prepared."},
+    {"rotate", rotate, FASTCALL, "Rotate as before; see roadie.kernels.cpu."},
     {"holds", holds, FASTCALL, "Whether all is as before; see roadie.kernels.stamp."},
     {"run", run, FASTCALL, "Compute; see roadie.kernels.cpu."},
 };

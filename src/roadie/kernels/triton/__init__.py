@@ -10,12 +10,13 @@ imported. It truncates where it should round to half precision: only its float32
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations
 from roadie.kernels.keeping import without_lazy_copy
 
 
@@ -39,6 +40,16 @@ class TritonImplementation(Implementation):
         if x.numel():
             with current_device(x.device):
                 rotation.rotate(x, out, turns)
+
+    def prepare(
+        self, chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor
+    ) -> PreparedRotation | None:
+        """Of a single table, where compiled kernels can be launched again; see the contract."""
+        from roadie.kernels.triton import prepared, runtime
+
+        if len(chain) > 1 or not runtime.can_be_launched_again():
+            return None
+        return prepared.PreparedLaunches(chain[0], routed_shape, y)
 
     def backward(
         self,

@@ -25,7 +25,7 @@ TASKS_AT_ONCE = 16
 COLUMNS = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "repeat"])
 def backward_kernel(
     grad: tl.tensor,
     kept: tl.tensor,
@@ -110,7 +110,7 @@ def backward_kernel(
     store_pairs(partner + line, wanted, total1, total2, block, num_pairs, half, PAIRS, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tasks"])
 def reduce_kernel(
     partial: tl.tensor,
     own: tl.tensor,

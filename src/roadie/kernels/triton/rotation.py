@@ -10,6 +10,8 @@ pairs, so nothing else is needed. Rows of the base are not touched.
 Rounding: `enable_fp_fusion=False` at the launch keeps each product and sum rounded by itself.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +21,7 @@ from roadie.kernels.triton import tiles
 from roadie.kernels.triton.pairs import load_pairs, load_turn, store_pairs, turn
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["repeat"])  # or each number of rows would compile it again
 def rotate_kernel(
     x: tl.tensor,
     out: tl.tensor,
@@ -71,35 +73,51 @@ def rotate_kernel(
         store_pairs(out + row * out_stride, mask, z1, z2, block, num_pairs, half, PAIRS, SPLIT)
 
 
-def rotate(x: Tensor, out: Tensor, turns: RowRotations, *, transposed: bool = False) -> None:
-    """Writes R x, or R^T x, into `out`; x and out ``[T, D]``, out may be x."""
+class Launch(NamedTuple):
+    """How `rotate_kernel` is launched: the grid, what comes after x and out, the constants in order, and options."""
+
+    grid: tuple[int, int]
+    arguments: tuple[Tensor | int, ...]
+    constants: dict[str, int | bool]
+    options: dict[str, int | bool]
+
+
+def launch_of(x: Tensor, out: Tensor, turns: RowRotations, *, transposed: bool = False) -> Launch:
+    """For x and out ``[T, D]``."""
     num_rows, width = x.shape
     num_pairs = width // 2
     num_routed = 1 if turns.slots is None else turns.slots.shape[0]
     repeat = num_rows if turns.slots is None else turns.repeat
     tile = tiles.rotate_tile(num_routed, repeat, num_pairs)
     half, split = tiles.halves(turns.group_size, uniform=turns.sizes is None)
-    grid = (num_routed * tiles.cdiv(repeat, tile.rows * tile.steps), tiles.cdiv(num_pairs, tile.pairs))
-    rotate_kernel[grid](
-        x,
-        out,
-        turns.direct,
-        turns.cross,
-        # Stand-ins where there is none: never read.
-        turns.direct if turns.slots is None else turns.slots,
-        turns.direct if turns.sizes is None else turns.sizes,
-        x.stride(0),
-        out.stride(0),
-        num_pairs,
-        repeat,
-        HALF=half,
-        SPLIT=split,
-        TRANSPOSED=transposed,
-        MIXED=turns.slots is not None,
-        IN_PLACE=x.data_ptr() == out.data_ptr(),
-        ROWS=tile.rows,
-        PAIRS=tile.pairs,
-        STEPS=tile.steps,
-        num_warps=tile.warps,
-        enable_fp_fusion=False,
+    return Launch(
+        (num_routed * tiles.cdiv(repeat, tile.rows * tile.steps), tiles.cdiv(num_pairs, tile.pairs)),
+        (
+            turns.direct,
+            turns.cross,
+            # Stand-ins where there is none: never read.
+            turns.direct if turns.slots is None else turns.slots,
+            turns.direct if turns.sizes is None else turns.sizes,
+            x.stride(0),
+            out.stride(0),
+            num_pairs,
+            repeat,
+        ),
+        {
+            "HALF": half,
+            "SPLIT": split,
+            "TRANSPOSED": transposed,
+            "MIXED": turns.slots is not None,
+            "IN_PLACE": x.data_ptr() == out.data_ptr(),
+            "ROWS": tile.rows,
+            "PAIRS": tile.pairs,
+            "STEPS": tile.steps,
+        },
+        {"num_warps": tile.warps, "enable_fp_fusion": False},
     )
+
+
+def rotate(x: Tensor, out: Tensor, turns: RowRotations, *, transposed: bool = False) -> None:
+    """Writes R x, or R^T x, into `out`; x and out ``[T, D]``, out may be x."""
+    launch = launch_of(x, out, turns, transposed=transposed)
+    rotate_kernel[launch.grid](x, out, *launch.arguments, **launch.constants, **launch.options)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+from inspect import signature
+
 import torch
+import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -39,6 +43,12 @@ def _refusal_of_device(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def can_be_launched_again() -> bool:
+    """Whether a compiled kernel takes the arguments of the function, constants among them: from Triton 3.3 on."""
+    return not is_interpreted() and "constexprs" in signature(triton.compiler.ASTSource).parameters
+
+
+@cache
 def is_interpreted() -> bool:
     """Whether kernels run in the interpreter: roadie's own, and the functions of triton that they call.
 
