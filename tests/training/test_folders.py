@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,21 @@ def test_a_process_that_is_told_to_terminate_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert done.returncode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_there_comes_back_where_the_new_folder_cannot_take_its_name(tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "old").write_text("0")
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.name == "new":
+            raise OSError("no such luck")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="no such luck"), whole_folder(output, overwrite=True) as folder:
+        (folder / "a").write_text("1")
+    assert content(output) == {"old": "0"}
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]

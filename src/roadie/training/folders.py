@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from roadie.checkpoint.replacement import replaced_folder
 from roadie.errors import RoadieError
 
 
@@ -74,18 +74,8 @@ def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     in the block, as torchrun tells those of a training of which one has failed, cleans up before it does.
     """
     check_free(output, overwrite=overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _termination_raises():
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-        try:
-            new = scratch / "new"
-            new.mkdir()
-            yield new
-            if output.exists():
-                output.rename(scratch / "old")
-            new.rename(output)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with _termination_raises(), replaced_folder(output) as new:
+        yield new
 
 
 @contextmanager

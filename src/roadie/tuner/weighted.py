@@ -25,7 +25,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from roadie.adapter import Adapter, LayerParameters
 from roadie.adapter_algebra import blend_adapters, compose_adapters, mean_adapters
 from roadie.adapter_algebra.layers import Rotations, combined
-from roadie.bank.live import live_adapter
+from roadie.bank.live import live_adapter, on_this_process
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation
 from roadie.tuner.config import RoadConfig
@@ -117,11 +117,8 @@ def _config(adapter: Adapter) -> RoadConfig:
 
 def _value(tuner: BaseTuner, name: str) -> Adapter:
     """An adapter of the model with its config, on the CPU."""
-    layers = {
-        path: LayerParameters(layer.theta.cpu(), layer.alpha.cpu(), layer.variant, layer.stages)
-        for path, layer in live_adapter(tuner.model, name).layers.items()
-    }
-    return Adapter(layers, tuner.peft_config[name].to_dict())
+    live = live_adapter(tuner.model, name, lambda parameter: on_this_process(parameter).cpu())
+    return Adapter(live.layers, tuner.peft_config[name].to_dict())
 
 
 def _check_names(tuner: BaseTuner, adapters: Sequence[str], adapter_name: str) -> None:

@@ -10,10 +10,6 @@ were not asked for it by ``additional_config`` stay as they are, LoRA included.
 How it works: vLLM's LoRA machinery carries a slot per token to the workers (`_token_lora_indices`, -1 for the base). An
 engine for RoAd has layers of its own over vLLM's LoRA layers, which rotate what the base layer returns: one operation of
 `roadie.kernels` a layer, each row by the rotation of its slot.
-
-Files: `settings` what users may choose; `contract` what is touched of vLLM, and in which versions; `plugin` the touches;
-`frontend`, `admission`, `store`, `resolver` the process that takes requests; `worker`, `matching`, `layers` the processes
-that hold the model.
 """
 
 from __future__ import annotations

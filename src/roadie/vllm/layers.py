@@ -168,34 +168,27 @@ def on_this_rank(layer: Any, parts: Sequence[Rotation | None]) -> list[Rotation 
     """What of each part is on this rank, in vLLM's own division; raises `ConfigError` where it tears pairs apart."""
     if layer.tp_size == 1:
         return list(parts)
-    marked = [None if part is None else _marked(part) for part in parts]
+    numbers = [None if part is None else torch.arange(part.out_features).unsqueeze(-1) for part in parts]
     if isinstance(layer, MergedColumnParallelLinearWithLoRA):
-        sliced = layer.slice_lora_b(marked)
+        sliced = layer.slice_lora_b(numbers)
     else:
-        sliced = [None if marked[0] is None else layer.slice_lora_b(marked[0])]
+        sliced = [None if numbers[0] is None else layer.slice_lora_b(numbers[0])]
     return [
-        None if part is None or here is None else _unmarked(here, part.group_size, layer.tp_size)
+        None if part is None or here is None else _taken_from(part, here.squeeze(-1), layer.tp_size)
         for part, here in zip(parts, sliced, strict=True)
     ]
 
 
-def _marked(rotation: Rotation) -> Tensor:
-    """``[D, 4]``, float64: direct, cross, and of each output the one that it is paired with, and its own number."""
-    partner, _ = partner_columns(rotation.group_size, rotation.direct)
-    own = torch.arange(rotation.out_features)
-    return torch.stack((rotation.direct.double(), rotation.cross.double(), partner.double(), own.double()), dim=-1)
-
-
-def _unmarked(marked: Tensor, group_size: int, num_ranks: int) -> Rotation:
-    direct, cross, partner, own = marked.unbind(-1)
-    width = len(own)
-    here = partner_columns(group_size, own)[0] if width % group_size == 0 else None
-    if here is None or not torch.equal(own[here], partner):
+def _taken_from(whole: Rotation, outputs: Tensor, num_ranks: int) -> Rotation:
+    """The rotation of those of the outputs that a rank has; outputs: int64, their numbers."""
+    size, width = whole.group_size, len(outputs)
+    partner, _ = partner_columns(size, whole.direct)
+    if width % size or not torch.equal(outputs[partner_columns(size, outputs)[0]], partner[outputs]):
         raise ConfigError(
-            f"got group_size={group_size} for a layer with {width} outputs on each of {num_ranks} ranks; every rank must hold "
+            f"got group_size={size} for a layer with {width} outputs on each of {num_ranks} ranks; every rank must hold "
             "whole groups; use fewer ranks, or an adapter with a smaller group_size"
         )
-    return Rotation(direct.float(), cross.float(), group_size)
+    return Rotation(whole.direct[outputs], whole.cross[outputs], size)
 
 
 def _joined(parts: Sequence[Rotation | None], widths: Sequence[int]) -> Rotation | None:

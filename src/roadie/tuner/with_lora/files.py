@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from roadie import checkpoint
-from roadie.checkpoint.replacement import replace_pair, sync_folder
+from roadie.checkpoint.replacement import replace_pair, replaced_folder
 from roadie.errors import CheckpointError, ConfigError
 from roadie.tuner.registry import register
 from roadie.tuner.with_lora import lora_files
@@ -45,15 +43,9 @@ def save_together(
         raise CheckpointError(
             f"{target}: got a name that is taken; wanted a new folder; choose another, or overwrite=True"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        new = scratch / "new"
+    with replaced_folder(target) as new:
         _write_road(model, road, new / ROAD)
         lora_files.write(tuner.model, tuner.peft_config[lora], lora, new / LORA)
-        _put(new, target, scratch / "old")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load_together(
@@ -89,19 +81,6 @@ def _write_road(model: Any, name: str, folder: Path) -> None:
     tensors = get_peft_model_state_dict(model, adapter_name=name)
     whole = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
     replace_pair(folder, checkpoint.config_text(content), whole)
-
-
-def _put(new: Path, target: Path, old: Path) -> None:
-    """`new` in the place of `target`, which comes back if that fails."""
-    if target.exists():
-        target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
-    sync_folder(target.parent)
 
 
 def _one(name: str | None, known: Any, active: list[str], kind: str) -> str:
