@@ -201,14 +201,8 @@ typedef struct {
     Seen seen[];
 } Stamp;
 
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address) (void)(address)
-#endif
-
 /* The time of a look is that of cache misses, some ten for each tensor: those of a later one are begun ahead. */
-enum { AHEAD = 8, LINE = 64 };
+enum { AHEAD = 8 };
 
 static void begin(const Seen *seen, Object *store, Object *tensor) {
     PREFETCH(store), PREFETCH(tensor), PREFETCH(seen->data), PREFETCH(seen->content);

@@ -10,6 +10,14 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/* Begin to fetch a line of the cache, which may be no memory at all. */
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address) (void)(address)
+#endif
+enum { LINE = 64 };
+
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 /* The same fields, in the same order, as roadie.kernels.cpu.Job. Strides are in elements. */

@@ -133,6 +133,15 @@ static void prefer_huge_pages(const Job *job) {
 #endif
 }
 
+/* A row with a slot of its own reads its table from memory: the first lines are begun while the row before is rotated. */
+static void begin_row(const Job *job, int64_t row) {
+    int64_t slot = job->slots && row < job->rows ? slot_of(job, row) : -1;
+    if (slot < 0) return;
+    const char *direct = row_at(job->direct, slot, job->width, job->table_type);
+    const char *cross = row_at(job->cross, slot, job->width, job->table_type);
+    for (int line = 0; line < 8; line++) PREFETCH(direct + line * LINE), PREFETCH(cross + line * LINE);
+}
+
 int roadie_rotate(const Job *job) {
     int status = check(job);
     if (status) return status;
@@ -142,8 +151,10 @@ int roadie_rotate(const Job *job) {
     int64_t piece;
 #pragma omp parallel for num_threads((int)pieces) schedule(static) if (pieces > 1)
     for (piece = 0; piece < pieces; piece++)
-        for (int64_t row = job->rows * piece / pieces; row < job->rows * (piece + 1) / pieces; row++)
+        for (int64_t row = job->rows * piece / pieces; row < job->rows * (piece + 1) / pieces; row++) {
+            begin_row(job, row + 1);
             turn_row(job, turn, row, 0, job->width, 0);
+        }
     return DONE;
 }
 
