@@ -72,7 +72,7 @@ class Plan:
         if self._has_chains:
             each = zip(parameters, self._stages_of, strict=True)
             parameters = [split_stages(vector, count)[stage] for vector, (stage, count) in each]
-        vectors = _Vectors.apply(self, *parameters) if self._wants_gradient() else self.vectors(parameters)
+        vectors = _apply(self, *parameters) if self._wants_gradient() else self.vectors(parameters)
         return [tuple([stage.table(vectors, len(stages)) for stage in stages]) or None for stages in self._stages]
 
     def _wants_gradient(self) -> bool:
@@ -190,6 +190,10 @@ class _Vectors(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *ctx.plan.gradients(grads, ctx.saved_tensors)
+
+
+# Without looking at thousands of parameters for transforms, of which there are none where a gradient is wanted.
+_apply = super(torch.autograd.Function, _Vectors).apply
 
 
 class _Stage(NamedTuple):
