@@ -101,9 +101,9 @@ def _are_finite(direct: Tensor, cross: Tensor) -> bool:
 
 
 def _refuse(names: Sequence[str], of_paths: Mapping[str, SiteChains], dtype: torch.dtype) -> None:
-    for path, rows in of_paths.items():
-        for place, index in enumerate(rows.of):
-            if not all(_are_finite(rotation.direct[place], rotation.cross[place]) for rotation in rows.rotations):
+    for path, chains in of_paths.items():
+        for row, index in enumerate(chains.of):
+            if not all(_are_finite(rotation.direct[row], rotation.cross[row]) for rotation in chains.rotations):
                 raise AdapterError(
                     f"got adapter {names[index]!r} with values that are not finite (in {dtype}) in {path!r}; wanted finite ones"
                 )

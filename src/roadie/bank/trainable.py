@@ -95,13 +95,13 @@ class TrainableBank:
 
     def make_tables(self) -> None:
         """Make the tables anew from the parameters, with no gradients: once before each training step."""
-        places: dict[str, list[tuple[int, Stack, int]]] = {}
+        sites: dict[str, list[tuple[int, Stack, int]]] = {}
         for number, family in enumerate(self.families):
             for stack in family.stacks:
                 for index, path in enumerate(stack.paths):
-                    places.setdefault(path, []).append((number, stack, index))
+                    sites.setdefault(path, []).append((number, stack, index))
         with torch.no_grad():
-            self._tables = {path: _layer_table(parts, self._keep_at(path)) for path, parts in places.items()}
+            self._tables = {path: _layer_table(parts, self._keep_at(path)) for path, parts in sites.items()}
         self._row_of_slot.clear()
 
     def _keep_at(self, path: str) -> Keep | None:
@@ -191,8 +191,8 @@ class _LayerTable:
     def gradients_into(self, stack: Stack, index: int) -> Tensor:
         """Write the gradients of layer `index` of `stack`; the squares of their norms ``[S]``."""
         gradients, parameters = stack.gradients[index], stack.parameters[index]
-        place = next(place for place, one in enumerate(self.stacks) if one is stack)
-        rows = slice(self.begins[place], self.begins[place] + parameters.shape[1])
+        number = next(number for number, one in enumerate(self.stacks) if one is stack)
+        rows = slice(self.begins[number], self.begins[number] + parameters.shape[1])
         parts = (split_stages(stored, len(stack.stages)) for stored in (parameters, gradients))
         for table, group_size, of_stage, into in zip(self.chain, stack.stages, *parts, strict=False):
             direct, cross = table.direct.grad, table.cross.grad
@@ -210,7 +210,7 @@ class _LayerTable:
 def _layer_table(parts: Sequence[tuple[int, Stack, int]], keep: Keep | None) -> _LayerTable:
     families, stacks = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
     counts = [stack.parameters.shape[2] for stack in stacks]
-    begins = tuple(sum(counts[:place]) for place in range(len(counts)))
+    begins = tuple(sum(counts[:number]) for number in range(len(counts)))
     chains = [
         chain_from_parameters(stack.parameters[index, 0], stack.parameters[index, 1], stack.variant, stack.stages)
         for _, stack, index in parts

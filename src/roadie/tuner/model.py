@@ -85,7 +85,8 @@ class RoadModel(BaseTuner):
             was_read = source is None and not is_shared and make_new(config, model)
             plan = Plan.make(self, model, config, adapter_name, state_dict)
             plan.warn(config, was_read=was_read)
-            is_certain = self._is_load_certain(config)
+            # PEFT's load_adapter of an adapter to be trained cannot be told from a new one of a config that was read.
+            is_certain = config.inference_mode or len(self.peft_config) == 1 or not self._is_in_peft_model
             stored = None if source is None else stored_adapter(source, is_certain=is_certain)
             if source and stored and is_certain:
                 check_stored_sizes(stored, plan, source.name_or_path)
@@ -108,10 +109,6 @@ class RoadModel(BaseTuner):
         """As the model; the tables of all its layers are made first."""
         with self._shared.call(self.model):
             return super().forward(*args, **kwargs)
-
-    def _is_load_certain(self, config: Any) -> bool:
-        """False where PEFT's load_adapter of an adapter to be trained cannot be told from a new one of a config that was read."""
-        return config.inference_mode or len(self.peft_config) == 1 or not self._is_in_peft_model
 
     def _share_routing(self, model: nn.Module) -> None:
         routing = shared_routing(model)

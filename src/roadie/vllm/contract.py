@@ -128,8 +128,7 @@ def _problem(symbol: Symbol) -> str | None:
     absent = set(symbol.takes) - _parameters(value) if symbol.takes else set()
     if absent:
         return f"takes no {', '.join(sorted(absent))}"
-    if symbol.sets:
-        absent = {name for name in symbol.sets if not _sets(value, name)}
+    absent = {name for name in symbol.sets if not _sets(value, name)}
     return f"sets no {', '.join(sorted(absent))}" if absent else None
 
 

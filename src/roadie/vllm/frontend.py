@@ -102,57 +102,47 @@ def touch() -> None:
     _replace(OpenAIServingModels, "unload_lora_adapter", _unload)
 
 
-def _replace(owner: type, name: str, wrapper: Callable[[Any], Any]) -> None:
+def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    """From now on `ours`, which is given what was there before, is called in its place."""
     original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(wrapper(original)))
+
+    @functools.wraps(original)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return ours(original, *args, **kwargs)
+
+    setattr(owner, name, replaced)
 
 
-def _init(original: Any) -> Any:
-    def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        begin(self, vllm_config)
-        original(self, vllm_config, *args, **kwargs)
-
-    return wrapped
+_signature = functools.cache(inspect.signature)
 
 
-def _add_request(original: Any) -> Any:
-    signature = inspect.signature(original)
-
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(self, *args, **kwargs)
-        call.arguments["lora_request"] = load(self, call.arguments.get("lora_request"))
-        return original(*call.args, **call.kwargs)
-
-    return wrapped
+def _init(original: Any, processor: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    begin(processor, vllm_config)
+    original(processor, vllm_config, *args, **kwargs)
 
 
-def _add_request_async(original: Any) -> Any:
-    signature = inspect.signature(original)
-
-    async def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(self, *args, **kwargs)
-        call.arguments["lora_request"] = await load_async(self, call.arguments.get("lora_request"))
-        return await original(*call.args, **call.kwargs)
-
-    return wrapped
+def _add_request(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    call = _signature(original).bind(engine, *args, **kwargs)
+    call.arguments["lora_request"] = load(engine, call.arguments.get("lora_request"))
+    return original(*call.args, **call.kwargs)
 
 
-def _add_lora(original: Any) -> Any:
-    def wrapped(self: Any, lora_request: Any) -> Any:
-        answer = original(self, load(self, lora_request))
-        _has_been_loaded(self, lora_request)
-        return answer
-
-    return wrapped
+async def _add_request_async(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    call = _signature(original).bind(engine, *args, **kwargs)
+    call.arguments["lora_request"] = await load_async(engine, call.arguments.get("lora_request"))
+    return await original(*call.args, **call.kwargs)
 
 
-def _add_lora_async(original: Any) -> Any:
-    async def wrapped(self: Any, lora_request: Any) -> Any:
-        answer = await original(self, await load_async(self, lora_request))
-        _has_been_loaded(self, lora_request)
-        return answer
+def _add_lora(original: Any, engine: Any, lora_request: Any) -> Any:
+    answer = original(engine, load(engine, lora_request))
+    _has_been_loaded(engine, lora_request)
+    return answer
 
-    return wrapped
+
+async def _add_lora_async(original: Any, engine: Any, lora_request: Any) -> Any:
+    answer = await original(engine, await load_async(engine, lora_request))
+    _has_been_loaded(engine, lora_request)
+    return answer
 
 
 def _has_been_loaded(engine: Any, request: Any) -> None:
@@ -172,32 +162,25 @@ def _candidate(models: Any, request: Any) -> Any:
     )
 
 
-def _check_load(original: Any) -> Any:
+async def _check_load(original: Any, models: Any, request: Any) -> Any:
     """A server asked to load an adapter that will not do answers 400, where vLLM would say 500."""
-
-    async def wrapped(self: Any, request: Any) -> Any:
-        refusal = await original(self, request)
-        if refusal is not None or admissions_of(self.engine_client) is None:
-            return refusal
-        try:
-            await load_async(self.engine_client, _candidate(self, request))
-        except Exception as error:
-            return create_error_response(
-                message=f"The adapter '{request.lora_name}' was refused: {error}",
-                err_type="InvalidUserInput",
-                status_code=HTTPStatus.BAD_REQUEST,
-            )
-        return None
-
-    return wrapped
+    refusal = await original(models, request)
+    if refusal is not None or admissions_of(models.engine_client) is None:
+        return refusal
+    try:
+        await load_async(models.engine_client, _candidate(models, request))
+    except Exception as error:
+        return create_error_response(
+            message=f"The adapter '{request.lora_name}' was refused: {error}",
+            err_type="InvalidUserInput",
+            status_code=HTTPStatus.BAD_REQUEST,
+        )
+    return None
 
 
-def _unload(original: Any) -> Any:
-    async def wrapped(self: Any, request: Any) -> Any:
-        answer = await original(self, request)
-        admissions = admissions_of(self.engine_client)
-        if isinstance(answer, str) and admissions is not None:  # an error is another kind of answer
-            await asyncio.to_thread(admissions.unload, request.lora_name)
-        return answer
-
-    return wrapped
+async def _unload(original: Any, models: Any, request: Any) -> Any:
+    answer = await original(models, request)
+    admissions = admissions_of(models.engine_client)
+    if isinstance(answer, str) and admissions is not None:  # an error is another kind of answer
+        await asyncio.to_thread(admissions.unload, request.lora_name)
+    return answer

@@ -72,10 +72,10 @@ class RotatedLayer:
         if len(self.slot_tables) == 1:
             return rotate(y, self.slot_tables[0].current, slots, into_x=True).view(output.shape)
         parts = y.split(self.table_widths, dim=-1)
-        turned = [
+        rotated = [
             rotate(part, table.current, slots, into_x=True) for part, table in zip(parts, self.slot_tables, strict=True)
         ]
-        return torch.cat(turned, dim=-1).view(output.shape)
+        return torch.cat(rotated, dim=-1).view(output.shape)
 
     def placed(self: Any, parts: Sequence[Rotation | None]) -> TableRotations:
         """Rotations of the model's layers (None: not adapted), whole ones, as this device's tables want them.

@@ -63,9 +63,9 @@ class LoraLinear(lora.Linear):
     def _added_by_row(self, x: Tensor, y: Tensor, choice: LoraChoice) -> Tensor:
         """y and, in new memory (backward may need y as it is), what each row's adapter adds to it."""
         rows, added = [], []
-        for name, places in choice.places(x, self.get_base_layer()).items():
+        for name, indices in choice.by_adapter(x, self.get_base_layer()).items():
             if name in self.lora_A:
-                rows.append(torch.tensor(places, device=x.device))
+                rows.append(torch.tensor(indices, device=x.device))
                 added.append(self._branch(name, x[rows[-1]]))
         if not rows:
             return y

@@ -28,7 +28,7 @@ from roadie.tuner.with_lora import lora_files
 from roadie.tuner.with_lora.layer import LoraLinear
 from roadie.tuner.with_lora.tuner import LoraTuner, plain_config
 
-_PLACE = "_roadie_lora"  # of the tuner, in the base model's __dict__: no submodule, and copied along
+_TUNER = "_roadie_lora"  # of the tuner, in the base model's __dict__: no submodule, and copied along
 
 
 def add_lora(
@@ -63,7 +63,7 @@ def add_lora(
         if tensors is not None:
             lora_files.fill(base, adapter_name, tensors, str(source))
     tuner.set_requires_grad(adapter_name, trains)
-    base.__dict__[_PLACE] = tuner
+    base.__dict__[_TUNER] = tuner
     if not isinstance(model, WithLora):
         kind: Any = type(model)
         model.__class__ = _with_lora(kind)
@@ -105,6 +105,8 @@ def _off(layers: list[Any]) -> Iterator[None]:
 
 class WithLora:
     """What a PeftModel with RoAd can do more once `add_lora` has given it LoRA; made by `add_lora` alone."""
+
+    base_model: RoadModel
 
     def add_adapter(self, adapter_name: str, peft_config: Any, **kwargs: Any) -> Any:
         """As PEFT's; a LoraConfig adds a LoRA adapter."""
@@ -159,7 +161,7 @@ class WithLora:
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge RoAd and then LoRA (None: the active adapters), into every layer or into none: ``R W + B A``."""
-        tuner, road = lora_of(self), _road_tuner(self)
+        tuner, road = lora_of(self), self.base_model
         tuner.check_merge(adapter_names, finite=safe_merge)
         of_road = None if adapter_names is None else [name for name in adapter_names if name not in tuner.peft_config]
         of_lora = None if adapter_names is None else [name for name in adapter_names if name in tuner.peft_config]
@@ -171,7 +173,7 @@ class WithLora:
 
     def unmerge_adapter(self) -> None:
         """Take all merges back, LoRA's first and then RoAd's, or none if one of them cannot be."""
-        tuner, road = lora_of(self), _road_tuner(self)
+        tuner, road = lora_of(self), self.base_model
         for layer in road._layers():
             layer.check_undoable()
         tuner.unmerge_adapter()
@@ -183,14 +185,14 @@ class WithLora:
         """The base model, a plain one, with ``R W + B A`` for its weights; refused before anything is changed, or done."""
         tuner = lora_of(self)
         tuner.check_merge(adapter_names, finite=safe_merge)
-        unloaded: nn.Module = _road_tuner(self).merge_and_unload(progressbar, safe_merge, adapter_names)
-        unloaded.__dict__.pop(_PLACE, None)
+        unloaded: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        unloaded.__dict__.pop(_TUNER, None)
         return unloaded
 
     def unload(self) -> nn.Module:
         """The base model, without adapters."""
-        unloaded: nn.Module = _road_tuner(self).unload()
-        unloaded.__dict__.pop(_PLACE, None)
+        unloaded: nn.Module = self.base_model.unload()
+        unloaded.__dict__.pop(_TUNER, None)
         return unloaded
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -208,13 +210,7 @@ def _blank(kind: type) -> Any:
 
 
 def _tuner(base: nn.Module) -> LoraTuner | None:
-    tuner = base.__dict__.get(_PLACE)
-    return tuner if isinstance(tuner, LoraTuner) else None
-
-
-def _road_tuner(model: Any) -> RoadModel:
-    tuner = model.base_model
-    assert isinstance(tuner, RoadModel)
+    tuner: LoraTuner | None = base.__dict__.get(_TUNER)
     return tuner
 
 

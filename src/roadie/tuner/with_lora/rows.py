@@ -24,12 +24,12 @@ class LoraChoice(Choice):
         super().__init__(torch.arange(len(names)), expansion, model=model)
         self.names = tuple(names)
 
-    def places(self, x: Tensor, site: nn.Module) -> dict[str | None, list[int]]:
-        """What x ``[B, ...]`` or ``[B T, in]``, the input of the linear layer `site`, has in front, by the adapter it uses."""
-        places: dict[str | None, list[int]] = {}
-        for place, row in enumerate(self.placed_on_host(x, site).tolist()):
-            places.setdefault(self.names[row], []).append(place)
-        return places
+    def by_adapter(self, x: Tensor, site: nn.Module) -> dict[str | None, list[int]]:
+        """What x ``[B, ...]`` or ``[B T, in]``, the input of the linear layer `site`, has in front, by adapter: indices."""
+        found: dict[str | None, list[int]] = {}
+        for index, row in enumerate(self.placed_on_host(x, site).tolist()):
+            found.setdefault(self.names[row], []).append(index)
+        return found
 
 
 def lora_rows(model: nn.Module, names: Sequence[str | None], *, expansion: int = 1) -> AbstractContextManager[Any]:
