@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -15,7 +16,7 @@ from roadie.kernels import prepare_rotation
 from roadie.rotation import rotate
 from roadie.sites import parameters
 from roadie.testing import randomise, tiny_llama
-from roadie.tuner import rotating
+from roadie.tuner import residents, rotating, tables
 
 D = 16
 
@@ -187,3 +188,20 @@ def test_a_layer_gets_ready_for_each_dtype_once(dtype: torch.dtype, monkeypatch:
     assert all(torch.equal(each, wanted) for each in found)
     if not no_compiled_kernel() and prepare_rotation(_x(), roadie.identity(D, 4)) is not None:
         assert len(layer_calls) == (1 if dtype == torch.float32 else 2)
+
+
+@torch.no_grad()
+def test_what_a_bank_cannot_keep_is_made_once_a_call_too(made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of adapters that are trained on a GPU, between steps of training."""
+    model = _adapted(5, group_size=4)
+    model.add_adapter("b", roadie.RoadConfig(target_modules=r"layers\.\d+", group_size=8))
+    randomise(model, seed=3)
+    names = ["default", "b", "__base__"]
+    wanted = model(_x(), adapter_names=names)
+    for module in (residents, tables):
+        monkeypatch.setattr(module, "can_be_stamped", lambda tensor: False)
+    fresh = copy.deepcopy(model)
+    made.clear()
+    for call in range(1, 4):
+        torch.testing.assert_close(fresh(_x(), adapter_names=names), wanted, rtol=0, atol=0)
+        assert made == {"from_parameters": 2 * call}  # of each group size

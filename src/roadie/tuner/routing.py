@@ -92,8 +92,8 @@ class AdapterChoice(Choice):
     """The slots of one batch into `names`: the adapters (and blends of them) of the table, in slot order.
 
     adapters: those that the names and blends are made of. in_bank: the same rows in slots of the model's bank, which has what
-    they wish for as it is now; None where no call of the model is running that the bank can serve. Raises `RoutingError` for
-    slots out of range.
+    they wish for as it is now; None where no call of the model is running that the bank can serve. is_refused: whether one is
+    that it cannot serve, since its parameters cannot be watched. Raises `RoutingError` for slots out of range.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class AdapterChoice(Choice):
         self._bank: AdapterBank | None = None
         self._served: Choice | None = None
         self.in_bank: Choice | None = None
+        self.is_refused = False
 
     @cached_property
     def trains(self) -> bool:
@@ -129,10 +130,14 @@ class AdapterChoice(Choice):
         super().starts(model, args, kwargs)
         if self._running not in (None, model):  # in a call of what is around it; a call of itself has raised
             return
-        self._running = self.in_bank = None
+        self._running, self.in_bank, self.is_refused = None, None, False
         if not self.calls.is_compiled and not (torch.is_grad_enabled() and self.trains):
             self._running, self.in_bank = model, self._from_bank()
-            self._routing.by.set(None if self.in_bank is None or is_looked_on() else self.in_bank.mark)
+            self.is_refused = self.in_bank is None
+            if self.in_bank is None:
+                self._routing.look(model)
+            else:
+                self._routing.by.set(None if is_looked_on() else self.in_bank.mark)
 
     def ends(self, model: nn.Module) -> None:
         """Layers that are called by themselves look at their parameters themselves."""
@@ -203,7 +208,11 @@ class RoadRouting(Routing[AdapterChoice]):
         if not torch.compiler.is_compiling():
             choice = self.here.get()
             if choice is None or choice.in_bank is None:
-                self.by.set(self._tables_for(model))
+                self.look(model)
+
+    def look(self, model: nn.Module) -> None:
+        """Make the tables of all layers for the call of the model that is running, or see that those of the last one hold."""
+        self.by.set(self._tables_for(model))
 
     def _ends(self, model: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -213,7 +222,7 @@ class RoadRouting(Routing[AdapterChoice]):
         choice = self.here.get()
         names: Any = None
         if choice is not None:  # in inference the bank serves it
-            if choice.blends or not (torch.is_grad_enabled() and choice.trains):
+            if choice.blends or not (choice.is_refused or (torch.is_grad_enabled() and choice.trains)):
                 return None
             names = choice.names
         kept = self._kept.current(names, self.changes)
