@@ -47,7 +47,7 @@ class AdapterStore:
     def add(self, path: str | os.PathLike[str]) -> Path:
         """The copy of the adapter in the folder `path`.
 
-        Raises `CheckpointError` where it is not a sound RoAd adapter, `AdapterError` where it has several rotations in a row, or
+        Raises `CheckpointError` where it is not a sound RoAd adapter, `AdapterError` where it has a chain of several stages, or
         rotates an input.
         """
         adapter = checkpoint.load(path)
