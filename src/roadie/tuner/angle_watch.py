@@ -18,7 +18,6 @@ steps on purpose, and are not told.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 from weakref import ref
@@ -170,13 +169,9 @@ def watch_angles(*modules: nn.Module) -> None:
 
 def stop_watching(model: nn.Module) -> None:
     """Say nothing of the training of `model`, whose trainer looks at its rate itself."""
-    for watch in [*_watches(model)]:
-        watch.stop()
-
-
-def _watches(model: nn.Module) -> Iterator[AngleWatch]:
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return (hook for hook in hooks if isinstance(hook, AngleWatch))
+    for hook in [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]:
+        if isinstance(hook, AngleWatch):
+            hook.stop()
 
 
 def _samples(model: nn.Module) -> list[Tensor]:

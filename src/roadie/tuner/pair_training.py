@@ -122,21 +122,18 @@ def _layers(model: nn.Module) -> dict[str, RoadLayer]:
 
 def _parts(model: nn.Module, pairs: Share | str | Mapping[str, Tensor], name: str) -> list[_Part]:
     layers = {path: layer for path, layer in _layers(model).items() if name in layer.road_theta}
-    _refuse_inputs(layers, name)
-    chosen = _chosen(pairs, layers)
-    parts = [part for path, layer in layers.items() for part in _parts_of(path, layer, name, chosen[path])]
-    if not any(part.size for part in parts):
-        raise ConfigError(f"got pairs={_shown(pairs)}, which no layer of adapter {name!r} has; wanted some to train")
-    return parts
-
-
-def _refuse_inputs(layers: Mapping[str, RoadLayer], name: str) -> None:
     path = next((path for path in layers if is_input(path)), None)
     if path is not None:
         raise ConfigError(
             f"layer {layer_of(path)}: got adapter {name!r}, which rotates the layer's input; wanted outputs alone, whose "
             "pairs can be chosen; train without input_stages"
         )
+    chosen = _chosen(pairs, layers)
+    parts = [part for path, layer in layers.items() for part in _parts_of(path, layer, name, chosen[path])]
+    if not any(part.size for part in parts):
+        shown = "masks" if isinstance(pairs, Mapping) else repr(str(pairs))
+        raise ConfigError(f"got pairs={shown}, which no layer of adapter {name!r} has; wanted some to train")
+    return parts
 
 
 def _chosen(pairs: Share | str | Mapping[str, Tensor], layers: Mapping[str, RoadLayer]) -> dict[str, Pairs]:
@@ -167,7 +164,3 @@ def _parts_of(path: str, layer: RoadLayer, name: str, pairs: Pairs) -> list[_Par
     except ConfigError as error:
         raise ConfigError(f"layer {path}: {error}") from None
     return [_Part(parameter, places, parameter.detach().clone()) for parameter in parameters]
-
-
-def _shown(pairs: object) -> str:
-    return "masks" if isinstance(pairs, Mapping) else repr(str(pairs))
