@@ -55,7 +55,11 @@ class RoadInput(nn.Module, RoadLayer):
         """R_in x, for x ``[..., D]``, each row by the adapter that is in force for it."""
         if not torch.compiler.is_compiling():
             last = None if self._disable_adapters else self._kept.last
-            if last is not None and self._routing.by.get() is last.by and not torch.is_grad_enabled():
+            if (
+                last is not None
+                and not torch.is_grad_enabled()
+                and (self._routing.by.get() or self._by_itself()) is last.by
+            ):
                 z = torch.empty_like(x)
                 if last.rotate(x, z):
                     return z

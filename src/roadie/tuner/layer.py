@@ -90,7 +90,7 @@ class Linear(nn.Module, RoadLayer):
         Raises `RoutingError` where rows are routed and adapters are merged, or the numbers of rows differ.
         """
         if not torch.compiler.is_compiling() and adapter_names is None and not args and not kwargs:
-            by = self._routing.by.get()
+            by = self._routing.by.get() or self._by_itself()
             if by is not None:
                 y = self._in_a_call(by, x)
                 if y is not None:

@@ -20,7 +20,7 @@ from roadie.adapter import stages_of
 from roadie.bank.attachment import LayerRotation
 from roadie.bank.live import on_this_process
 from roadie.errors import ConfigError
-from roadie.kernels import prepare_checked, rotate_checked
+from roadie.kernels import is_looked_on, prepare_checked, rotate_checked
 from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_size, to_dense
 from roadie.sites.parameters import Part, Slot, parts_of
 from roadie.sites.rows import Choice
@@ -213,12 +213,18 @@ class RoadLayer(BaseTunerLayer):
             has_graph = tables.has_graph or not torch.is_grad_enabled()
             if found is not None and found.is_here() and (has_graph or not found.is_trained()):
                 return found
+        changes = self._routing.changes
         if torch.is_grad_enabled() and are_trained([self], names):
             with unseen_by_checkpoints():
-                return Layout([self], names).made()[0]
-        changes = self._routing.changes
-        kept = self._kept.current(names, changes) or self._kept.make(Layout([self], names, changes))
-        return kept.of[self]
+                return self._kept.layout(lambda: [self], names, changes).made()[0]
+        kept = self._kept.current(names, changes)
+        return (kept or self._kept.make(self._kept.layout(lambda: [self], names, changes))).of[self]
+
+    def _by_itself(self) -> Tables | None:
+        """What a layer that is called by itself, without a gradient, rotates by, if it is what it was the last time."""
+        if torch.is_grad_enabled() or self._routing.here.get() is not None or is_looked_on():
+            return None
+        return self._kept.current(None, self._routing.changes)
 
     def _turned(self, y: Tensor, found: Made, slots: Tensor | None, is_fresh: bool) -> Tensor:
         if found.chain is None:
@@ -231,7 +237,7 @@ class RoadLayer(BaseTunerLayer):
 
     def _remember(self, y: Tensor, found: Made) -> None:
         """Get ready to rotate in the same way in later calls of the model, as long as the tables hold."""
-        tables, last = self._routing.by.get(), self._kept.last
+        tables, last = self._routing.by.get() or self._by_itself(), self._kept.last
         if not isinstance(tables, Tables) or found.chain is None or tables.of.get(self) is not found:
             return
         if last is not None and last.by is tables and last.dtype == y.dtype:

@@ -29,7 +29,7 @@ from roadie.errors import RoutingError
 from roadie.kernels import is_looked_on
 from roadie.sites.rows import Choice, Mark, Routing
 from roadie.tuner.residents import Residents, names_in
-from roadie.tuner.tables import Kept, Layout, Tables, are_trained
+from roadie.tuner.tables import Kept, Tables, are_trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +177,6 @@ class RoadRouting(Routing[AdapterChoice]):
         self.by: ContextVar[Tables | Mark | None] = ContextVar("roadie_by", default=None)
         self.changes = self.additions = 0
         self._kept = Kept()
-        self._layout: Layout | None = None
 
     def listen(self, model: nn.Module) -> None:
         """From now on the tables of all layers of `model` are made before it is called."""
@@ -228,13 +227,10 @@ class RoadRouting(Routing[AdapterChoice]):
         kept = self._kept.current(names, self.changes)
         if kept is not None and not (torch.is_grad_enabled() and kept.layout.is_trained()):
             return kept._replace() if is_looked_on() else kept  # the same, but no layer rotates as it did the last time
-        if self._layout is None or not (self._layout.is_for(names, self.changes) and self._layout.are_here()):
-            self._layout = Layout([each for each in model.modules() if _has_rows(each)], names, self.changes)
-        if not self._layout.is_whole():
+        layout = self._kept.layout(lambda: list(filter(_has_rows, model.modules())), names, self.changes)
+        if not layout.is_whole():
             return None
-        if torch.is_grad_enabled() and self._layout.is_trained():
-            return self._layout.tables()
-        return self._kept.make(self._layout)
+        return layout.tables() if torch.is_grad_enabled() and layout.is_trained() else self._kept.make(layout)
 
     def parts_of(self, model: nn.Module) -> Parts:
         """What of the model rows are about, looked up again where its modules are others."""

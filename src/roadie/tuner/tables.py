@@ -9,7 +9,7 @@ Legend: S slots, D features of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias
@@ -122,12 +122,13 @@ class Tables(NamedTuple):
 
 
 class Kept:
-    """The tables that were made last, with a stamp; of layers that are not trained. A copy of a model has made none.
+    """How tables were made last, and those of layers that are not trained, with a stamp. A copy of a model has made none.
 
     last: how their layer rotated by others the last time, if it did, which were made for all layers.
     """
 
     def __init__(self) -> None:
+        self._layout: Layout | None = None
         self._tables: Tables | None = None
         self._stamp: Stamp | None = None
         self.last: Last | None = None
@@ -137,6 +138,13 @@ class Kept:
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
+
+    def layout(self, layers: Callable[[], Sequence[Any]], names: Names, changes: int) -> Layout:
+        """That of the last time, where it is the same; layers: looked up only for a new one."""
+        kept = self._layout
+        if kept is None or not (kept.is_for(names, changes) and kept.are_here() and kept.is_whole()):
+            kept = self._layout = Layout(layers(), names, changes)
+        return kept
 
     def current(self, names: Names, changes: int) -> Tables | None:
         """The tables that are kept, if they hold."""
@@ -155,7 +163,7 @@ class Kept:
 
     def clear(self) -> None:
         """Forget them."""
-        self._tables = self._stamp = self.last = None
+        self._layout = self._tables = self._stamp = self.last = None
 
 
 def are_trained(layers: Iterable[Any], names: Names) -> bool:
