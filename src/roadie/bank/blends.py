@@ -37,6 +37,11 @@ class Blend:
         return tuple(name for name, _ in self.weights)
 
 
+def names_in(wish: str | Blend | None) -> tuple[str, ...]:
+    """The adapters that a row's wish reads."""
+    return wish.names if isinstance(wish, Blend) else () if wish is None else (wish,)
+
+
 def parse(wish: Wish) -> str | Blend | None:
     """A name, a blend, or None for the base model; raises `RoutingError` for what is none of these.
 

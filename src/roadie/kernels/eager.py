@@ -83,7 +83,7 @@ class EagerImplementation(Implementation):
             piece.of(out).copy_(piece.chosen.turned(piece.of(x)))
 
     def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
-        """Rotations in a row; see the contract."""
+        """A chain; see the contract."""
         _check_slots(chain[0])
         super().rotate_chain(x, out, chain)
 

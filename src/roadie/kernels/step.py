@@ -117,7 +117,7 @@ def empty_gradients(grad: Tensor, kept: Tensor | None, direct: Tensor, want_x: b
 
 
 def _gradients_of_chain(grad: Tensor, x: Tensor | None, chain: Chain, slots: Tensor | None, want_x: bool) -> Gradients:
-    """As `_gradients` of rotations in a row, whose input was kept."""
+    """As `_gradients` of a chain, whose input was kept."""
     wide = torch.float64 if torch.float64 in (grad.dtype, chain[0].direct.dtype) else torch.float32
     plain = [table_without_gaps(table, slots, wide) for table in chain]
     inputs = _inputs(x.to(wide), plain) if x is not None else [None] * len(chain)

@@ -1,4 +1,4 @@
-"""Rotations as the kernels take them: tables with a row a slot, and several tables for rotations in a row.
+"""Rotations as the kernels take them: tables with a row a slot, and a chain of several tables.
 
 Legend: x ``[..., D]`` of any floating dtype, S slots, B routed rows.
 """
@@ -49,11 +49,11 @@ def table_of(direct: Tensor, cross: Tensor, sizes: Sequence[int] | Tensor) -> Ro
 
 
 Chain: TypeAlias = tuple[RotationTable, ...]
-"""One table a rotation in a row, of equal shapes and one dtype, the first applied first; most often there is one."""
+"""A table for each stage, of equal shapes and one dtype, the first applied first; most often there is one."""
 
 
 def as_chain(rotations: Rotation | RotationTable | Sequence[RotationTable]) -> Chain:
-    """The chain of one rotation ``[D]``, which every row uses, of one table, or of tables in a row."""
+    """The chain of one rotation ``[D]``, which every row uses, of one table, or of several."""
     if isinstance(rotations, RotationTable):
         return (rotations,)
     if not isinstance(rotations, Rotation):

@@ -40,11 +40,11 @@ class Part(NamedTuple):
 
 
 Slot: TypeAlias = Sequence[Part]
-"""The rotations in a row of one slot, the first applied first; none: the identity."""
+"""The stages of one slot, the first applied first; none: the identity."""
 
 
 def parts_of(theta: Tensor, alpha: Tensor, variant: str, stages: Sequence[int]) -> list[Part]:
-    """The rotations in a row of one adapter, whose parameters ``[K n]`` lie end to end."""
+    """The stages of one adapter, whose parameters ``[K n]`` lie end to end."""
     return [Part(theta, alpha, variant, size, stage, len(stages)) for stage, size in enumerate(stages)]
 
 
@@ -64,7 +64,7 @@ class Plan:
         self._num_blocks = len(blocks)
 
     def chains(self) -> list[Chain | None]:
-        """The tables ``[S, D]`` of the slots of each site, one for each rotation in a row; None where all are the identity.
+        """The tables ``[S, D]`` of the slots of each site, one for each stage; None where all are the identity.
 
         Differentiable. Each table is memory of its own, or a part of one that nobody writes to.
         """
@@ -197,7 +197,7 @@ _apply = super(torch.autograd.Function, _Vectors).apply
 
 
 class _Stage(NamedTuple):
-    """One rotation in a row of the slots of a site: which blocks it is made of, and which slots these are."""
+    """One stage of the slots of a site: which blocks it is made of, and which slots these are."""
 
     num_slots: int
     sizes: list[int | None]

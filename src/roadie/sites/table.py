@@ -1,6 +1,6 @@
-"""One layer's part of a bank: the rotations of each slot, in two tables, or two for each rotation in a row.
+"""One layer's part of a bank: the rotations of each slot, in two tables, or two for each stage.
 
-Legend: S slots, D out features, K rotations in a row (1 for plain adapters).
+Legend: S slots, D out features, K stages (1 for plain adapters).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NO_ROTATION = 0  # the group size of a slot without a rotation in the tables of 
 
 
 class SlotTable:
-    """direct, cross ``[S, D]`` of one site, on its device, once for each rotation in a row that an adapter in it has had.
+    """direct, cross ``[S, D]`` of one site, on its device, once for each stage that an adapter in it has had.
 
     Rows that were never written are the identity. `current` is replaced as a whole where the tables grow or group sizes begin
     to differ; rows are written in place, and only rows that nobody reads.
@@ -60,7 +60,7 @@ class SlotTable:
         return self._holders is not None and self._holders.has_none(slots)
 
     def write(self, slots: Sequence[int], rotations: Sequence[Rotation]) -> None:
-        """Put rotations in a row, ``[K, D]`` each for K slots that nobody reads, into these, rounded to the tables' dtype."""
+        """Put the stages of chains, ``[K, D]`` each for K slots that nobody reads, into these, rounded to the tables' dtype."""
         if self._holders is not None:
             self._holders.set(slots, slots)
         if len(self.current) == len(rotations) == 1:  # of hundreds of layers, most of the time
@@ -105,7 +105,7 @@ class SlotTable:
             self._holders.grow(num_slots)
 
     def _lengthen(self, num_rotations: int) -> None:
-        """Room for more rotations in a row, which no slot has yet."""
+        """Room for more stages, which no slot has yet."""
         direct = self.current[0].direct
         more = num_rotations - len(self.current)
         shape = direct.shape[1], direct.shape[0], direct.dtype, direct.device
@@ -178,7 +178,7 @@ def rotations_at(chain: Chain, slot: int) -> tuple[Rotation, ...]:
 
 
 def chain_of_rows(rows: Sequence[Sequence[Rotation]], dtype: torch.dtype) -> Chain | None:
-    """Tables ``[S, D]`` in `dtype` whose slots hold `rows`: rotations ``[D]`` in a row, or none; differentiable.
+    """Tables ``[S, D]`` in `dtype` whose slots hold `rows`: chains of rotations ``[D]``, or none; differentiable.
 
     None where all have none.
     """

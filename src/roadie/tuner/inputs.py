@@ -15,9 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from roadie.bank.blends import Blend
+from roadie.bank.blends import Blend, names_in
 from roadie.tuner.output import KeptForBackward
-from roadie.tuner.residents import names_in
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.routing import AdapterChoice
 from roadie.tuner.tables import Names

@@ -32,7 +32,7 @@ from roadie.tuner.inputs import RoadInput
 from roadie.tuner.merging import ExactUnmerge, WeightRotations
 from roadie.tuner.output import gives_fresh_memory
 from roadie.tuner.rotating import RoadLayer, check_variant, group_sizes_of, input_group_sizes_of
-from roadie.tuner.routing import adapter_rows
+from roadie.tuner.routing import ARE_MERGED, adapter_rows
 from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
 
 
@@ -170,9 +170,7 @@ class Linear(nn.Module, RoadLayer):
 
     def _check_not_routed(self) -> None:
         if self.merged and self._routing.current() is not None:
-            raise RoutingError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+            raise RoutingError(ARE_MERGED)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Rotate the base weight, and the bias, in place by the given adapters (None: the active ones), both or neither.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from roadie.adapter import Adapter, LayerParameters
 from roadie.bank.attachment import LayerRotation
 from roadie.bank.bank import AdapterBank
-from roadie.bank.blends import Blend
+from roadie.bank.blends import Blend, names_in
 from roadie.kernels import Place, Stamp, can_be_stamped
 
 _FEWEST_SLOTS = 16
@@ -178,11 +178,6 @@ class Residents:
     def _is_current(self, name: str) -> bool:
         seen = self._seen.get(name)
         return seen is not None and name in self.bank and seen.stamp.holds()
-
-
-def names_in(wish: str | Blend | None) -> tuple[str, ...]:
-    """The adapters that a row's wish reads."""
-    return wish.names if isinstance(wish, Blend) else () if wish is None else (wish,)
 
 
 def _store(layer: Any) -> _Store:

@@ -34,7 +34,7 @@ class RoadLayer(BaseTunerLayer):
     """What rotates a layer's output (`Linear`) or its input (`RoadInput`): of each adapter theta, alpha, variant and group size.
 
     road_theta, road_alpha: parameters ``[n]`` by adapter name, n = D/2 (road_1), D (road_2) or 2 D (road_4), times the number
-    of rotations in a row; variant: by adapter name; stages: by adapter name, the group sizes of its rotations in a row, most
+    of stages; variant: by adapter name; stages: by adapter name, the group sizes of its chain, most
     often one; out_features: D.
     """
 
@@ -100,7 +100,7 @@ class RoadLayer(BaseTunerLayer):
     def rotation(self, adapter: str) -> Rotation:
         """What an adapter of one rotation does to this layer: direct and cross ``[D]`` in float32 or wider; differentiable.
 
-        Raises `ConfigError` for unknown adapters, and for those with several rotations in a row.
+        Raises `ConfigError` for unknown adapters, and for those with several stages.
         """
         rotations = self.rotations(adapter)
         if len(rotations) > 1:
@@ -266,7 +266,7 @@ def _offload_device(base_layer: nn.Module) -> torch.device | None:
 
 
 def group_sizes_of(config: Any) -> tuple[int, ...]:
-    """The group sizes of the rotations in a row that a config, roadie's or stock PEFT's, gives a layer's output."""
+    """The group sizes of the chain that a config, roadie's or stock PEFT's, gives a layer's output."""
     return stages_of(getattr(config, "stages", None) or config.group_size)
 
 

@@ -23,12 +23,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from roadie.bank.bank import AdapterBank
-from roadie.bank.blends import BASE, Blend, Wish, parse
+from roadie.bank.blends import BASE, Blend, Wish, names_in, parse
 from roadie.bank.servers import announce
 from roadie.errors import RoutingError
 from roadie.kernels import is_looked_on
 from roadie.sites.rows import Choice, Mark, Routing
-from roadie.tuner.residents import Residents, names_in
+from roadie.tuner.residents import Residents
 from roadie.tuner.tables import Kept, Tables, are_trained
 
 
@@ -245,9 +245,7 @@ class RoadRouting(Routing[AdapterChoice]):
             return
         for layer in parts.layers.values():
             if layer.__dict__.get("merged_adapters") or layer.held_by:  # of an input its layer knows
-                raise RoutingError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
+                raise RoutingError(ARE_MERGED)
         self._unmerged = self.changes
 
     def prepare(self, model: nn.Module, undo: ExitStack) -> None:
@@ -257,6 +255,9 @@ class RoadRouting(Routing[AdapterChoice]):
         for wrapper in parts.wholes:
             wrapper.__dict__["forward"] = _by_row(wrapper, self)
             undo.callback(wrapper.__dict__.pop, "forward", None)
+
+
+ARE_MERGED = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
 
 
 def shared_routing(model: nn.Module) -> RoadRouting:

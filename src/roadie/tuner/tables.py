@@ -22,7 +22,7 @@ from roadie.rotation import Variant, parameter_size
 from roadie.sites.parameters import Plan
 
 Names: TypeAlias = Sequence[str] | None
-"""Adapters with a slot each, in slot order; None: the active ones, whose rotations are one slot's, in a row."""
+"""Adapters with a slot each, in slot order; None: the active ones, whose chains are one slot's, end to end."""
 
 
 Store: TypeAlias = dict[str, Any]

@@ -169,7 +169,7 @@ def _job(
 
 
 def stages_of(chain: Sequence[RowRotations]) -> bytes:
-    """What the kernel is told of each of several rotations in a row."""
+    """What the kernel is told of each stage of a chain."""
     return b"".join(
         STAGE.pack(
             turns.direct.data_ptr(),
