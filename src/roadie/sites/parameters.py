@@ -94,7 +94,7 @@ class Plan:
             whole = from_parameters(*kind.end_to_end(parameters), kind.variant, kind.group_size)
             each, width = sum(kind.sizes), whole.direct.numel()
             sizes = [size * width // each for size in kind.sizes]
-            split = zip(kind.blocks, kind.counts, whole.direct.split(sizes), whole.cross.split(sizes), strict=True)
+            split = zip(kind.blocks, kind.counts, _split(whole.direct, sizes), _split(whole.cross, sizes), strict=True)
             for block, count, direct, cross in split:
                 made[2 * block], made[2 * block + 1] = direct.view(count, -1), cross.view(count, -1)
         return made
@@ -107,16 +107,13 @@ class Plan:
             if not used.blocks:
                 continue
             of_both = [_both(grads[2 * block], grads[2 * block + 1]) for block in used.blocks]
-            of_direct = torch.cat([direct.flatten() for direct, _ in of_both])
-            of_cross = torch.cat([cross.flatten() for _, cross in of_both])
+            of_direct, of_cross = (_joined([each[which].flatten() for each in of_both]) for which in (0, 1))
             theta, alpha = used.end_to_end(parameters)
             whole = parameter_gradients(of_direct, of_cross, theta, alpha, used.variant, used.group_size)
             sizes = [parameters[2 * part].numel() for part in used.parts]
-            split = zip(
-                used.parts, whole[0].to(theta.dtype).split(sizes), whole[1].to(alpha.dtype).split(sizes), strict=True
-            )
-            for part, of_theta, of_alpha in split:
-                found[2 * part], found[2 * part + 1] = of_theta, of_alpha
+            of_theta, of_alpha = _split(whole[0].to(theta.dtype), sizes), _split(whole[1].to(alpha.dtype), sizes)
+            for part, theta_grad, alpha_grad in zip(used.parts, of_theta, of_alpha, strict=True):
+                found[2 * part], found[2 * part + 1] = theta_grad, alpha_grad
         return found
 
 
@@ -132,10 +129,8 @@ class _Kind(NamedTuple):
 
     def end_to_end(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """theta and alpha of all parts, as those of one long site."""
-        if len(self.parts) == 1:
-            return parameters[2 * self.parts[0]], parameters[2 * self.parts[0] + 1]
-        theta, alpha = ([parameters[2 * part + which] for part in self.parts] for which in (0, 1))
-        return torch.cat(theta), torch.cat(alpha)
+        theta, alpha = (_joined([parameters[2 * part + which] for part in self.parts]) for which in (0, 1))
+        return theta, alpha
 
     def of(self, are_wanted: Sequence[bool]) -> _Kind:
         """The blocks that are wanted."""
@@ -148,6 +143,14 @@ class _Kind(NamedTuple):
         return self._replace(
             blocks=blocks, parts=[part for place in kept for part in of_blocks[place]], counts=counts, sizes=sizes
         )
+
+
+def _joined(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def _split(vector: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return (vector,) if len(sizes) == 1 else vector.split(sizes)
 
 
 def _kinds(blocks: Sequence[Sequence[Part]]) -> list[_Kind]:
