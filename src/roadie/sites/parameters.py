@@ -92,9 +92,13 @@ class Plan:
         made: list[Any] = [None] * (2 * self._num_blocks)
         for kind in self._kinds:
             whole = from_parameters(*kind.end_to_end(parameters), kind.variant, kind.group_size)
+            if len(kind.blocks) == 1:  # of a layer by itself
+                first, shape = 2 * kind.blocks[0], (kind.counts[0], -1)
+                made[first : first + 2] = whole.direct.view(shape), whole.cross.view(shape)
+                continue
             each, width = sum(kind.sizes), whole.direct.numel()
             sizes = [size * width // each for size in kind.sizes]
-            split = zip(kind.blocks, kind.counts, _split(whole.direct, sizes), _split(whole.cross, sizes), strict=True)
+            split = zip(kind.blocks, kind.counts, whole.direct.split(sizes), whole.cross.split(sizes), strict=True)
             for block, count, direct, cross in split:
                 made[2 * block], made[2 * block + 1] = direct.view(count, -1), cross.view(count, -1)
         return made
@@ -107,13 +111,20 @@ class Plan:
             if not used.blocks:
                 continue
             of_both = [_both(grads[2 * block], grads[2 * block + 1]) for block in used.blocks]
-            of_direct, of_cross = (_joined([each[which].flatten() for each in of_both]) for which in (0, 1))
+            of_direct = torch.cat([direct.flatten() for direct, _ in of_both])
+            of_cross = torch.cat([cross.flatten() for _, cross in of_both])
             theta, alpha = used.end_to_end(parameters)
             whole = parameter_gradients(of_direct, of_cross, theta, alpha, used.variant, used.group_size)
+            if len(used.parts) == 1:
+                first = 2 * used.parts[0]
+                found[first : first + 2] = whole[0].to(theta.dtype), whole[1].to(alpha.dtype)
+                continue
             sizes = [parameters[2 * part].numel() for part in used.parts]
-            of_theta, of_alpha = _split(whole[0].to(theta.dtype), sizes), _split(whole[1].to(alpha.dtype), sizes)
-            for part, theta_grad, alpha_grad in zip(used.parts, of_theta, of_alpha, strict=True):
-                found[2 * part], found[2 * part + 1] = theta_grad, alpha_grad
+            split = zip(
+                used.parts, whole[0].to(theta.dtype).split(sizes), whole[1].to(alpha.dtype).split(sizes), strict=True
+            )
+            for part, of_theta, of_alpha in split:
+                found[2 * part], found[2 * part + 1] = of_theta, of_alpha
         return found
 
 
@@ -129,8 +140,10 @@ class _Kind(NamedTuple):
 
     def end_to_end(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """theta and alpha of all parts, as those of one long site."""
-        theta, alpha = (_joined([parameters[2 * part + which] for part in self.parts]) for which in (0, 1))
-        return theta, alpha
+        if len(self.parts) == 1:
+            return parameters[2 * self.parts[0]], parameters[2 * self.parts[0] + 1]
+        theta, alpha = ([parameters[2 * part + which] for part in self.parts] for which in (0, 1))
+        return torch.cat(theta), torch.cat(alpha)
 
     def of(self, are_wanted: Sequence[bool]) -> _Kind:
         """The blocks that are wanted."""
@@ -143,14 +156,6 @@ class _Kind(NamedTuple):
         return self._replace(
             blocks=blocks, parts=[part for place in kept for part in of_blocks[place]], counts=counts, sizes=sizes
         )
-
-
-def _joined(vectors: list[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
-
-
-def _split(vector: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    return (vector,) if len(sizes) == 1 else vector.split(sizes)
 
 
 def _kinds(blocks: Sequence[Sequence[Part]]) -> list[_Kind]:
