@@ -122,7 +122,7 @@ def _compare(prepared: Any, rotate: Any, turns: Any, y: torch.Tensor, z: torch.T
 def assert_refused(prepared: Any, y: torch.Tensor) -> None:
     """What is not as expected is not launched."""
     wide = torch.empty(*y.shape[:-1], 2 * y.shape[-1], dtype=y.dtype)
-    others = [y.double(), wide, wide[..., ::2], y[:0], torch.nn.Parameter(y), y.to("meta")]
+    others = [y.double(), wide, wide[..., ::2], y[:0], y.flatten()[0], torch.nn.Parameter(y), y.to("meta")]
     for other in others:
         assert not prepared(other), (other.shape, other.dtype)
     if y.dim() > 1 and len(y) > 1:

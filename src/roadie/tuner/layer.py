@@ -92,7 +92,7 @@ class Linear(nn.Module, RoadLayer):
         if not torch.compiler.is_compiling() and adapter_names is None and not args and not kwargs:
             by = self._routing.by.get() or self._by_itself()
             if by is not None:
-                y = self._in_a_call(by, x)
+                y = self._with_plain_base(by, x)
                 if y is not None:
                     return y
         if adapter_names is not None:
@@ -110,9 +110,8 @@ class Linear(nn.Module, RoadLayer):
         check_output(y, self.base_layer, self.path)
         return self._rotated(y, gives_fresh_memory(self.base_layer))
 
-    def _in_a_call(self, by: object, x: Tensor) -> Tensor | None:
-        """As forward, in a call of the model that has looked at what layers rotate by; None, with nothing computed, where the
-        base layer is not plain.
+    def _with_plain_base(self, by: object, x: Tensor) -> Tensor | None:
+        """As forward, once it is known what the layer rotates by; None, with nothing computed, where the base layer is not plain.
 
         The base layer is not called but computed, as `nn.Linear` does it: without its hooks, of which it has none. All in one
         function, because each call of one costs microseconds here (`roadie.kernels.cpu`).

@@ -20,7 +20,7 @@ from roadie.adapter import Adapter, LayerParameters
 from roadie.bank.attachment import LayerRotation
 from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import Blend, names_in
-from roadie.kernels import Place, Stamp, can_be_stamped
+from roadie.kernels import Place, Stamp, can_be_stamped, is_looked_on
 
 _FEWEST_SLOTS = 16
 
@@ -78,7 +78,7 @@ class Residents:
         """The slot of each wish, int64 on the CPU, all of it in the bank and current; hold the tensor while it is used.
 
         layers: the RoAd layers of `model` by path; additions: how often one of them was given an adapter, or lost one. None
-        where parameters cannot be watched, so that nothing may be kept of them.
+        where parameters cannot be watched, or torch looks on, so that nothing may be kept of them.
         """
         with self._lock:
             if additions != self._additions:
@@ -100,7 +100,7 @@ class Residents:
             if self._has_moved():
                 self.clear()
             tensors = [store[key] for each in places.values() for store, key in each]
-            if not all(map(can_be_stamped, tensors)):
+            if is_looked_on() or not all(map(can_be_stamped, tensors)):
                 return None
             if not self._fit(model, tensors):
                 stale = list(names)

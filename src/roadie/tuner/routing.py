@@ -2,8 +2,9 @@
 
 One `RoadRouting` is shared by all RoAd layers of a model; `rows` and `adapter_rows` put a choice in force there for the length of
 a ``with`` block, as a tensor of slots, so that a compiled model sees other values, not another program. In inference the bank of
-the model serves the choice (`roadie.tuner.residents`), and it is asked once in a call of the model; in training, in compiled
-models and in layers that are called by themselves each layer makes a table of its parameters.
+the model serves the choice (`roadie.tuner.residents`), and it is asked once in a call of the model. In training, and where the
+bank cannot serve, the tables of all layers are made before it is called (`roadie.tuner.tables`); in compiled models and for
+blends each layer makes its own.
 
 Legend: B rows of the batch, T tokens, S adapters. A slot is the position of an adapter in the model's `peft_config`;
 -1 is the base model.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from roadie.kernels import Chain, PreparedRotation, Stamp, can_be_stamped
+from roadie.kernels import Chain, PreparedRotation, Stamp, can_be_stamped, is_looked_on
 from roadie.rotation import Variant, parameter_size
 from roadie.sites.parameters import Plan
 
@@ -124,7 +124,7 @@ class Tables(NamedTuple):
 class Kept:
     """How tables were made last, and those of layers that are not trained, with a stamp. A copy of a model has made none.
 
-    last: how their layer rotated by others the last time, if it did, which were made for all layers.
+    last: how their layer rotated the last time, by these or by tables that were made for all layers.
     """
 
     def __init__(self) -> None:
@@ -154,10 +154,13 @@ class Kept:
         return None
 
     def make(self, layout: Layout) -> Tables:
-        """New ones, without gradient, which are kept where it will be seen that they do not hold any more."""
+        """New ones, without gradient, which are kept where it will be seen that they do not hold any more.
+
+        Not kept is what is made while torch looks on: of a transform it is good for nothing once that is over.
+        """
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training later
             tables = layout.tables()
-        can_be_kept = all(map(can_be_stamped, layout.tensors)) and layout.are_here()
+        can_be_kept = all(map(can_be_stamped, layout.tensors)) and not is_looked_on()
         self._tables, self._stamp = (tables, Stamp(layout.sources)) if can_be_kept else (None, None)
         return tables
 

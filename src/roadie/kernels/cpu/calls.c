@@ -105,7 +105,7 @@ typedef struct {
 static int fits(const Prepared *prepared, Object *y, Object *z, Job *job) {
     Tensor from, into;
     if (!is_of_type(y, prepared->tensor_type) || !is_on_cpu(prepared->read, y, &from)) return 0;
-    int64_t size = size_of(&from);
+    int64_t size = from.dims > 0 ? size_of(&from) : 0;
     if (size <= 0 || type_of(&from) != job->type || from.shape[from.dims - 1] != job->width) return 0;
     for (int64_t i = 0; i < prepared->dims; i++)
         if (i >= from.dims - 1 || from.shape[i] != prepared->lead[i]) return 0;

@@ -37,6 +37,7 @@ class PreparedLaunches:
             type(y) is not Tensor
             or y.dtype is not self._dtype
             or y.device != self._device
+            or not shape
             or shape[-1] != self._width
             or shape[: len(self._routed_shape)] != self._routed_shape
             or not y.is_contiguous()
