@@ -23,6 +23,7 @@ from roadie.serving import (
     Output,
     Registry,
     Sampling,
+    Scoring,
 )
 from roadie.testing import random_adapter
 
@@ -41,13 +42,20 @@ class Collector:
         self._ids = count()
 
     def submit(
-        self, prompt_ids: Sequence[int], adapter: AdapterWish = None, *, tenant: str = "default", **rules: Any
+        self,
+        prompt_ids: Sequence[int],
+        adapter: AdapterWish = None,
+        *,
+        tenant: str = "default",
+        scoring: Scoring | None = None,
+        **rules: Any,
     ) -> str:
         request_id = f"r{next(self._ids)}"
         sampling = Sampling(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **rules})
         self.outputs[request_id] = []
         try:
-            self.engine.submit(GenerationRequest(request_id, tuple(prompt_ids), adapter, sampling, tenant), self._take)
+            request = GenerationRequest(request_id, tuple(prompt_ids), adapter, sampling, tenant, scoring=scoring)
+            self.engine.submit(request, self._take)
         except Exception:
             del self.outputs[request_id]
             raise

@@ -256,7 +256,7 @@ def test_what_cannot_be_served_is_refused_at_the_door(model: Any, root: Path) ->
         assert collector.engine.statistics().num_refused == 2
 
 
-@pytest.mark.parametrize("value", [{"max_tokens": 0}, {"top_p": 1.5}, {"temperature": math.nan}, {"stop": ("",)}])
+@pytest.mark.parametrize("value", [{"max_tokens": -1}, {"top_p": 1.5}, {"temperature": math.nan}, {"stop": ("",)}])
 def test_sampling_out_of_range_is_refused(value: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(value))):
         Sampling(**value)

@@ -29,4 +29,5 @@ def merged(outputs: list[Output]) -> Output:
         last.finish,
         last.usage,
         last.error,
+        tuple(entry for output in outputs for entry in output.prompt_logprobs),
     )

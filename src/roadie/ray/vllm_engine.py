@@ -140,6 +140,10 @@ class VllmEngine:
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """See `Engine.submit`."""
         name = self._name_of(request)
+        if request.scoring is not None:
+            raise ConfigError(
+                "got a prompt to be scored, for vLLM; wanted one to continue alone; roadie's own engine scores"
+            )
         check_request(request, self.limits, has_tokenizer=True)
         if not self.is_ready:
             raise ShuttingDown("got a request for an engine that takes none; try another server, or later")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Hashable
+from dataclasses import replace
 from typing import Any
 
 from roadie.serving.engine import FinishReason, GenerationRequest, OnOutput, Output, TokenLogprob, Usage
 from roadie.serving.leases import Key, Lease, names_of
 from roadie.serving.sampling import Chosen, RowSampler
+from roadie.serving.scoring import PromptScorer
 from roadie.serving.text import TextStream
 
 
@@ -28,6 +30,7 @@ class ActiveRequest:
         self.started_s = 0.0
         self._ends = frozenset(rules.stop_token_ids) | (frozenset() if rules.ignore_eos else frozenset(eos_ids))
         self.sampler = RowSampler(rules, request.prompt_ids, self._ends)
+        self.scorer = PromptScorer(request.prompt_ids, request.scoring, reads_all=rules.max_tokens > 0)
         self._text = (
             None
             if tokenizer is None
@@ -81,7 +84,10 @@ class ActiveRequest:
         self.lease, self.started_s = lease, time.monotonic()
 
     def advance(self, chosen: Chosen) -> Output:
-        """Take a token in; what to tell of it. Sets `finish` with the last one."""
+        """Take a token in, which is left alone where none is wanted; what to tell of it. Sets `finish` with the last one."""
+        scores = self.scorer.logprobs if self.num_generated == 0 else ()
+        if self.num_remaining == 0:
+            return replace(self.last(FinishReason.LENGTH), prompt_logprobs=scores)
         self.num_generated += 1
         text = self._shown(chosen.token_id)
         if self.finish is None and self.num_remaining <= 0:
@@ -89,7 +95,7 @@ class ActiveRequest:
             text += self._text.end() if self._text is not None else ""
         logprobs: tuple[TokenLogprob, ...] = () if chosen.logprob is None else (chosen.logprob,)
         usage = self.usage if self.finish is not None else None
-        return Output(self.id, (chosen.token_id,), text, logprobs, self.finish, usage)
+        return Output(self.id, (chosen.token_id,), text, logprobs, self.finish, usage, prompt_logprobs=scores)
 
     def _shown(self, token_id: int) -> str:
         if token_id in self._ends:

@@ -3,7 +3,8 @@
 One thread runs the loop:
 
     settle    cancelled requests leave; others start: whose turn it is (`fairness`), whose adapter is in a slot (`residency`)
-    step      one forward over whoever runs (`continuous_batching`), a token for each (`sampling`), its text (`text`)
+    step      one forward over whoever runs (`continuous_batching`), a token for each (`sampling`), its text (`text`);
+              logprobs of the prompts that are to be scored (`scoring`)
     deliver   outputs, to whoever submitted the requests
 
 Another thread reads adapters and puts them into slots that nobody reads, so that the loop never waits for a file. Callers only
@@ -54,7 +55,7 @@ from roadie.serving.places import LeftOut, check_served_name
 from roadie.serving.registry import Registry
 from roadie.serving.residency import Residency
 from roadie.serving.sampling import choose
-from roadie.serving.validation import adapts_last_layer, check_request, eos_ids_of, key_of, limits_of
+from roadie.serving.validation import adapts_last_layer, check_request, check_room, eos_ids_of, key_of, limits_of
 
 _log = logging.getLogger("roadie")
 _Delivery = tuple[ActiveRequest, Output]
@@ -106,7 +107,7 @@ class ContinuousBatchingEngine:
             raise ServingError("got an engine that was started before; wanted a new one")
         self._bank = AdapterBank(self._model, self.settings.num_slots, wait_s=0.0, check_name=check_served_name)
         try:
-            self._batch = ContinuousBatch(self._model, self._bank, self.settings, self._choose)
+            self._batch = ContinuousBatch(self._model, self._bank, self.settings, self._choose, self._score)
         except BaseException:
             self._bank.close()
             raise
@@ -196,15 +197,11 @@ class ContinuousBatchingEngine:
             raise ShuttingDown("got a request for an engine that takes none; try another server, or later")
 
     def _check_room(self, tenant: str) -> None:
-        limits, problem = self._limits, None
-        if len(self._waiting) >= limits.max_queued:
-            problem = f"{limits.max_queued} requests wait already"
-        elif self._waiting.num_of(tenant) >= limits.max_queued_per_tenant:
-            problem = f"{limits.max_queued_per_tenant} requests of {tenant!r} wait already"
-        if problem is not None:
+        try:
+            check_room(len(self._waiting), self._waiting.num_of(tenant), tenant, self._limits, self._mean_run_s)
+        except QueueFull:
             self._totals.num_refused += 1
-            retry_after_s = self._mean_run_s * (1 + len(self._waiting) / limits.max_running)
-            raise QueueFull(f"{problem}; come back in {retry_after_s:.0f} s", max(1.0, retry_after_s))
+            raise
 
     # Adapters.
 
@@ -359,7 +356,7 @@ class ContinuousBatchingEngine:
         self._waiting.charge(active.tenant, active.flow, active.most_tokens)
         active.start(lease)
         self._running[active.id] = active
-        self._batch.add(active.id, active.request.prompt_ids, Packed(lease.slot, lease.salt))
+        self._batch.add(active.id, active.scorer.read_ids, Packed(lease.slot, lease.salt, active.scorer.places))
         return True
 
     def _no_longer_waiting(self, active: ActiveRequest) -> None:
@@ -381,6 +378,10 @@ class ContinuousBatchingEngine:
             ]:
                 self._leave(active, None)
 
+    def _score(self, request_id: str, place: int, logits: Tensor) -> None:
+        """Logits of a prompt; called within a step, before `_choose`."""
+        self._running[request_id].scorer.take(place, logits)
+
     def _choose(self, ids: Sequence[str], logits: Tensor) -> list[int]:
         """The next tokens, and what to tell of them; called within a step."""
         rows = [self._running[request_id] for request_id in ids]
@@ -388,8 +389,9 @@ class ContinuousBatchingEngine:
         for active, token in zip(rows, chosen, strict=True):
             if active.num_generated == 0:
                 self._first_token(active)
-            self._outputs.append((active, active.advance(token)))
-        self._totals.num_generated_tokens += len(rows)
+            output = active.advance(token)
+            self._outputs.append((active, output))
+            self._totals.num_generated_tokens += len(output.token_ids)
         return [token.token_id for token in chosen]
 
     def _first_token(self, active: ActiveRequest) -> None:

@@ -5,21 +5,23 @@ nor a way of sampling a request, so this module takes its scheduler, cache and r
 time, in the caller's thread:
 
     slot of a token      the slot of its request, put in force around the forward (`AdapterBank.rows`)
+    logits               the runner calls `_Forward` for the model, which keeps those of scored tokens of prompts, too
     next token           `ModelRunner._sample` of this one runner is replaced by the caller's choice
     prefix sharing       transformers hashes tokens only; here the hash of a first block begins with the request's salt
 
 Everything is set on objects that belong to one `ContinuousBatch`; no class and no module of transformers is changed. What is
 held is listed in `CONTRACT`; `check_contract` names what has moved. Why: docs/decisions/0012.
 
-Legend: T tokens of a step, N requests that get a token, V vocabulary.
+Legend: T tokens of a step, N requests that get a token, K rows of logits that are kept, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,23 +40,17 @@ CONTRACT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("continuous_api", "ContinuousBatchProcessor._generation_step", ("self", "model")),
     ("continuous_api", "ContinuousBatchProcessor.update_batch", ("self",)),
     ("model_runner", "ModelRunner._sample", ("self", "scores", "output_ids")),
-    ("model_runner", "ModelRunner.supports_logits_to_keep", ("self", "model")),
     ("scheduler", "Scheduler.add_waiting_request", ("self", "state")),
     ("scheduler", "Scheduler.finish_request", ("self", "request_id")),
     ("scheduler", "Scheduler.set_request_cancellation", ("self", "request_id")),
     ("scheduler", "Scheduler.clear_cancelled_requests", ("self",)),
     ("cache", "PagedAttentionCache.search_prefix_match", ("self", "request_id", "prompt_ids")),
     ("cache", "PagedAttentionCache.compute_free_capacity", ("self", "relative")),
-    ("cache_allocators.cache_allocator", "compute_block_hash", ("parent_hash", "tokens")),
-    ("cache_allocators.cache_allocator", "CacheAllocator.match_prefix_blocks", ("self", "prompt_ids")),
     (
         "cache_allocators.cache_allocator",
         "CacheAllocator.mark_complete_blocks",
         ("self", "request_id", "token_ids", "new_new_blocks"),
     ),
-    ("cache_allocators.cache_allocator", "BlockLedger.register_new_hash", ("self", "block_id", "block_hash")),
-    ("cache_allocators.cache_allocator", "BlockLedger.acquire", ("self", "block_id")),
-    ("cache_allocators.cache_allocator", "BlockLedger.release", ("self", "block_id", "no_cache")),
     ("cache_allocators.cache_pool", "CachePool.free_blocks", ("self", "index", "block_ids")),
     ("requests", "RequestState", ("request_id", "initial_tokens", "max_new_tokens", "eos_token_id")),
     ("requests", "FutureRequestState", ("self", "state", "has_new_token", "complete_blocks", "query_length")),
@@ -105,25 +101,32 @@ def check_contract(allow_unknown_version: bool = False) -> None:
 
 Choose = Callable[[Sequence[str], Tensor], Sequence[int]]
 """(ids of N requests, their logits float32 [N, V]) -> the next token of each."""
+Score = Callable[[str, int, Tensor], None]
+"""Told of a request the logits [K, V], in the model's dtype, of K places of its prompt one after another, from this one on."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What a request is to this module: its slot (-1: the base model), and a salt for its blocks, a number below 2^64."""
+    """What a request is to this module: its slot (-1: the base model), and a salt for its blocks, a number below 2^64.
+
+    scored: the places of its prompt whose logits are told; they are computed, and not taken from another request's blocks.
+    """
 
     slot: int
     salt: int
+    scored: range = range(0)
 
 
 class ContinuousBatch:
     """Requests that run together; all methods are called by one thread."""
 
-    def __init__(self, model: Any, bank: AdapterBank, settings: EngineSettings, choose: Choose) -> None:
+    def __init__(self, model: Any, bank: AdapterBank, settings: EngineSettings, choose: Choose, score: Score) -> None:
         check_contract(settings.allow_unknown_version)
         from transformers.generation.continuous_batching import requests
 
         self._new_state = requests.RequestState
-        self._model, self._bank, self._choose = model, bank, choose
+        self._model, self._bank, self._choose, self._score = model, bank, choose, score
+        self._forward = _Forward(model)
         self._was_training = bool(model.training)
         self._manager = model.init_continuous_batching(_greedy(), _config(settings))
         self._processor = self._manager._create_batch_processor()
@@ -135,7 +138,7 @@ class ContinuousBatch:
         self._rows: tuple[tuple[int, ...], ExitStack] | None = None
         self._runner._sample = self._sample
         if self._cache.use_prefix_sharing:
-            salt_prefixes(self._cache, lambda request_id: self._packed[request_id].salt, self._cached_tokens.setdefault)
+            salt_prefixes(self._cache, self._packed, self._cached_tokens.setdefault)
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -173,13 +176,26 @@ class ContinuousBatch:
         batch = self._processor.inputs_and_outputs.requests_in_batch
         self._choosing = [each.state.request_id for each in batch if each.has_new_token]
         self._enter_rows(tuple((self._packed[each.state.request_id].slot, each.query_length) for each in batch))
-        self._processor._generation_step(self._model)
+        self._forward.parts = self._scored_parts(batch)
+        self._processor._generation_step(self._forward)
         self._processor.update_batch()
         return True
 
+    def _scored_parts(self, batch: Sequence[Any]) -> list[_Part]:
+        """What is to be told of this step, in its order."""
+        parts, begin = [], 0
+        for each in batch:
+            scored, end = self._packed[each.state.request_id].scored, each.state.position_offset
+            first, last = max(scored.start, end - each.query_length), min(scored.stop, end)
+            if first < last:
+                row = begin + first - (end - each.query_length)
+                parts.append(_Part(each.state.request_id, first, range(row, row + last - first)))
+            begin += each.query_length
+        return parts
+
     def keep_all_logits(self) -> None:
         """Let the model compute the logits of every token: for adapters of its last layer, which need a slot a token."""
-        self._runner._model_supports_logits_to_keep = False
+        self._forward.keeps_all = True
 
     def cached_tokens(self, request_id: str) -> int:
         """How many tokens of a prompt were found in the cache."""
@@ -200,6 +216,8 @@ class ContinuousBatch:
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """scores: ``[1, at least N, V]``, the first N in use."""
+        for part, logits in self._forward.scored():
+            self._score(part.request_id, part.place, logits)
         if not self._choosing:
             return
         chosen = self._choose(self._choosing, scores[0, : len(self._choosing)])
@@ -225,6 +243,46 @@ class ContinuousBatch:
             self._rows = None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Places of a prompt, one after another, from `place` on, and the tokens of the step that they are."""
+
+    request_id: str
+    place: int
+    rows: range
+
+
+class _Forward:
+    """The model as the runner calls it. It computes the logits of `parts` beside those that the runner asks for."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.keeps_all = "logits_to_keep" not in inspect.signature(model.forward).parameters
+        self.parts: list[_Part] = []
+        self._logits: Tensor | None = None
+
+    def _supports_logits_to_keep(self) -> bool:
+        """For the runner: it names the rows that it wants, and takes what it is given for their logits."""
+        return True
+
+    def __call__(self, *, logits_to_keep: Tensor, **inputs: Any) -> SimpleNamespace:
+        scored = [row for part in self.parts for row in part.rows]
+        rows = torch.cat([logits_to_keep, logits_to_keep.new_tensor(scored)]) if scored else logits_to_keep
+        kept = {} if self.keeps_all else {"logits_to_keep": rows}
+        logits = self._model(**inputs, **kept).logits
+        logits = logits[:, rows] if self.keeps_all else logits
+        self._logits = logits[0, len(logits_to_keep) :]
+        return SimpleNamespace(logits=logits[:, : len(logits_to_keep)])
+
+    def scored(self) -> Iterator[tuple[_Part, Tensor]]:
+        """The logits of each part, once."""
+        logits, self._logits = self._logits, None
+        for part in self.parts:
+            assert logits is not None
+            yield part, logits[: len(part.rows)]
+            logits = logits[len(part.rows) :]
+
+
 def _greedy() -> Any:
     """Nothing of transformers' own sampling or stopping: both are the caller's."""
     return transformers.GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=2**30)
@@ -246,78 +304,54 @@ def _config(settings: EngineSettings) -> Any:
     )
 
 
-def salt_prefixes(cache: Any, salt_of: Callable[[str], int], on_match: Callable[[str, int], Any]) -> None:
-    """Let blocks be shared only between requests of equal salt: a first block's hash begins with it, and others follow.
+def salt_prefixes(cache: Any, packed: Mapping[str, Packed], on_match: Callable[[str, int], Any]) -> None:
+    """Let blocks be shared only between requests of equal salt: a first block's hash is of it, too, and the others follow.
 
-    on_match: told how many tokens of which request's prompt were found.
+    Places whose logits are wanted are not taken from blocks. on_match: told how many tokens of which request's prompt were found.
     """
-    from transformers.generation.continuous_batching.cache_allocators.cache_allocator import compute_block_hash
-
     search = cache.search_prefix_match
-    for allocator in cache.cache_allocators.values():
-        allocator.mark_complete_blocks = _Marking(allocator, salt_of, compute_block_hash)
 
     def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
-        for allocator in cache.cache_allocators.values():
-            allocator.match_prefix_blocks = _Matching(allocator, salt_of(request_id), compute_block_hash)
-        num_found = int(search(request_id, prompt_ids))
+        request = packed[request_id]
+        searched = prompt_ids[: request.scored.start + 1] if request.scored else prompt_ids
+        salted = Salted(searched, request.salt)
+        num_found = int(search(request_id, salted))
+        if num_found and not salted.is_told:
+            raise ServingError(
+                "got blocks of the cache that were looked up without their salt; this transformers is none to use"
+            )
         on_match(request_id, num_found)
         return num_found
 
     cache.search_prefix_match = search_prefix_match
+    for allocator in cache.cache_allocators.values():
+        allocator.mark_complete_blocks = _salting(allocator.mark_complete_blocks, packed)
 
 
-@dataclass(frozen=True)
-class _Matching:
-    """The blocks that hold the beginning of a prompt, for requests of one salt."""
+def _salting(mark: Callable[[str, list[int], int], None], packed: Mapping[str, Packed]) -> Callable[..., None]:
+    def mark_complete_blocks(request_id: str, token_ids: list[int], new_new_blocks: int) -> None:
+        mark(request_id, Salted(token_ids, packed[request_id].salt), new_new_blocks)
 
-    allocator: Any
-    salt: int
-    block_hash: Callable[[int | None, list[int]], int]
-
-    def __call__(self, prompt_ids: list[int]) -> list[int]:
-        page, known = self.allocator.tokens_per_page, self.allocator.ledger.hash_to_block
-        matched: list[int] = []
-        current = self.salt
-        for begin in range(0, len(prompt_ids) - page, page):  # at least one token is left to compute
-            current = self.block_hash(current, prompt_ids[begin : begin + page])
-            if current not in known:
-                break
-            matched.append(known[current])
-        return matched
+    return mark_complete_blocks
 
 
-@dataclass(frozen=True)
-class _Marking:
-    """Writes down what the blocks of a request hold that a forward has filled, and shares those that are there already."""
+class Salted(list[int]):
+    """The tokens of a request for transformers to hash: a part that begins with the first one has a salt in it.
 
-    allocator: Any
-    salt_of: Callable[[str], int]
-    block_hash: Callable[[int | None, list[int]], int]
+    salt: a number below 2^64, as four numbers below 2^16. is_told: whether such a part was taken.
+    """
 
-    def __call__(self, request_id: str, token_ids: list[int], new_new_blocks: int) -> None:
-        allocator, ledger = self.allocator, self.allocator.ledger
-        blocks, page = allocator.block_table[request_id], allocator.tokens_per_page
-        current = self.salt_of(request_id)
-        for place, block in enumerate(blocks):
-            known = ledger.block_to_hash.get(block)
-            if known is None:
-                tokens = token_ids[place * page : (place + 1) * page]
-                if new_new_blocks == 0 or len(tokens) < page:
-                    return
-                new_new_blocks -= 1
-                known = self.block_hash(current, tokens)
-                self._share(blocks, place, ledger.register_new_hash(block, known))
-            current = known
+    def __init__(self, token_ids: Sequence[int], salt: int) -> None:
+        super().__init__(token_ids)
+        self._salt = [salt >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
+        self.is_told = False
 
-    def _share(self, blocks: list[int], place: int, identical: int | None) -> None:
-        if identical is None:
-            return
-        allocator, own = self.allocator, blocks[place]
-        allocator.ledger.acquire(identical)
-        blocks[place] = identical
-        if allocator.ledger.release(own):
-            allocator.pool.free_blocks(allocator.index, [own])
+    def __getitem__(self, place: Any) -> Any:
+        part = super().__getitem__(place)
+        if not isinstance(place, slice) or place.start:
+            return part
+        self.is_told = True
+        return [*part, *self._salt]
 
 
 def free_oldest_prefixes(cache: Any, share: float) -> None:

@@ -72,8 +72,9 @@ class Unload(str, Enum):
 class Sampling:
     """How tokens are chosen. Raises `ConfigError` for values out of range.
 
-    temperature 0 is greedy. seed: int64; the same seed gives the same tokens whoever else is in the batch (up to the rounding of
-    logits); None draws one. top_k 0: no limit. stop: strings that end the text, and are not part of it unless include_stop.
+    max_tokens 0: none, for prompts that are only scored. temperature 0 is greedy. seed: int64; the same seed gives the same
+    tokens whoever else is in the batch (up to the rounding of logits); None draws one. top_k 0: no limit. stop: strings that end
+    the text, and are not part of it unless include_stop.
     stop_token_ids: beside the model's own end-of-sequence tokens, which ignore_eos leaves out. logprobs: None, or how many
     alternatives to report beside the chosen token (0 to 20). logit_bias: added to the logits of tokens, by id.
     repetition_penalty: see `sampling`; 1: none. min_tokens: before so many, nothing ends the text but max_tokens.
@@ -99,7 +100,7 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _within("max_tokens", self.max_tokens, 0, 2**31 - 1)
         _within("temperature", self.temperature, 0.0, 100.0)
         _within("top_p", self.top_p, 0.0, 1.0)
         _within("top_k", self.top_k, 0, 2**31 - 1)
@@ -126,10 +127,30 @@ def _within(name: str, value: float, lowest: float, highest: float) -> None:
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
-    """One prompt to be continued. request_id: unique among active requests; tenant: who is charged for it.
+class Scoring:
+    """Which tokens of a prompt to tell the logprobs of. Raises `ConfigError` for values out of range.
 
-    whole: the caller looks at nothing before the end, so that an engine may give all of it as one output.
+    last: so many tokens at its end; None: all of it but the first token, which nothing precedes. top: how many of the most likely
+    tokens to report at each (0 to 20). token_ids: others whose logprobs are reported at each, whatever stands there.
+    The last token is not read where nothing is generated: to score what may follow a prompt, put any token behind it.
+    """
+
+    last: int | None = None
+    top: int = 0
+    token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.last is not None:
+            _within("last", self.last, 0, 2**31 - 1)
+        _within("top", self.top, 0, MAX_TOP_LOGPROBS)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to be continued, or scored, or both. request_id: unique among active requests; tenant: who is charged for it.
+
+    whole: the caller looks at nothing before the end, so that an engine may give all of it as one output. scoring: None: the
+    prompt is not scored. Tokens before the first that is scored may come from another request's key-value blocks.
     """
 
     request_id: str
@@ -138,15 +159,21 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     tenant: str = "default"
     whole: bool = False
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """ln p of a token before temperature and penalties, and the most likely tokens there: (id, ln p), best first."""
+    """ln p of a token before temperature and penalties, and the most likely tokens there: (id, ln p), best first.
+
+    Of a prompt's tokens also: rank, 1 for the most likely (0: not told), and others that were asked for, in their order.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
+    others: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,6 +191,7 @@ class Output:
 
     text: what may be shown now. It can lag behind token_ids (half a character, what may become a stop string), and is complete
     with the last output; a stop string is cut off, its tokens stay in token_ids. logprobs: as many as token_ids where asked for.
+    prompt_logprobs: of the scored tokens of the prompt, with the first output.
     usage: with the last output. error: with FinishReason.FAILED.
     """
 
@@ -174,6 +202,7 @@ class Output:
     finish: FinishReason | None = None
     usage: Usage | None = None
     error: Exception | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 OnOutput: TypeAlias = Callable[[Output], None]

@@ -7,7 +7,7 @@ from typing import Any
 
 from roadie.adapter import layer_of
 from roadie.bank.blends import Blend, parse
-from roadie.errors import ConfigError, PromptTooLong, RoutingError
+from roadie.errors import ConfigError, PromptTooLong, QueueFull, RoutingError
 from roadie.serving.engine import EngineLimits, EngineSettings, GenerationRequest
 from roadie.serving.leases import Key
 
@@ -80,10 +80,12 @@ def check_request(request: GenerationRequest, limits: EngineLimits, has_tokenize
     check_length(len(request.prompt_ids), rules.max_tokens, limits)
     if not request.prompt_ids:
         raise ConfigError("got a prompt without tokens; wanted one of the vocabulary at least")
+    _check_scoring(request)
     for name, ids in (
         ("the prompt", request.prompt_ids),
         ("logit_bias", rules.logit_bias),
         ("stop_token_ids", rules.stop_token_ids),
+        ("scoring", request.scoring.token_ids if request.scoring is not None else ()),
     ):
         unknown = next((token for token in ids if not 0 <= token < size), None)
         if unknown is not None:
@@ -92,3 +94,26 @@ def check_request(request: GenerationRequest, limits: EngineLimits, has_tokenize
             )
     if rules.stop and not has_tokenizer:
         raise ConfigError("got stop strings for an engine without a tokenizer; wanted stop_token_ids")
+
+
+def _check_scoring(request: GenerationRequest) -> None:
+    scoring, most = request.scoring, len(request.prompt_ids) - 1
+    if scoring is None and request.sampling.max_tokens == 0:
+        raise ConfigError("got max_tokens=0 for a prompt that is not to be scored; wanted 1 at least, or scoring")
+    if scoring is not None and scoring.last is not None and scoring.last > most:
+        raise ConfigError(
+            f"got the last {scoring.last} tokens to score of a prompt of {most + 1}; wanted at most {most}: nothing precedes "
+            "the first"
+        )
+
+
+def check_room(num_queued: int, num_of_tenant: int, tenant: str, limits: EngineLimits, mean_run_s: float) -> None:
+    """Raise `QueueFull` where no more may wait, or no more of this tenant. mean_run_s: seconds a request runs."""
+    problem = None
+    if num_queued >= limits.max_queued:
+        problem = f"{limits.max_queued} requests wait already"
+    elif num_of_tenant >= limits.max_queued_per_tenant:
+        problem = f"{limits.max_queued_per_tenant} requests of {tenant!r} wait already"
+    if problem is not None:
+        retry_after_s = mean_run_s * (1 + num_queued / limits.max_running)
+        raise QueueFull(f"{problem}; come back in {retry_after_s:.0f} s", max(1.0, retry_after_s))
