@@ -156,6 +156,9 @@ class FakeEngine:
 
     def _advance(self, job: _Job) -> None:
         rules = job.request.sampling
+        if rules.max_tokens == 0:
+            self._end(job, replace(self._last(job, FinishReason.LENGTH), prompt_logprobs=_scores(job.request)))
+            return
         word = f" {job.words[job.count]}" if job.count < len(job.words) else f" {job.count - len(job.words)}"
         if rules.temperature > 0 and rules.seed is not None:
             word = f" {rules.seed + job.count}"
@@ -172,6 +175,7 @@ class FakeEngine:
             self._adapters[name] = replace(status, state=AdapterState.RESIDENT, slot=1, num_tokens=tokens)
         self.counts["generated"] += 1
         output = Output(job.request.request_id, (job.count % VOCABULARY,), word, _logprobs(job))
+        output = replace(output, prompt_logprobs=_scores(job.request) if job.count == 1 else ())
         if is_last:
             self._end(job, replace(output, finish=finish, usage=self._usage(job)))
         else:
@@ -286,6 +290,17 @@ def _words(request: GenerationRequest) -> list[str]:
     if isinstance(wish, Mapping):
         wish = "+".join(f"{name}*{weight:g}" for name, weight in wish.items())
     return [wish or "base", str(len(request.prompt_ids))]
+
+
+def _scores(request: GenerationRequest) -> tuple[TokenLogprob, ...]:
+    """The token at place i has ln p = -i and rank 2; before it comes a token that is one less."""
+    if request.scoring is None or request.scoring.last == 0:
+        return ()
+    num_top = request.scoring.top
+    return tuple(
+        TokenLogprob(token, -float(place), tuple((token - 1 + rank, -place + 0.5 - rank) for rank in range(num_top)), 2)
+        for place, token in enumerate(request.prompt_ids[1:], 1)
+    )
 
 
 def _logprobs(job: _Job) -> tuple[TokenLogprob, ...]:

@@ -136,7 +136,6 @@ SOMETHING: dict[str, Any] = {
     "guided_choice": ["a", "b"],
     "structured_outputs": {"regex": "a"},
     "response_format": {"type": "json_object"},
-    "prompt_logprobs": 1,
     "truncate_prompt_tokens": 5,
     "bad_words": ["a"],
     "allowed_token_ids": [5],

@@ -161,5 +161,5 @@ def test_words_that_begin_without_a_mark_have_their_space() -> None:
     text = fast.decode(prompt + answer).removeprefix(fast.decode(prompt))
     assert text == " swims, turtles"
     assert b"".join(map(pieces.bytes_of, answer)).decode() == text
-    offsets = Offsets(pieces, 0, skip_special=True)
+    offsets = Offsets(pieces, 0, skipped=pieces.special)
     assert [offsets.next(token) for token in answer] == [0, 5, 6, 7, 14]

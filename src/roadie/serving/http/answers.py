@@ -47,12 +47,23 @@ FinishReason = Literal["stop", "length"]
 
 
 class CompletionLogprobs(Answer):
-    """A value a token."""
+    """A value a token; with `echo`, of the prompt's first: null, since nothing precedes the first token of a prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
+
+
+class PromptLogprob(Answer):
+    """A token, at a place of a prompt; rank: 1 for the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionChoice(Answer):
@@ -62,6 +73,8 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: PromptLogprobs | None = None
+    """Where they were asked for: by id, at each token of the prompt but the first, itself and the likeliest."""
 
 
 class Completion(Answer):
@@ -120,6 +133,8 @@ class Chat(Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    """As completions have them."""
 
 
 class Delta(Answer):

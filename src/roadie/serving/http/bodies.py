@@ -16,6 +16,7 @@ from roadie.serving.engine import (
     MAX_TOP_LOGPROBS,
     MIN_REPETITION_PENALTY,
     Sampling,
+    Scoring,
     Unload,
 )
 from roadie.serving.http.failures import ApiError, lacking
@@ -111,6 +112,8 @@ class GenerationBody(Unasked):
     """False: special tokens are part of the text."""
     add_special_tokens: bool | None = None
     """Whether the tokenizer puts its own around the prompt: without it, it does for plain text, and not for chat templates."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """How many of the most likely tokens to report beside each token of the prompt. Not in streams."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -150,7 +153,10 @@ class GenerationBody(Unasked):
         )
 
     def check_streaming(self) -> None:
-        """Raise `ApiError` for options of a stream where there is none."""
+        """Raise `ApiError` for options of a stream where there is none, and for what no stream has."""
+        if self.prompt_logprobs is not None and self.stream:
+            message = "got prompt_logprobs in a stream; wanted stream=false, or echo with logprobs"
+            raise ApiError(400, message, "invalid_value", param="prompt_logprobs")
         if self.wants_usage and not self.stream:
             raise ApiError(
                 400, "got stream_options without stream; wanted stream=true", "invalid_value", param="stream_options"
@@ -177,24 +183,31 @@ class CompletionBody(GenerationBody):
         one_of("a text, a list of token ids, or a list of either", text=is_text, tokens=_is_tokens, list=is_list),
     ]
     """Text, token ids, or a list of either."""
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = None
-    """16 where it is left out."""
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = None
+    """16 where it is left out; 0 with echo or prompt_logprobs: the prompt alone."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """How many of the most likely tokens to report beside each chosen one."""
     echo: bool | None = None
-    """The prompt before its completion. Not together with logprobs."""
+    """The prompt before its completion; with logprobs, those of its tokens, too."""
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     """Only as many as n."""
     suffix: Literal[""] | None = None
     """Nothing but an empty one: text is not filled in."""
 
+    @property
+    def scoring(self) -> Scoring | None:
+        """What of the prompt is to be scored."""
+        tops = [top for top in (self.logprobs if self.echo else None, self.prompt_logprobs) if top is not None]
+        if tops:
+            return Scoring(top=max(tops))
+        return Scoring(last=0) if self.max_tokens == 0 else None
+
     def check(self) -> None:
         """Raise `ApiError` for fields that do not go together."""
         self.check_streaming()
-        if self.echo and self.logprobs is not None:
-            raise ApiError(
-                400, "got echo and logprobs; wanted one: a prompt has no logprobs here", "invalid_value", param="echo"
-            )
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            message = "got max_tokens=0; wanted 1 at least, or the prompt: echo=true, or prompt_logprobs"
+            raise ApiError(400, message, "invalid_value", param="max_tokens")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, f"got best_of={self.best_of}; wanted n, or none", "invalid_value", param="best_of")
 
@@ -280,6 +293,11 @@ class ChatBody(GenerationBody):
     def num_logprobs(self) -> int | None:
         """How many alternatives to report; None: no logprobs at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def scoring(self) -> Scoring | None:
+        """What of the prompt is to be scored."""
+        return None if self.prompt_logprobs is None else Scoring(top=self.prompt_logprobs)
 
     def check(self) -> None:
         """Raise `ApiError` for fields that do not go together."""

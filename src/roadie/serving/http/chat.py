@@ -17,6 +17,7 @@ from roadie.serving.http.flow import Flow
 from roadie.serving.http.pieces import Pieces, alternatives
 from roadie.serving.http.prompts import PLAIN_STOP, ChatForm
 from roadie.serving.http.reply import StreamReply, WholeReply
+from roadie.serving.http.scores import prompt_logprobs_as_json
 from roadie.serving.http.service import Call, Service, service_of
 
 router = APIRouter()
@@ -41,12 +42,13 @@ async def chat(body: ChatBody, request: Request) -> Response:
     rules = [body.sampling(max_tokens, body.num_logprobs, choice, stop) for choice in range(num_choices)]
     if own is not None and own.end_token and not body.ignore_eos:
         rules = [_ending_with(service.prompts.id_of(own.end_token), rule) for rule in rules]
-    flow = service.flow(call, [prompt], rules, whole=not body.stream)
+    flow = service.flow(call, [prompt], rules, whole=not body.stream, scoring=body.scoring)
     writer = _Writer(
         call,
         flow,
         [_Choice(index, body.logprobs is True, is_plain) for index in range(num_choices)],
         service.prompts.pieces,
+        body.prompt_logprobs,
     )
     if body.stream:
         return StreamReply(flow, writer.events(body.wants_usage), service.settings.request_timeout_s)
@@ -104,18 +106,24 @@ class _Writer:
     flow: Flow
     choices: list[_Choice]
     pieces: Pieces
+    num_prompt_top: int | None
 
     def _object(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, object] | None) -> dict[str, Any]:
         head = {"id": self.call.id, "object": kind, "created": self.call.created, "model": self.call.model}
         return {**head, "choices": choices, "usage": usage}
 
     async def whole(self) -> dict[str, Any]:
+        scored: Sequence[TokenLogprob] = ()
         async for index, output in self.flow.outputs():
             self.choices[index].take(output)
             self.choices[index].logprobs.extend(output.logprobs)
-        return self._object(
+            scored = output.prompt_logprobs or scored
+        answer = self._object(
             "chat.completion", [self._answer(choice) for choice in self.choices], self.flow.totals.usage()
         )
+        if self.num_prompt_top is None:
+            return answer
+        return answer | {"prompt_logprobs": prompt_logprobs_as_json(scored, self.num_prompt_top, self.pieces)}
 
     def _answer(self, choice: _Choice) -> dict[str, Any]:
         return {

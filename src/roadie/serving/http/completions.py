@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from roadie.serving.engine import Output, TokenLogprob
+from roadie.serving.engine import Output
 from roadie.serving.http.answers import Completion
 from roadie.serving.http.bodies import CompletionBody
 from roadie.serving.http.flow import Flow
 from roadie.serving.http.pieces import Offsets, Pieces
 from roadie.serving.http.prompts import Prompts
 from roadie.serving.http.reply import StreamReply, WholeReply
+from roadie.serving.http.scores import echoed_as_json, logprobs_as_json, prompt_logprobs_as_json
 from roadie.serving.http.service import Call, service_of
 
 DEFAULT_MAX_TOKENS = 16
@@ -29,19 +30,19 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     body.check()
     call = service.begin("cmpl", body.model, body.adapters, request)
     texts = _prompts(body)
-    num_choices, max_tokens = body.n or 1, body.max_tokens or DEFAULT_MAX_TOKENS
+    num_choices, max_tokens = body.n or 1, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     service.check_choices(len(texts) * num_choices)
     special = body.add_special_tokens is not False
     prompts = [await service.prompts.encode(text, special=special) for text in texts]
     for prompt in prompts:
         service.check_length(len(prompt), max_tokens)
     rules = [body.sampling(max_tokens, body.logprobs, choice) for choice in range(num_choices)]
-    flow = service.flow(call, prompts, rules, whole=not body.stream)
+    flow = service.flow(call, prompts, rules, whole=not body.stream, scoring=body.scoring)
     choices = [
-        _Choice(index, *_start(body, texts[index // num_choices], service.prompts))
+        _choice(index, body, prompts[index // num_choices], texts[index // num_choices], service.prompts)
         for index in range(len(texts) * num_choices)
     ]
-    writer = _Writer(call, flow, choices, service.prompts.pieces)
+    writer = _Writer(call, flow, choices)
     if body.stream:
         return StreamReply(flow, writer.events(body.wants_usage), service.settings.request_timeout_s)
     return WholeReply(flow, writer.whole(), service.settings.request_timeout_s)
@@ -63,12 +64,13 @@ def _echoed(body: CompletionBody, prompt: str | list[int], prompts: Prompts) -> 
     return prompt if isinstance(prompt, str) else prompts.decode(prompt)
 
 
-def _start(body: CompletionBody, prompt: str | list[int], prompts: Prompts) -> tuple[str, Offsets | None]:
-    """What stands before a completion, and where its tokens begin, if anybody wants to know."""
+def _choice(
+    index: int, body: CompletionBody, prompt_ids: tuple[int, ...], prompt: str | list[int], prompts: Prompts
+) -> _Choice:
     echoed = _echoed(body, prompt, prompts)
-    if body.logprobs is None:
-        return echoed, None
-    return echoed, Offsets(prompts.pieces, len(echoed), skip_special=body.skip_special_tokens is not False)
+    skipped = () if body.skip_special_tokens is False else prompts.pieces.special
+    offsets = None if body.logprobs is None else Offsets(prompts.pieces, len(echoed), skipped=skipped)
+    return _Choice(index, body, prompt_ids, echoed, offsets, prompts.pieces)
 
 
 @dataclass
@@ -76,19 +78,48 @@ class _Choice:
     """One continuation as it grows. echoed: what stands before it; offsets: None where no logprobs are wanted."""
 
     index: int
+    body: CompletionBody
+    prompt_ids: tuple[int, ...]
     echoed: str
     offsets: Offsets | None
+    pieces: Pieces
     text: str = ""
     has_started: bool = False
     finish: str | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: dict[str, list[Any]] = field(default_factory=dict)
+    prompt_logprobs: list[Any] | None = None
 
-    def take(self, output: Output) -> str:
-        """What is new."""
-        new = output.text if self.has_started else self.echoed + output.text
-        self.has_started = True
+    def take(self, output: Output) -> tuple[str, dict[str, list[Any]] | None]:
+        """What is new: text, and logprobs where they are wanted."""
+        is_first, self.has_started = not self.has_started, True
         self.finish = None if output.finish is None else output.finish.value
-        return new
+        if is_first and self.body.prompt_logprobs is not None:
+            self.prompt_logprobs = prompt_logprobs_as_json(
+                output.prompt_logprobs, self.body.prompt_logprobs, self.pieces
+            )
+        new = self.echoed + output.text if is_first else output.text
+        return new, self._logprobs(output, is_first)
+
+    def _logprobs(self, output: Output, is_first: bool) -> dict[str, list[Any]] | None:
+        if self.offsets is None or self.body.logprobs is None:
+            return None
+        new = logprobs_as_json(output.logprobs, self.offsets, self.pieces)
+        if not (is_first and self.body.echo):
+            return new
+        prompt = echoed_as_json(self.echoed, self.prompt_ids, output.prompt_logprobs, self.body.logprobs, self.pieces)
+        return {name: prompt[name] + values for name, values in new.items()}
+
+    def keep(self, output: Output) -> None:
+        """For an answer that is not streamed."""
+        text, logprobs = self.take(output)
+        self.text += text
+        for name, values in (logprobs or {}).items():
+            self.logprobs.setdefault(name, []).extend(values)
+
+    def whole(self) -> dict[str, Any]:
+        """All of it."""
+        scored = {} if self.prompt_logprobs is None else {"prompt_logprobs": self.prompt_logprobs}
+        return self.as_json(self.text, None if self.offsets is None else self.logprobs) | scored
 
     def as_json(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
@@ -99,7 +130,6 @@ class _Writer:
     call: Call
     flow: Flow
     choices: list[_Choice]
-    pieces: Pieces
 
     def _object(self, choices: list[dict[str, Any]], usage: dict[str, object] | None) -> dict[str, Any]:
         head = {"id": self.call.id, "object": "text_completion", "created": self.call.created, "model": self.call.model}
@@ -107,30 +137,14 @@ class _Writer:
 
     async def whole(self) -> dict[str, Any]:
         async for index, output in self.flow.outputs():
-            choice = self.choices[index]
-            choice.text += choice.take(output)
-            choice.logprobs.extend(output.logprobs)
-        done = [choice.as_json(choice.text, self._logprobs(choice, choice.logprobs)) for choice in self.choices]
-        return self._object(done, self.flow.totals.usage())
+            self.choices[index].keep(output)
+        return self._object([choice.whole() for choice in self.choices], self.flow.totals.usage())
 
     async def events(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
         async for index, output in self.flow.outputs():
             choice = self.choices[index]
-            text = choice.take(output)
+            text, logprobs = choice.take(output)
             if text or output.logprobs or choice.finish is not None:
-                yield self._object([choice.as_json(text, self._logprobs(choice, output.logprobs))], None)
+                yield self._object([choice.as_json(text, logprobs)], None)
         if with_usage:
             yield self._object([], self.flow.totals.usage())
-
-    def _logprobs(self, choice: _Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        return None if choice.offsets is None else logprobs_as_json(logprobs, choice.offsets, self.pieces)
-
-
-def logprobs_as_json(logprobs: Sequence[TokenLogprob], offsets: Offsets, pieces: Pieces) -> dict[str, Any]:
-    """Tokens, their logprobs, the most likely ones, and where each begins."""
-    return {
-        "tokens": [pieces.key_of(entry.token_id) for entry in logprobs],
-        "token_logprobs": [entry.logprob for entry in logprobs],
-        "top_logprobs": [pieces.keyed(entry) for entry in logprobs],
-        "text_offset": [offsets.next(entry.token_id) for entry in logprobs],
-    }

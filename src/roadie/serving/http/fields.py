@@ -114,7 +114,6 @@ class Unasked(Body):
     kv_transfer_params: Annotated[None, Lacks("transfer of caches")] = None
     logits_processors: Annotated[NoItems, _PROCESSORS] = None
     mm_processor_kwargs: Annotated[NoEntries, Lacks("inputs but text")] = None
-    prompt_logprobs: Annotated[None, Lacks("logprobs of prompts")] = None
     response_format: Annotated[PlainText | None, _FORMATS] = None
     return_token_ids: Annotated[Off, _TOKEN_IDS] = None
     return_tokens_as_token_ids: Annotated[Off, _TOKEN_IDS] = None

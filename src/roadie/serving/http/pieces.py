@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from roadie.serving.engine import TokenLogprob
@@ -36,7 +36,7 @@ class Pieces:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._added = {token: str(added) for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-        self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        self.special = frozenset(getattr(tokenizer, "all_special_ids", ()))
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = backend.decoder.__getstate__() if backend is not None and backend.decoder is not None else b""
         self._is_byte_level = b'"ByteLevel"' in decoder or hasattr(tokenizer, "byte_decoder")
@@ -63,10 +63,6 @@ class Pieces:
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether it is one of the tokenizer's special tokens."""
-        return token_id in self._special
 
     def text_of(self, token_id: int) -> str:
         """A text for a token, as chats have it."""
@@ -99,22 +95,23 @@ def alternatives(entry: TokenLogprob) -> Iterator[tuple[int, float]]:
 
 
 class Offsets:
-    """Where tokens begin, in characters of the answer: one after another, of one answer. start: where the first one does.
+    """Where tokens begin, in characters of a text: one after another, of one text. start: where the first one does; before the
+    text: -1, where it begins with a space that the text does not have. skipped: tokens that are not part of the text.
 
     A character belongs to the token that completes it; the tokens before begin where it begins.
     """
 
-    def __init__(self, pieces: Pieces, start: int, *, skip_special: bool) -> None:
-        self._pieces, self._at, self._skip_special = pieces, start, skip_special
+    def __init__(self, pieces: Pieces, start: int, *, skipped: Collection[int] = ()) -> None:
+        self._pieces, self._at, self._skipped = pieces, start, skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def next(self, token_id: int) -> int:
         """Where this token begins."""
-        if self._skip_special and self._pieces.is_special(token_id):
-            return self._at
+        if token_id in self._skipped:
+            return max(0, self._at)
         content = self._pieces.bytes_of(token_id)
         if content and content[0] & 0xC0 != 0x80:  # a character begins: one that is not complete is shown as U+FFFD
             self._at += len(self._decoder.decode(b"", True))
         begin = self._at
         self._at += len(self._decoder.decode(content))
-        return begin
+        return max(0, begin)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from roadie.errors import UnknownAdapter
-from roadie.serving.engine import AdapterWish, Engine, GenerationRequest, Sampling
+from roadie.serving.engine import AdapterWish, Engine, GenerationRequest, Sampling, Scoring
 from roadie.serving.http.failures import ApiError, unknown_model
 from roadie.serving.http.flow import Flow
 from roadie.serving.http.gate import Gate
@@ -34,10 +34,20 @@ class Service:
     gate: Gate
     started_s: int = field(default_factory=lambda: int(time.time()))
 
-    def flow(self, call: Call, prompts: Sequence[tuple[int, ...]], rules: Sequence[Sampling], *, whole: bool) -> Flow:
+    def flow(
+        self,
+        call: Call,
+        prompts: Sequence[tuple[int, ...]],
+        rules: Sequence[Sampling],
+        *,
+        whole: bool,
+        scoring: Scoring | None = None,
+    ) -> Flow:
         """Submit each prompt with each of the rules; raises what `Engine.submit` raises. whole: nothing is streamed."""
         requests = [
-            GenerationRequest(f"{call.id}-{place}-{choice}", prompt, call.wish, sampling, call.caller.name, whole)
+            GenerationRequest(
+                f"{call.id}-{place}-{choice}", prompt, call.wish, sampling, call.caller.name, whole, scoring
+            )
             for place, prompt in enumerate(prompts)
             for choice, sampling in enumerate(rules)
         ]
