@@ -2,6 +2,7 @@
 
     python -m benchmarks.host_cost                    a layer and a small Llama on the CPU, a minute
     python -m benchmarks.host_cost --device cuda      the same on a GPU: the time to issue the work, without waiting for it
+    python -m benchmarks.host_cost --device stand-in  without one, by the ways of a GPU, and nothing launched (`stand_in`)
     python -m benchmarks.host_cost --quick            a few calls of each, to see that everything runs
 
 Prints, for a layer of each rival: the time of a call, how many Python functions run and how many of them are the adapter
@@ -20,7 +21,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
@@ -32,6 +33,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import roadie
+from benchmarks import stand_in
 from benchmarks.harness import Budget, Run, measure, threads
 from benchmarks.rivals import FROZEN, PRECISIONS, RIVALS, ROADIE, adapted_layers, layer_of, random_weight
 from benchmarks.statistics import summarise
@@ -42,6 +44,11 @@ from benchmarks.workloads.real_model import WholeCase, once
 
 LIBRARIES = tuple(str(Path(library.__file__).parent) for library in (roadie, peft))
 _OPERATIONS = ("aten::", "roadie::")
+_VIEWS = ("view", "as_strided", "t", "transpose", "detach", "alias", "slice", "select", "expand", "unsqueeze", "split")
+_MEMORY = ("empty", "empty_strided", "empty_like", "new_empty", "resize_", "_local_scalar_dense")
+_WITHOUT_KERNEL = {
+    f"aten::{name}" for name in (*_VIEWS, *_MEMORY, "_unsafe_view", "_reshape_alias", "result_type", "set_")
+}
 READS = ("cpu", "item", "nonzero", "numpy", "tolist", "unique")  # what asks a tensor for its values
 FORWARD_FROZEN, FORWARD_TRAINED, TRAINING = "forward, adapter frozen", "forward, adapter trainable", layer.TRAINING
 MODES = (FORWARD_FROZEN, FORWARD_TRAINED, TRAINING)
@@ -50,7 +57,10 @@ ROWS_ONCE = "roadie, rows() around all steps"
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large; a model has `layers` decoder layers of `width`, and `rows` rows of as many adapters."""
+    """Where and how large; a model has `layers` decoder layers of `width`, and `rows` rows of as many adapters.
+
+    device: "cpu", "cuda", or "stand-in" for tensors of the CPU that go the ways of a GPU's.
+    """
 
     device: str
     precision: str
@@ -59,6 +69,11 @@ class Setting:
     rows: int
     budget: Budget
     profiled_calls: int = 50
+
+    @property
+    def tensors_on(self) -> str:
+        """Where tensors are."""
+        return "cuda" if self.device == "cuda" else "cpu"
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         setting = Setting(*sizes, Budget(0.05, min_rounds=2, warm_up_calls=1), profiled_calls=2)
     else:
         setting = Setting(*sizes, Budget(options.seconds, min_rounds=20))
-    with threads(1):
+    with threads(1), stand_in.gpu() if setting.device == "stand-in" else nullcontext():
         for text in told(setting, options.parts):
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
@@ -117,7 +132,7 @@ _MODEL_HEADER = ["model", "us (quartiles)", "us a layer above frozen", "function
 def layer_runs(mode: str, setting: Setting) -> dict[str, Run]:
     """What each rival does once."""
     precision = PRECISIONS[setting.precision]
-    weight = random_weight(setting.width, setting.width, precision.base, setting.device)
+    weight = random_weight(setting.width, setting.width, precision.base, setting.tensors_on)
     x_TI, grad_TO = torch.randn(2, 1, setting.width, generator=torch.Generator().manual_seed(0)).to(weight).unbind()
     runs: dict[str, Run] = {}
     for name in RIVALS:
@@ -139,7 +154,7 @@ def layer_rows(mode: str, runs: Mapping[str, Run], setting: Setting) -> Iterator
         counts = counts_of(run, setting.device)
         above = times[name]["median_ms"] - times[FROZEN]["median_ms"]
         cells = [str(counts.functions), str(counts.of_library), str(counts.operations)]
-        kernels = str(counts.kernels) if setting.device == "cuda" else ""
+        kernels = "" if setting.device == "cpu" else str(counts.kernels)
         yield [mode, name, _us(times[name]), f"{1e3 * above:+.1f}", *cells, kernels]
 
 
@@ -147,9 +162,9 @@ def layer_rows(mode: str, runs: Mapping[str, Run], setting: Setting) -> Iterator
 def model_steps(setting: Setting) -> Iterator[tuple[dict[str, Run], int]]:
     """A step of decoding of each rival, each row in an adapter of its own, and how many adapted layers it goes through."""
     size = ModelSize(setting.width, setting.layers, max(1, setting.width // 32), 2 * setting.width, vocabulary=256)
-    base = llama(size, PRECISIONS[setting.precision].base, setting.device)
+    base = llama(size, PRECISIONS[setting.precision].base, setting.tensors_on)
     models = adapters.models(base, setting.rows)
-    adapters.assign(models[adapters.BMM_LORA], torch.arange(setting.rows, device=setting.device))
+    adapters.assign(models[adapters.BMM_LORA], torch.arange(setting.rows, device=setting.tensors_on))
     case = WholeCase(DECODE, setting.precision, setting.rows, 16, 1, setting.rows)
     steps = {name: once(FROZEN if name == adapters.BMM_LORA else name, model, case) for name, model in models.items()}
     in_force = adapters.with_adapters(base, ROADIE, TARGETS, setting.rows)
@@ -173,13 +188,15 @@ def counts_of(run: Run, device: str) -> Counts:
     run()
     files = [code.co_filename for code in functions_run_by(run)]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as found, stand_in.recorded() as launches:
         run()
         _wait(device)
     events = found.events()
     operations = [event for event in events if event.name.startswith(_OPERATIONS) and not event.cpu_children]
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
-    return Counts(len(files), sum(file.startswith(LIBRARIES) for file in files), len(operations), len(kernels))
+    kernels = sum(event.device_type == DeviceType.CUDA for event in events)
+    if device == "stand-in":
+        kernels = sum(event.name not in _WITHOUT_KERNEL for event in operations) + len(launches)
+    return Counts(len(files), sum(file.startswith(LIBRARIES) for file in files), len(operations), kernels)
 
 
 def functions_run_by(run: Run) -> list[CodeType]:
@@ -281,7 +298,7 @@ def _wait(device: str) -> None:
 
 def _parse(arguments: list[str] | None) -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_cost", description="What calls cost the host.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "stand-in"), default="cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--width", type=int, default=128, help="of the layer and the model; a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the model")

@@ -36,6 +36,10 @@ def test_operations_are_those_that_torch_dispatches() -> None:
     )  # a view and a product, called by two others
 
 
+def test_without_a_gpu_kernels_are_the_operations_that_write() -> None:
+    assert host_cost.counts_of(lambda: inner().view(1, 3).t() * X[0], "stand-in").kernels == 2
+
+
 def test_values_that_are_read_are_said_with_their_place() -> None:
     ((where, count),) = host_cost.values_read(outer, "cpu").items()
     assert where.startswith("tolist in test_host_cost.py:")

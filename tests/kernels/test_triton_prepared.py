@@ -1,4 +1,4 @@
-"""Prepared launches on GPUs are those that Triton's own way makes; without one, a driver stands in that only writes them down.
+"""Launches that are remembered are those that Triton's own way makes; without a GPU, a driver stands in that writes them down.
 
 Kernels are compiled for a GPU, which needs none; that excludes interpreting, so that this file runs itself in another process.
 """
@@ -8,73 +8,37 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from benchmarks import stand_in
+from benchmarks.stand_in import LAUNCHES
 from tests.patience import HANG_S
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia", reason="a build of triton without NVIDIA's compiler")
 
-LAUNCHES: list[tuple[Any, ...]] = []
 ALL_IS_WELL = "all launches are the same"
-
-
-class Launcher:
-    """In place of what launches a kernel: writes down which, on what grid and with what."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __call__(self, x: int, y: int, z: int, stream: Any, *others: Any) -> None:
-        arguments = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in others[5:]]
-        LAUNCHES.append((id(self), x, y, z, stream, *arguments))
-
-
-class Utils:
-    """In place of a device's properties."""
-
-    def load_binary(self, *_: Any) -> tuple[int, ...]:
-        return 1, 1, 32, 0, 1024
-
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-
-class Driver:
-    """In place of CUDA's, for an H100."""
-
-    launcher_cls, utils = Launcher, Utils()
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 7
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return kind
 
 
 def check() -> None:
     """Every launch by both ways."""
-    from triton.runtime.driver import driver
+    with stand_in.gpu(), stand_in.recorded():
+        _check_rotations()
+        _check_gradients()
+    print(ALL_IS_WELL)
 
+
+def _check_rotations() -> None:
     from roadie.kernels.contract import RowRotations
     from roadie.kernels.triton import rotation
     from roadie.kernels.triton.prepared import PreparedLaunches
 
-    driver.set_active(Driver())
     D, S = 64, 3
     table = torch.ones(S, D), torch.zeros(S, D)
     sizes = torch.tensor([8, 16, 64], dtype=torch.int32)
@@ -96,12 +60,11 @@ def check() -> None:
                         _compare(prepared, rotation.rotate, turns, y, z)
             assert_refused(prepared, torch.empty(shapes[0], dtype=dtype))
     _check_that_numbers_of_rows_share_a_kernel(rotation.rotate, RowRotations(*table, None, 1, None, 8), D)
-    print(ALL_IS_WELL)
 
 
 def _check_that_numbers_of_rows_share_a_kernel(rotate: Any, turns: Any, width: int) -> None:
     """A request of another length must not wait for a compiler."""
-    for rows in (16, 7, 5):
+    for rows in (16, 7, 5, 16, 7, 5):
         rotate(torch.empty(rows, width), torch.empty(rows, width), turns)
     kernels = {launch[0] for launch in LAUNCHES}
     LAUNCHES.clear()
@@ -111,12 +74,63 @@ def _check_that_numbers_of_rows_share_a_kernel(rotate: Any, turns: Any, width: i
 def _compare(prepared: Any, rotate: Any, turns: Any, y: torch.Tensor, z: torch.Tensor) -> None:
     rows, into = y.view(-1, y.shape[-1]), z.view(-1, z.shape[-1])
     repeat = 1 if turns.slots is None else len(rows) // turns.slots.numel()
-    rotate(rows, into, turns._replace(repeat=repeat))
-    wanted = LAUNCHES.pop()
+    wanted = _the_same_by_both_ways(lambda: rotate(rows, into, turns._replace(repeat=repeat)))
     for _ in range(2):  # made, then remembered
         assert prepared(y) if z is y else prepared(y, z)
-        assert LAUNCHES.pop() == wanted, (LAUNCHES, wanted)
-    assert not LAUNCHES
+        assert _launched() == wanted
+
+
+def _check_gradients() -> None:
+    """Of one slot in one task, of one in many, and of rows of many slots; of an input that is kept, and of an output."""
+    from roadie.kernels.contract import RowRotations
+    from roadie.kernels.triton import backward, gradient
+
+    D, S = 64, 3
+    sizes = torch.tensor([8, 16, 64], dtype=torch.int32)
+    scratch, tasks_of = torch.empty(1000, 2, D), cache(backward.tasks_of)
+    given = mock.Mock(float32=torch.float32, empty=lambda rows, *_, **__: scratch[:rows])
+    with mock.patch.object(backward, "torch", given), mock.patch.object(backward, "tasks_of", tasks_of):
+        for dtype, kept_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+            for rows, slots, of_slot in ((1, None, None), (200, None, None), (12, torch.tensor([2, 0, -1] * 4), sizes)):
+                num_slots = 1 if slots is None else S
+                table, sums = torch.ones(2, num_slots, D), torch.empty(2, num_slots, D)
+                grad, kept, into = (torch.empty(rows, D, dtype=kind) for kind in (dtype, kept_dtype, dtype))
+                turns = RowRotations(*table, slots, 1, of_slot, 0 if of_slot is not None else 8)
+                for grad_x in (into, None):
+                    arguments = grad, kept, grad_x, turns, *sums
+                    launched = _the_same_by_both_ways(
+                        lambda arguments=arguments: backward.backward_with_sums(*arguments)
+                    )
+                    assert len(launched) == (1 if rows == 1 else 2)
+                for of_output in (True, False):
+                    arguments = *sums, turns, of_output
+                    _the_same_by_both_ways(lambda arguments=arguments: gradient.sums_to_gradients(*arguments))
+
+
+def _the_same_by_both_ways(run: Callable[[], None]) -> list[Any]:
+    """What is launched, by Triton's own way and twice as it is remembered."""
+    from roadie.kernels.triton.launches import Launches
+
+    with mock.patch.object(Launches, "__call__", _own_way):
+        run()
+    wanted = _launched()
+    assert wanted
+    for _ in range(2):
+        run()
+        assert _launched() == wanted
+    return wanted
+
+
+def _own_way(launches: Any, tensors: Any, _: Any, made: Callable[[], Any]) -> None:
+    launch = made()
+    launches._kernel[launch.grid](*tensors, *launch.integers, **launch.constants, **launch.options)
+
+
+def _launched() -> list[Any]:
+    """What was, since this was asked for."""
+    launched = list(LAUNCHES)
+    LAUNCHES.clear()
+    return launched
 
 
 def assert_refused(prepared: Any, y: torch.Tensor) -> None:

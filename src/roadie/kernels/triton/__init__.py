@@ -11,7 +11,6 @@ imported. It truncates where it should round to half precision: only its float32
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,19 +34,19 @@ class TritonImplementation(Implementation):
 
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """R x into out; see the contract."""
-        from roadie.kernels.triton import rotation
+        from roadie.kernels.triton import launches, rotation
 
         if x.numel():
-            with current_device(x.device):
+            with launches.current_device(x.device):
                 rotation.rotate(x, out, turns)
 
     def prepare(
         self, chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor
     ) -> PreparedRotation | None:
         """Of a single table, where compiled kernels can be launched again; see the contract."""
-        from roadie.kernels.triton import prepared, runtime
+        from roadie.kernels.triton import prepared, rotation
 
-        if len(chain) > 1 or not runtime.can_be_launched_again():
+        if len(chain) > 1 or not rotation.launches.can_be_remembered:
             return None
         return prepared.PreparedLaunches(chain[0], routed_shape, y)
 
@@ -61,14 +60,14 @@ class TritonImplementation(Implementation):
         partner: Tensor | None,
     ) -> None:
         """R^T grad into grad_x, and the sums over rows; see the contract."""
-        from roadie.kernels.triton import backward, rotation
+        from roadie.kernels.triton import backward, launches, rotation
 
         if not grad.numel():
             for total in (own, partner):
                 if total is not None:
                     total.zero_()
             return
-        with current_device(grad.device):
+        with launches.current_device(grad.device):
             if kept is not None:
                 assert own is not None
                 assert partner is not None
@@ -79,15 +78,8 @@ class TritonImplementation(Implementation):
 
     def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
         """From sums to gradients of direct and cross, in place; see the contract."""
-        from roadie.kernels.triton import gradient
+        from roadie.kernels.triton import gradient, launches
 
         if own.numel():
-            with current_device(own.device):
+            with launches.current_device(own.device):
                 gradient.sums_to_gradients(own, partner, turns, of_output)
-
-
-def current_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type == "cpu":
-        return nullcontext()
-    return torch.get_device_module(device).device(device)

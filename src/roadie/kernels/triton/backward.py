@@ -18,6 +18,7 @@ from torch import Tensor
 
 from roadie.kernels.contract import RowRotations
 from roadie.kernels.triton import tiles
+from roadie.kernels.triton.launches import Launch, Launches
 from roadie.kernels.triton.pairs import load_pairs, load_turn, store_pairs, turn
 from roadie.kernels.triton.tasks import tasks_of
 
@@ -145,6 +146,9 @@ def reduce_kernel(
     tl.store(partner + slot * partner_stride + column, tl.sum(partner_sum, 0), mask=inside)
 
 
+_launches, _reductions = Launches(backward_kernel), Launches(reduce_kernel)
+
+
 def backward_with_sums(
     grad: Tensor, kept: Tensor, grad_x: Tensor | None, turns: RowRotations, own: Tensor, partner: Tensor
 ) -> None:
@@ -158,53 +162,43 @@ def backward_with_sums(
     alone = tasks is None and num_tasks == num_slots == 1
     partial = None if alone else torch.empty(num_tasks, 2, width, dtype=torch.float32, device=grad.device)
     own_row, partner_row = (own, partner) if partial is None else (partial[:, 0], partial[:, 1])
-    half, split = tiles.halves(turns.group_size, uniform=turns.sizes is None)
-    backward_kernel[(num_tasks, tiles.cdiv(width // 2, tile.pairs))](
-        grad,
-        kept,
-        grad if grad_x is None else grad_x,  # a stand-in: never written
-        own_row,
-        partner_row,
-        turns.direct,
-        turns.cross,
-        turns.direct if turns.sizes is None else turns.sizes,  # a stand-in, as the next four: never read
-        *((turns.direct,) * 4 if tasks is None else tasks),
-        grad.stride(0),
-        kept.stride(0),
-        0 if grad_x is None else grad_x.stride(0),
-        own_row.stride(0),
-        num_rows,
-        num_slots,
-        width // 2,
-        turns.repeat,
-        HALF=half,
-        SPLIT=split,
-        MIXED=tasks is not None,
-        WANT_X=grad_x is not None,
-        ROWS=tile.rows,
-        PAIRS=tile.pairs,
-        STEPS=tile.steps,
-        num_warps=tile.warps,
-        enable_fp_fusion=False,
+    direct, sizes = turns.direct, turns.sizes
+    # Stand-ins, which are never written, or read: for grad_x, sizes and tasks.
+    into, of_slot, of_tasks = (
+        grad if grad_x is None else grad_x,
+        direct if sizes is None else sizes,
+        tasks or (direct,) * 4,
     )
+    strides = grad.stride(0), kept.stride(0), 0 if grad_x is None else grad_x.stride(0), own_row.stride(0)
+
+    def launch() -> Launch:
+        half, split = tiles.halves(turns.group_size, uniform=sizes is None)
+        constants = {"HALF": half, "SPLIT": split, "MIXED": tasks is not None, "WANT_X": grad_x is not None}
+        return Launch(
+            (num_tasks, tiles.cdiv(width // 2, tile.pairs)),
+            (*strides, num_rows, num_slots, width // 2, turns.repeat),
+            {**constants, "ROWS": tile.rows, "PAIRS": tile.pairs, "STEPS": tile.steps},
+            {"num_warps": tile.warps, "enable_fp_fusion": False},
+        )
+
+    kind = turns.group_size, sizes is None, tasks is not None, grad_x is None
+    facts = grad.shape, strides, num_tasks, num_slots, turns.repeat, kind
+    tensors = grad, kept, into, own_row, partner_row, direct, turns.cross, of_slot, *of_tasks
+    _launches(tensors, facts, launch)
     if partial is not None:
-        _reduce(partial, turns.direct if tasks is None else tasks.ends, own, partner, mixed=tasks is not None)
+        _reduce(partial, direct if tasks is None else tasks.ends, own, partner, mixed=tasks is not None)
 
 
 def _reduce(partial: Tensor, ends: Tensor, own: Tensor, partner: Tensor, *, mixed: bool) -> None:
     num_slots, width = own.shape
-    reduce_kernel[(num_slots, tiles.cdiv(width, COLUMNS))](
-        partial,
-        own,
-        partner,
-        ends,
-        own.stride(0),
-        partner.stride(0),
-        len(partial),
-        width,
-        MIXED=mixed,
-        TASKS=TASKS_AT_ONCE,
-        COLUMNS=COLUMNS,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    strides, num_tasks = (own.stride(0), partner.stride(0)), len(partial)
+
+    def launch() -> Launch:
+        return Launch(
+            (num_slots, tiles.cdiv(width, COLUMNS)),
+            (*strides, num_tasks, width),
+            {"MIXED": mixed, "TASKS": TASKS_AT_ONCE, "COLUMNS": COLUMNS},
+            {"num_warps": 4, "enable_fp_fusion": False},
+        )
+
+    _reductions((partial, own, partner, ends), (own.shape, strides, num_tasks, mixed), launch)

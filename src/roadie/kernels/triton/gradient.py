@@ -12,6 +12,7 @@ from torch import Tensor
 
 from roadie.kernels.contract import RowRotations
 from roadie.kernels.triton import tiles
+from roadie.kernels.triton.launches import Launch, Launches
 from roadie.kernels.triton.pairs import load_pairs, load_turn, store_pairs
 
 PAIRS = 256
@@ -62,23 +63,28 @@ def gradient_kernel(
     store_pairs(partner_row, everywhere, of_cross1, of_cross2, block, num_pairs, half, PAIRS, SPLIT)
 
 
+_launches = Launches(gradient_kernel)
+
+
 def sums_to_gradients(own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
     """Turns own and partner ``[S, D]`` float32 into the gradients of direct and cross, in place."""
     num_slots, width = own.shape
-    half, split = tiles.halves(turns.group_size, uniform=turns.sizes is None)
-    gradient_kernel[(num_slots, tiles.cdiv(width // 2, PAIRS))](
+    sizes, strides = turns.sizes, (own.stride(0), partner.stride(0))
+
+    def launch() -> Launch:
+        half, split = tiles.halves(turns.group_size, uniform=sizes is None)
+        return Launch(
+            (num_slots, tiles.cdiv(width // 2, PAIRS)),
+            (*strides, width // 2),
+            {"HALF": half, "SPLIT": split, "OF_OUTPUT": of_output, "PAIRS": PAIRS},
+            {"num_warps": 1, "enable_fp_fusion": False},
+        )
+
+    tensors = (
         own,
         partner,
         turns.direct,
         turns.cross,
-        turns.direct if turns.sizes is None else turns.sizes,  # a stand-in: never read
-        own.stride(0),
-        partner.stride(0),
-        width // 2,
-        HALF=half,
-        SPLIT=split,
-        OF_OUTPUT=of_output,
-        PAIRS=PAIRS,
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
+        turns.direct if sizes is None else sizes,
+    )  # a stand-in: never read
+    _launches(tensors, (own.shape, strides, turns.group_size, sizes is None, of_output), launch)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from roadie.errors import KernelError
 from roadie.kernels.contract import RowRotations
-from roadie.kernels.triton import current_device, runtime, tiles
+from roadie.kernels.triton import runtime, tiles
+from roadie.kernels.triton.launches import current_device
 from roadie.kernels.triton.pairs import first_columns, load_turn, store_pairs, turn
 
 

@@ -10,14 +10,13 @@ pairs, so nothing else is needed. Rows of the base are not touched.
 Rounding: `enable_fp_fusion=False` at the launch keeps each product and sum rounded by itself.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from roadie.kernels.contract import RowRotations
 from roadie.kernels.triton import tiles
+from roadie.kernels.triton.launches import Launch, Launches
 from roadie.kernels.triton.pairs import load_pairs, load_turn, store_pairs, turn
 
 
@@ -73,13 +72,13 @@ def rotate_kernel(
         store_pairs(out + row * out_stride, mask, z1, z2, block, num_pairs, half, PAIRS, SPLIT)
 
 
-class Launch(NamedTuple):
-    """How `rotate_kernel` is launched: the grid, what comes after x and out, the constants in order, and options."""
+launches = Launches(rotate_kernel)
 
-    grid: tuple[int, int]
-    arguments: tuple[Tensor | int, ...]
-    constants: dict[str, int | bool]
-    options: dict[str, int | bool]
+
+def tensors_of(turns: RowRotations) -> tuple[Tensor, ...]:
+    """What comes after x and out: direct, cross, slots and sizes, with stand-ins where there is none, which are never read."""
+    direct, cross, slots, _, sizes, _ = turns
+    return direct, cross, direct if slots is None else slots, direct if sizes is None else sizes
 
 
 def launch_of(x: Tensor, out: Tensor, turns: RowRotations, *, transposed: bool = False) -> Launch:
@@ -92,17 +91,7 @@ def launch_of(x: Tensor, out: Tensor, turns: RowRotations, *, transposed: bool =
     half, split = tiles.halves(turns.group_size, uniform=turns.sizes is None)
     return Launch(
         (num_routed * tiles.cdiv(repeat, tile.rows * tile.steps), tiles.cdiv(num_pairs, tile.pairs)),
-        (
-            turns.direct,
-            turns.cross,
-            # Stand-ins where there is none: never read.
-            turns.direct if turns.slots is None else turns.slots,
-            turns.direct if turns.sizes is None else turns.sizes,
-            x.stride(0),
-            out.stride(0),
-            num_pairs,
-            repeat,
-        ),
+        (x.stride(0), out.stride(0), num_pairs, repeat),
         {
             "HALF": half,
             "SPLIT": split,
@@ -119,5 +108,7 @@ def launch_of(x: Tensor, out: Tensor, turns: RowRotations, *, transposed: bool =
 
 def rotate(x: Tensor, out: Tensor, turns: RowRotations, *, transposed: bool = False) -> None:
     """Writes R x, or R^T x, into `out`; x and out ``[T, D]``, out may be x."""
-    launch = launch_of(x, out, turns, transposed=transposed)
-    rotate_kernel[launch.grid](x, out, *launch.arguments, **launch.constants, **launch.options)
+    rows = None if turns.slots is None else (turns.slots.shape[0], turns.repeat)
+    kind = turns.group_size, turns.sizes is None, transposed, x.data_ptr() == out.data_ptr()
+    facts = x.shape, x.stride(0), out.stride(0), rows, kind
+    launches((x, out, *tensors_of(turns)), facts, lambda: launch_of(x, out, turns, transposed=transposed))

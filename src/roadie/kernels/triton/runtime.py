@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
-from inspect import signature
 
 import torch
-import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -41,11 +39,6 @@ def _refusal_of_device(device: torch.device, dtype: torch.dtype) -> str | None:
         if capability < OLDEST_FOR_BFLOAT16:
             return f"bfloat16 needs compute capability 8.0, and this device has {capability[0]}.{capability[1]}"
     return None
-
-
-def can_be_launched_again() -> bool:
-    """Whether a compiled kernel takes the arguments of the function, constants among them: from Triton 3.3 on."""
-    return not is_interpreted() and "constexprs" in signature(triton.compiler.ASTSource).parameters
 
 
 @cache

@@ -11,6 +11,7 @@ The kernels are bound by memory. What that asks for:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 PAIRS_A_THREAD = 8
@@ -60,6 +61,7 @@ def rotate_tile(num_routed: int, repeat: int, num_pairs: int) -> Tile:
     return Tile(rows, pairs, steps, _warps(rows * pairs))
 
 
+@lru_cache(1024)
 def backward_tile(num_rows: int, num_pairs: int) -> Tile:
     """For sums over `num_rows` rows: a task is rows * steps of them, and leaves one row of partial sums.
 
