@@ -6,6 +6,7 @@ guess until the best rate has a worse one on both sides, so a guess costs time, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,11 @@ class Method:
 def rate(exponent: int) -> float:
     """A learning rate of the grid: 10 ** (exponent / 2), two digits."""
     return float(f"{10 ** (exponent / 2):.2g}")
+
+
+def nearest_exponent(learning_rate: float) -> int:
+    """The exponent of the grid whose rate is nearest."""
+    return round(2 * math.log10(learning_rate))
 
 
 def _through_peft(config: type, **settings: Any) -> Adapt:

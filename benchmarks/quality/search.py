@@ -53,13 +53,14 @@ def next_listed(
 def costs(records: Sequence[Record], method: str, seed: int) -> dict[float, float]:
     """What the runs of one seed cost on validation, by learning rate; infinite where the run was stopped."""
     return {
-        record["learning_rate"]: _cost(record) for record in records if _is(record, method) and record["seed"] == seed
+        record["learning_rate"]: cost(record["validation"])
+        for record in records
+        if _is(record, method) and record["seed"] == seed
     }
 
 
-def _cost(record: Record) -> float:
+def cost(scores: Mapping[str, Any] | None) -> float:
     """The "cost", or the loss; of equal costs the loss decides. Infinite too where the loss was no number any more."""
-    scores = record["validation"]
     if not scores or scores["loss"] is None or scores.get("cost", 0) is None:
         return math.inf
     return float(scores["cost"] + TIE_BREAK * scores["loss"] if "cost" in scores else scores["loss"])

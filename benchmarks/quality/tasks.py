@@ -78,21 +78,40 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
 
 def tally(task: Task, model: nn.Module, batch: Batch) -> Tally:
     """One forward pass: next tokens for LANGUAGE, the class of the row (its own place, without labels) for CLASSIFICATION."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
     if task.kind == LANGUAGE:
-        inputs["use_cache"] = False  # type: ignore[assignment]
-        logits = model(**inputs).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-    else:
-        logits = model(**inputs).logits
-        labels = batch["labels"] if "labels" in batch else torch.arange(len(logits))
+        learnt = labels != IGNORED
+        return _of_logits(next_logits(model, batch, learnt), labels[learnt])
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    labels = batch["labels"] if "labels" in batch else torch.arange(len(logits))
     if task.predicts_numbers:
         return Tally(functional.mse_loss(logits[:, 0].float(), labels.float()), len(labels), 0)
-    logits = logits.flatten(0, -2).float()
-    labels = labels.flatten()
-    counted = labels != IGNORED
-    correct = int(((logits.detach().argmax(-1) == labels) & counted).sum())
-    return Tally(functional.cross_entropy(logits, labels, ignore_index=IGNORED), int(counted.sum()), correct)
+    return _of_logits(logits, labels)
+
+
+def next_logits(model: Any, batch: Batch, places: Tensor) -> Tensor:
+    """Logits ``[n, vocabulary]`` of the tokens that follow the n `places` (a mask ``[rows, tokens - 1]``), row by row.
+
+    The layer that gives the logits sees these places alone: of a short answer to a long prompt, all others would be computed
+    for nothing, and in a small model with a large vocabulary that layer is a good part of the whole.
+    """
+
+    def keep(layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        return (arguments[0][:, :-1][places],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits
+
+
+def _of_logits(logits: Tensor, labels: Tensor) -> Tally:
+    logits = logits.float()
+    correct = int((logits.detach().argmax(-1) == labels).sum())
+    return Tally(functional.cross_entropy(logits, labels), len(labels), correct)
 
 
 def measured(task: Task, model: nn.Module, rows: Sequence[Row]) -> dict[str, float]:

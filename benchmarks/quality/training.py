@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.memory import peak_bytes
 from benchmarks.quality.methods import Method
-from benchmarks.quality.tasks import Batch, Task, collate, measured, tally
+from benchmarks.quality.tasks import Batch, Row, Task, collate, measured, tally
 
 WARM_UP_SHARE = 0.1
 CLIPPED_AT = 1.0
@@ -73,14 +73,19 @@ def run(
 
 
 def batches(task: Task, seed: int) -> Iterator[Batch]:
-    """Without end: batches in an order that depends on the seed alone; every row once before any row again."""
+    """Without end: batches of `draws`."""
+    return (collate(rows, task.pad_id) for rows in draws(task, task.batch_rows, seed))
+
+
+def draws(task: Task, count: int, seed: int) -> Iterator[list[Row]]:
+    """Without end: `count` rows at a time in an order that depends on the seed alone; every row once before any row again."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     while True:
-        while len(waiting) < task.batch_rows:
+        while len(waiting) < count:
             waiting += torch.randperm(len(task.splits.train), generator=generator).tolist()
-        chosen, waiting = waiting[: task.batch_rows], waiting[task.batch_rows :]
-        yield collate([task.splits.train[index] for index in chosen], task.pad_id)
+        chosen, waiting = waiting[:count], waiting[count:]
+        yield [task.splits.train[index] for index in chosen]
 
 
 def start_head(model: nn.Module, task: Task, seed: int) -> None:

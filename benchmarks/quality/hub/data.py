@@ -2,6 +2,7 @@
 
 of the hub   datasets.load_dataset(hub, config, split=split, revision=revision)
 files        datasets.load_dataset(format, data_files={split: [...]}, split=split)
+made         rows of our own (`style.py`)
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
+from benchmarks.quality.hub import choices, style
 from benchmarks.quality.hub.settings import Part, Source, TaskSettings
 from roadie.errors import ConfigError
 
 Raw = Mapping[str, Any]
+MADE = {"style": style.rows}
+FORMS = {"multiple-choice": choices.of_dataset}
 UNREACHABLE = (OSError, ValueError, DatasetsError)
 
 
@@ -56,11 +60,15 @@ def read_parts(settings: TaskSettings, root: Path) -> dict[str, Table]:
 
 def load(source: Source, split: str, root: Path) -> Any:
     """One split of a source, a `datasets.Dataset`."""
+    if source.made is not None:
+        return datasets.Dataset.from_list(MADE[source.made](split))
     name = source.hub or f"{source.format} files {source.files[split]}"
     try:
         if source.hub is not None:
-            return datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
-        return datasets.load_dataset(source.format, data_files=_files(source.files[split], root), split="train")
+            rows = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+        else:
+            rows = datasets.load_dataset(source.format, data_files=_files(source.files[split], root), split="train")
+        return rows if source.form is None else FORMS[source.form](rows)
     except ConfigError:
         raise
     except UNREACHABLE as error:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.hub.data import Raw, Table
-from benchmarks.quality.hub.settings import Rows
+from benchmarks.quality.hub.settings import Rows, names_in
 from benchmarks.quality.tasks import IGNORED, Row
 from roadie.errors import ConfigError
 from roadie.training.encoding import Example, encode
-from roadie.training.rows import Completion, Text
+from roadie.training.rows import Chat, Completion, Text
 
 NO_LIMIT = 2**31
 
@@ -49,8 +49,19 @@ class Encoder:
             "labels": list(example.labels),
         }
 
+    def choices(self, raw: Raw) -> list[tuple[Row, bool]]:
+        """The row once for each choice, which stands where the answer's column does; with whether it is the right one."""
+        (column,) = set(names_in(str(self.rows.answer)))
+        return [
+            (self._of_language({**raw, column: choice}), choice == raw[column])
+            for choice in raw[str(self.rows.choices)]
+        ]
+
     def _completion(self, raw: Raw, longest_tokens: int) -> Example:
-        record = Completion(self._prompt_text(raw), self._answer_text(raw), "")
+        prompt, answer = self._prompt_text(raw), self._answer_text(raw)
+        record = (
+            Chat((("user", prompt), ("assistant", answer)), "") if self.rows.chat else Completion(prompt, answer, "")
+        )
         return encode([record], self.tokenizer, longest_tokens)[0]
 
     def _prompt_text(self, raw: Raw) -> str:

@@ -6,7 +6,8 @@ for the better model: the metric with its sign turned, or the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.quality.hub import metrics
 from benchmarks.quality.hub.data import Table
 from benchmarks.quality.hub.encoding import Encoded, Encoder
 from benchmarks.quality.hub.settings import Metric, TaskSettings
-from benchmarks.quality.tasks import Row, Task, collate, tally
+from benchmarks.quality.tasks import IGNORED, Batch, Row, Task, collate, next_logits, tally
 
 Scores = dict[str, Any]
 VALIDATION, TESTS = "validation", "tests."
@@ -49,6 +50,8 @@ class Judge:
         with torch.inference_mode():
             if self.settings.model.kind == "sequence-classification":
                 scores = self._of_classes(task, model, table)
+            elif metric.kind == "choice":
+                scores = self._of_choices(task, model, table)
             else:
                 scores = {"loss": self._loss(task, model, table)}
                 if metric.kind == "exact_match":
@@ -58,23 +61,37 @@ class Judge:
     def _loss(self, task: Task, model: nn.Module, table: Table) -> float:
         """The mean over all learnt tokens."""
         loss = count = 0.0
-        for rows in self._batches(table):
+        for rows in self._batches(Encoded(table, self.encoder)):
             one = tally(task, model, moved(collate(rows, task.pad_id), model))
             loss, count = loss + float(one.loss) * one.count, count + one.count
         return loss / count
 
     def _of_classes(self, task: Task, model: nn.Module, table: Table) -> Scores:
         logits, labels = [], []
-        for rows in self._batches(table):
+        for rows in self._batches(Encoded(table, self.encoder)):
             batch = moved(collate(rows, task.pad_id), model)
             labels.append(batch.pop("labels").cpu())
             logits.append(model(**batch).logits.float().cpu())
         return scores_of_logits(torch.cat(logits), torch.cat(labels), self.settings.rows.labels == "number")
 
-    def _batches(self, table: Table) -> Iterator[list[Row]]:
+    def _of_choices(self, task: Task, model: nn.Module, table: Table) -> Scores:
+        """The loss of the right answers, and in how many rows one of them is likelier, by the mean token, than every other."""
+        listed = [(index, *choice) for index, raw in enumerate(table) for choice in self.encoder.choices(raw)]
+        rows = {id(row): (index, right) for index, row, right in listed}
+        best = [{True: math.inf, False: math.inf} for _ in table]
+        loss = count = 0.0
+        for batch_rows in self._batches([row for _, row, _ in listed]):
+            sums, counts = losses_of_rows(model, moved(collate(batch_rows, task.pad_id), model))
+            for row, total, tokens in zip(batch_rows, sums.tolist(), counts.tolist(), strict=True):
+                index, right = rows[id(row)]
+                best[index][right] = min(best[index][right], total / tokens)
+                loss, count = (loss + total, count + tokens) if right else (loss, count)
+        return {"loss": loss / count, "choice": mean(float(one[True] < one[False]) for one in best)}
+
+    def _batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         """Rows of about the same length together, the longest first: what does not fit into memory fails at once."""
         size = self.settings.evaluation.batch_rows
-        ordered = sorted(Encoded(table, self.encoder), key=lambda row: len(row["input_ids"]), reverse=True)
+        ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
         for start in range(0, len(ordered), size):
             yield ordered[start : start + size]
 
@@ -97,6 +114,16 @@ class Judge:
             for text, reference in zip(texts[:SHOWN_ANSWERS], references, strict=False)
         ]
         return {"exact_match": metrics.exact_match(metric, texts, references), "answers": shown}
+
+
+def losses_of_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of each row's learnt tokens (nats), and how many these are: ``[rows]`` each."""
+    labels = batch["labels"][:, 1:]
+    learnt = labels != IGNORED
+    losses = torch.zeros(labels.shape, device=labels.device)
+    logits = next_logits(model, batch, learnt).float()
+    losses[learnt] = functional.cross_entropy(logits, labels[learnt], reduction="none")
+    return losses.sum(-1), learnt.sum(-1)
 
 
 def scores_of_logits(logits: Tensor, labels: Tensor, predicts_numbers: bool) -> Scores:

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from benchmarks.quality.hub.methods import METHODS
+from benchmarks.quality.hub.style import PARTS
 from roadie.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -73,20 +74,29 @@ class Settings(BaseModel):
 
 
 class Model(Settings):
-    """The base model: name, a hub name or a folder; head: modules that every method trains whole; targets: as PEFT's."""
+    """The base model: name, a hub name or a folder; head: modules that every method trains whole; targets: as PEFT's.
+
+    products: of float32 weights, in bfloat16 where the device has instructions for it (torch calls that "medium"), or not.
+    """
 
     name: str
     revision: str | None = None
     kind: Literal["causal-language-model", "sequence-classification"]
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    products: Literal["float32", "bfloat16"] = "float32"
     targets: str | tuple[str, ...] = "all-linear"
     head: tuple[str, ...] = ()
 
 
 class Source(Settings):
-    """A data set: of the hub (hub, config, revision) or files (format, files); columns: our names, by the data set's."""
+    """A data set: of the hub (hub, config, revision), files (format, files) or made here; columns: our names, by the data set's.
+
+    form: rows as they are, or "multiple-choice" (`choices.py`), which gives the columns question, right and choices.
+    """
 
     hub: str | None = None
+    made: Literal["style"] | None = None
+    form: Literal["multiple-choice"] | None = None
     config: str | None = None
     revision: str | None = None
     format: Literal["json", "csv", "parquet"] | None = None
@@ -95,11 +105,11 @@ class Source(Settings):
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Source:
-        if (self.hub is None) == (not self.files):
-            raise ValueError("wanted either hub or files; give one of them")
+        if sum(map(bool, (self.hub, self.files, self.made))) != 1:
+            raise ValueError("wanted either hub or files, or made; give one of them")
         if self.files and (self.format is None or self.config or self.revision):
             raise ValueError("wanted files with a format (json, csv or parquet), without config and revision")
-        if self.hub and self.format:
+        if self.format and not self.files:
             raise ValueError("wanted hub without format; remove format")
         return self
 
@@ -107,11 +117,13 @@ class Source(Settings):
 class Metric(Settings):
     """What is reported and, on validation, what chooses the learning rate; the answers of `exact_match` are generated.
 
+    choice: the share of rows whose right answer is the likeliest of the choices, by the mean over its tokens.
+
     pattern: finds the answer (its group, if it has one) in what was generated, take: which match; wanted: the same for
     the reference; compare: as text, or as numbers that differ by `tolerance` at most.
     """
 
-    kind: Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"]
+    kind: Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "choice"]
     pattern: Pattern | None = None
     take: Literal["first", "last"] = "last"
     wanted: Pattern | None = None
@@ -148,15 +160,18 @@ class Part(Settings):
 class Rows(Settings):
     """What a row is made of, by the kind of model.
 
-    Language: prompt and answer, templates; reference: the answer alone, where it is not all of `answer`; learn: the
-    tokens the loss is taken on. Classification: text and second_text, columns; label, a column; labels: the names or
-    values of the classes in order, or "number".
+    Language: prompt and answer, templates; reference: the answer alone, where it is not all of `answer`; learn: the tokens
+    the loss is taken on; choices: a column with the list of what may stand in the answer's only column; chat: the prompt is
+    a user's turn and the answer the assistant's, by the model's chat template. Classification: text and second_text,
+    columns; label, a column; labels: the names or values of the classes in order, or "number".
     """
 
     prompt: Template | None = None
     answer: Template | None = None
     reference: Template | None = None
     learn: Literal["answer", "all"] = "answer"
+    choices: str | None = None
+    chat: bool = False
     text: str | None = None
     second_text: str | None = None
     label: str | None = None
@@ -167,7 +182,7 @@ class Rows(Settings):
     def names(self) -> tuple[str, ...]:
         """The columns a row needs."""
         templates = [name for one in (self.prompt, self.answer, self.reference) for name in names_in(one or "")]
-        plain = [name for name in (self.text, self.second_text, self.label) if name]
+        plain = [name for name in (self.choices, self.text, self.second_text, self.label) if name]
         return tuple(dict.fromkeys([*templates, *plain]))
 
 
@@ -196,19 +211,32 @@ class Training(Settings):
 
 
 class Evaluation(Settings):
-    """batch_rows: of forward passes; generated_tokens, generation_rows: of the answers; base: measure the model as it comes."""
+    """batch_rows: of forward passes; generated_tokens, generation_rows: of the answers; base: measure the model as it comes.
+
+    beaten: test runs too that validation has ruled out already, because another rate of the same seed is better.
+    """
 
     batch_rows: PositiveInt = 8
     generation_rows: PositiveInt = 8
     generated_tokens: PositiveInt = 32
     base: bool = False
+    beaten: bool = True
+
+
+class Search(Settings):
+    """The open-ended search, from the rate of its grid that is nearest to `start`."""
+
+    start: PositiveFloat
+
+
+Rates = tuple[PositiveFloat, ...] | Literal["search"] | Search
 
 
 class TaskSettings(Settings):
     """One task: everything a run is told but the method, its rate and the seed.
 
-    methods: learning rates to try by method, or "search" for the open-ended search of docs/quality.md; published: what
-    others report, in words.
+    methods: learning rates to try by method, or "search" for the open-ended search of docs/quality.md, or where it begins;
+    once: methods that get the first seed alone, after the others; published: what others report, in words.
     """
 
     title: str
@@ -222,7 +250,8 @@ class TaskSettings(Settings):
     metric: Metric
     training: Training
     evaluation: Evaluation = Evaluation()
-    methods: Mapping[str, tuple[PositiveFloat, ...] | Literal["search"]]
+    methods: Mapping[str, Rates]
+    once: Mapping[str, Rates] = Field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @model_validator(mode="after")
@@ -245,10 +274,10 @@ class TaskSettings(Settings):
         return part.metric or self.metric
 
     def _of_methods(self) -> Iterator[str]:
-        unknown = [name for name in self.methods if name not in METHODS]
+        unknown = [name for name in (*self.methods, *self.once) if name not in METHODS]
         if unknown:
             yield f"got methods {', '.join(unknown)}; wanted some of {', '.join(METHODS)}; rename or remove"
-        if not self.methods or any(rates == () for rates in self.methods.values()):
+        if not self.methods or any(rates == () for rates in (*self.methods.values(), *self.once.values())):
             yield 'wanted at least one method, each with rates or "search"; add them'
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             yield f"got seeds {list(self.seeds)}; wanted one or more, no seed twice"
@@ -262,6 +291,8 @@ class TaskSettings(Settings):
                 yield f"{name}: got source {part.source!r}; wanted one of {', '.join(self.sources)}"
             elif source.files and part.split not in source.files:
                 yield f"{name}: got split {part.split!r}; wanted one of the files of {part.source}: {', '.join(source.files)}"
+            elif source.made and part.split not in PARTS:
+                yield f"{name}: got split {part.split!r}; wanted one of {', '.join(PARTS)}"
             if (name == "train" and "train" in part.without) or (name == "validation" and part.without):
                 yield f"{name}: got without {list(part.without)}; wanted validation chosen first; put without into others"
 
@@ -274,11 +305,13 @@ class TaskSettings(Settings):
         strange = [name for name, value in other.items() if value is not None]
         if lacking or strange:
             yield f"rows: wanted {', '.join(here)} for a {self.model.kind}; add {lacking}, remove {strange}"
+        if rows.choices and len(set(names_in(rows.answer or ""))) != 1:
+            yield f"rows.choices: got the answer {rows.answer!r}; wanted one with one column, which choices replace"
         if self.model.kind != "causal-language-model" and not self.model.head:
             yield "model.head: wanted the modules of the fresh head, as [classifier]; name them"
 
     def _of_metrics(self) -> Iterator[str]:
-        allowed: tuple[str, ...] = ("loss", "exact_match")
+        allowed: tuple[str, ...] = ("loss", "exact_match", *(["choice"] if self.rows.choices else []))
         if self.model.kind != "causal-language-model":
             allowed = ("loss", *(NUMBER_METRICS if self.rows.labels == "number" else CLASS_METRICS))
         for name, part in self.parts.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ import torch
 from benchmarks.machine import machine_name
 from benchmarks.quality import records
 from benchmarks.quality.hub.methods import METHODS
-from benchmarks.quality.hub.settings import SEARCH, TaskSettings, read
+from benchmarks.quality.hub.settings import SEARCH, Search, TaskSettings, read
 from benchmarks.quality.hub.task import Prepared, prepare
 from benchmarks.quality.hub.training import run
-from benchmarks.quality.methods import Method, rate
-from benchmarks.quality.search import next_listed, next_run
+from benchmarks.quality.methods import Method, nearest_exponent, rate
+from benchmarks.quality.search import costs, next_listed, next_run
 from benchmarks.record import RESULTS, rounded
 from roadie.errors import ConfigError
 
 BASE = "base"
-NOT_OF_A_RUN = {"title", "published", "methods", "seeds"}
+NOT_OF_A_RUN = {"title", "published", "methods", "once", "seeds"}
+Stage = tuple[Method, Any, Sequence[int]]
 
 
 def records_folder(results: Path = RESULTS) -> Path:
@@ -53,9 +55,11 @@ def sweep(path: Path, choice: Choice, folder: Path, stop: Callable[[], bool]) ->
     _check_device(choice.device)
     facts, count = {**records.provenance(), "device": device_name(choice.device)}, 0
     logging.getLogger("roadie").setLevel(logging.ERROR)  # every row that is cut would be told of, each time it is read
-    for name, settings in chosen.items():
-        if not stop():
-            count += _task(prepare(name, settings, choice.data, choice.device), folder, facts, stop)
+    for once in (False, True):
+        for name, settings in chosen.items():
+            if not stop() and (settings.once if once else settings.methods):
+                prepared = prepare(name, settings, choice.data, choice.device)
+                count += _task(prepared, folder, facts, stop, _stages(settings, once))
     return count
 
 
@@ -79,7 +83,8 @@ def _check_known(what: str, asked: Sequence[str], known: Sequence[str]) -> None:
 
 def _changed(settings: TaskSettings, choice: Choice) -> TaskSettings:
     model = {"name": choice.model or settings.model.name, "dtype": choice.dtype or settings.model.dtype}
-    methods = {name: settings.methods.get(name, SEARCH) for name in choice.methods} or settings.methods
+    told = {**settings.once, **settings.methods}
+    methods = {name: told.get(name, SEARCH) for name in choice.methods} or settings.methods
     if choice.seeds is not None and not 0 < choice.seeds <= len(settings.seeds):
         raise ConfigError(
             f"got {choice.seeds} seeds; wanted 1 to {len(settings.seeds)}, as many as the configuration has; lower it"
@@ -87,6 +92,7 @@ def _changed(settings: TaskSettings, choice: Choice) -> TaskSettings:
     new = {
         "model": settings.model.model_copy(update=model),
         "methods": methods,
+        "once": {} if choice.methods else settings.once,
         "seeds": settings.seeds[: choice.seeds],
     }
     return settings.model_copy(update=new)
@@ -105,41 +111,51 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def _task(prepared: Prepared, folder: Path, facts: records.Record, stop: Callable[[], bool]) -> int:
+def _task(
+    prepared: Prepared, folder: Path, facts: records.Record, stop: Callable[[], bool], stages: Iterable[Stage]
+) -> int:
     path = folder / f"{prepared.name}.jsonl"
     _begin(prepared, path, facts)
     count = 0
-    for method, rates, seeds in _stages(prepared.settings):
+    for method, rates, seeds in stages:
         while method.suits(prepared.task) and not stop():
             following = _next(prepared, path, method, rates, seeds)
             if following is None:
                 break
-            records.add(path, _record(prepared, method, *following, facts))
+            records.add(path, _record(prepared, method, *following, facts, records.read(path)))
             count += 1
     return count
 
 
-def _stages(settings: TaskSettings) -> Iterator[tuple[Method, Any, Sequence[int]]]:
-    """All searches for a rate come before the other seeds."""
-    for seeds in (settings.seeds[:1], settings.seeds):
-        for name, rates in settings.methods.items():
+def _stages(settings: TaskSettings, once: bool) -> Iterator[Stage]:
+    """All searches for a rate come before the other seeds; methods that are trained `once` have the search alone."""
+    for seeds in (settings.seeds[:1],) if once else (settings.seeds[:1], settings.seeds):
+        for name, rates in (settings.once if once else settings.methods).items():
             yield METHODS[name], rates, seeds
 
 
 def _next(prepared: Prepared, path: Path, method: Method, rates: Any, seeds: Sequence[int]) -> tuple[float, int] | None:
     """The learning rate and seed of the next run of a method."""
     found = records.read(path)
-    if rates != SEARCH:
+    if isinstance(rates, tuple):
         return next_listed(found, method.name, rounded(list(rates)), seeds)
+    if isinstance(rates, Search):
+        method = replace(method, first={prepared.task.kind: nearest_exponent(rates.start)})
     following = next_run(found, method, prepared.task.kind, seeds)
     return None if following is None else (rate(following[0]), following[1])
 
 
 def _record(
-    prepared: Prepared, method: Method, learning_rate: float, seed: int, facts: records.Record
+    prepared: Prepared,
+    method: Method,
+    learning_rate: float,
+    seed: int,
+    facts: records.Record,
+    earlier: Sequence[records.Record],
 ) -> records.Record:
     """A whole record of one run."""
     _free_memory()
+    rivals = {} if prepared.settings.evaluation.beaten else costs(earlier, method.name, seed)
     task, training = prepared.task, prepared.settings.training
     head = {
         "task": prepared.name,
@@ -148,7 +164,16 @@ def _record(
         "seed": seed,
         "steps": task.steps,
     }
-    done = run(task, training, prepared.judge, method, learning_rate, seed, task.model())
+    done = run(
+        task,
+        training,
+        prepared.judge,
+        method,
+        learning_rate,
+        seed,
+        task.model(),
+        min(rivals.values(), default=math.inf),
+    )
     said = {split: done[split] and round(-done[split]["cost"], 4) for split in ("validation",)}
     print(prepared.name, method.name, f"{learning_rate:g}", seed, said, f"{done['wall_s']:.1f} s", flush=True)
     return {**head, **done, **facts}
@@ -167,6 +192,8 @@ def _begin(prepared: Prepared, path: Path, facts: records.Record) -> None:
     A file of other settings is begun anew where it has no run; where it has, they could not be compared: `ConfigError`.
     """
     told = rounded(prepared.settings.model_dump(mode="json", exclude=NOT_OF_A_RUN))
+    if Path(told["model"]["name"]).is_dir():
+        told["model"]["name"] = Path(told["model"]["name"]).resolve().name  # not where it lies on this machine
     found = records.read(path)
     if found and (len(found) > 1 or found[0]["facts"]["settings"] == told):
         _check_same(path, found[0]["facts"]["settings"], told)

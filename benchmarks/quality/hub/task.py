@@ -73,6 +73,7 @@ def base_model(settings: TaskSettings, tokenizer: Any, device: str) -> nn.Module
         }  # the head is fresh
     logging.set_verbosity_error()  # it would tell of the fresh head each time, and of the weights as they come
     logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("medium" if wanted.products == "bfloat16" else "highest")
     model = _loaded(
         wanted,
         lambda where: kind.from_pretrained(where, revision=wanted.revision, dtype=DTYPES[wanted.dtype], **more),

@@ -18,11 +18,12 @@ from benchmarks.memory import peak_bytes
 from benchmarks.quality.hub.evaluation import Judge, moved
 from benchmarks.quality.hub.settings import Training
 from benchmarks.quality.methods import Method
-from benchmarks.quality.tasks import IGNORED, LANGUAGE, Batch, Task, tally
+from benchmarks.quality.search import cost
+from benchmarks.quality.tasks import IGNORED, LANGUAGE, Batch, Task, collate, tally
 from benchmarks.quality.training import (
     Trained,
-    batches,
     count_parameters,
+    draws,
     is_hopeless,
     start_head,
     stored_bytes,
@@ -32,9 +33,19 @@ from benchmarks.quality.training import (
 
 
 def run(
-    task: Task, training: Training, judge: Judge, method: Method, learning_rate: float, seed: int, model: nn.Module
+    task: Task,
+    training: Training,
+    judge: Judge,
+    method: Method,
+    learning_rate: float,
+    seed: int,
+    model: nn.Module,
+    beaten_at: float = math.inf,
 ) -> dict[str, Any]:
-    """Adapt, train and measure `model`, which is changed; gives the part of the record that the run itself knows."""
+    """Adapt, train and measure `model`, which is changed; gives the part of the record that the run itself knows.
+
+    A run whose validation cost is above `beaten_at` is not tested.
+    """
     torch.manual_seed(seed)
     model.requires_grad_(False)
     start_head(model, task, seed)
@@ -44,7 +55,7 @@ def run(
     peak = peak_of(adapted, lambda: trained.append(train(task, training, adapted, learning_rate, seed)))
     wall_s = time.perf_counter() - started
     (done,) = trained
-    diverged = done.stopped_at is not None
+    validation = None if done.stopped_at is not None else judge(task, adapted, "validation")
     return {
         **count_parameters(adapted, task),
         "stored_bytes": stored_bytes(adapted),
@@ -53,8 +64,8 @@ def run(
         "peak_bytes": peak,
         "stopped_at": done.stopped_at,
         "curve": thinned(done.losses),
-        "validation": None if diverged else judge(task, adapted, "validation"),
-        "test": None if diverged else judge(task, adapted, "test"),
+        "validation": validation,
+        "test": judge(task, adapted, "test") if validation and cost(validation) <= beaten_at else None,
     }
 
 
@@ -87,10 +98,10 @@ def train(task: Task, training: Training, model: nn.Module, learning_rate: float
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak_rate(training, step, task.steps))
     _set_up(model, training)
     losses: list[float] = []
-    rows = batches(task, seed)
+    steps = pieces(task, training.accumulation, seed)
     started = time.process_time()
     for step in range(task.steps):
-        losses.append(backward(task, model, _of_step(rows, training.accumulation, model)))
+        losses.append(backward(task, model, [moved(piece, model) for piece in next(steps)]))
         if training.clip:
             nn.utils.clip_grad_norm_([*rest.values(), *head.values()], training.clip)
         optimizer.step()
@@ -120,8 +131,12 @@ def predictions(task: Task, batch: Batch) -> int:
     return len(batch["labels"])
 
 
-def _of_step(rows: Iterator[Batch], accumulation: int, model: nn.Module) -> list[Batch]:
-    return [moved(next(rows), model) for _ in range(accumulation)]
+def pieces(task: Task, count: int, seed: int) -> Iterator[list[Batch]]:
+    """Without end: the rows of a step in `count` batches, those of about the same length together, so that little is padding."""
+    size = task.batch_rows
+    for rows in draws(task, size * count, seed):
+        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+        yield [collate(ordered[start : start + size], task.pad_id) for start in range(0, size * count, size)]
 
 
 def _optimizer(
