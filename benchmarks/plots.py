@@ -15,6 +15,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks.gpu import report as gpu_report
 from benchmarks.rivals import AGAIN, FROZEN, PEFT_IA3, PEFT_LORA, PEFT_ROAD, ROADIE, ROADIE_STAGES
 from benchmarks.tables import MIB, bytes_per_s
 from benchmarks.verdicts import of_workload, whole_models
@@ -36,6 +37,7 @@ STYLES = {
     PEFT_APPLY: ("#0072B2", "s"),
     PEFT_APPLY_FP32: ("#56B4E9", "v"),
     BMM_LORA: ("#E69F00", "v"),
+    gpu_report.ROADIE_NAMED: ("#F0A875", "o"),
 }
 
 
@@ -44,7 +46,9 @@ def draw(record: dict[str, Any], gpu: dict[str, Any] | None, folder: Path) -> li
     entries = record["entries"]
     makers = {CHECKPOINT: _checkpoint, "layer": _layers, "rotation": _roofline, "model": _models}
     drawn = [make(of_workload(entries, name), folder) for name, make in makers.items() if of_workload(entries, name)]
-    return drawn if gpu is None else [*drawn, adapters_plot(gpu, folder / "performance-gpu-adapters.png")]
+    if gpu is None or not gpu_report.figure(gpu["entries"]):
+        return drawn
+    return [*drawn, adapters_plot(gpu, folder / gpu_report.FIGURE)]
 
 
 def _checkpoint(entries: list[Entry], folder: Path) -> Path:
@@ -160,21 +164,21 @@ def _bars(panel: Any, labels: Sequence[str], values: dict[str, list[dict[str, fl
 
 
 def adapters_plot(record: dict[str, Any], path: Path) -> Path:
-    """The paper's figure: tokens a second against the number of different adapters in the batch."""
-    entries = of_workload(record["entries"], "adapters")
-    counts = [entry["case"]["adapters"] for entry in entries]
-    figure, panel = plt.subplots(figsize=(6.4, 4.2))
-    for name in entries[0]["rivals"]:
-        colour, marker = STYLES[name]
-        speeds = [e["case"]["rows"] / (e["rivals"][name]["median_ms"] * 1e-3) for e in entries]
-        panel.plot(counts, speeds, color=colour, marker=marker, label=name)
+    """The paper's figure: tokens a second against the number of different adapters in the batch; graphs are dashed."""
+    lines = gpu_report.figure(record["entries"])
+    counts = sorted({count for line in lines.values() for count, _ in line})
+    picture, panel = plt.subplots(figsize=(8.6, 4.4))
+    for name, line in lines.items():
+        colour, marker = STYLES[name.removesuffix(gpu_report.GRAPH)]
+        style = "--" if name.endswith(gpu_report.GRAPH) else "-"
+        panel.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=style, label=name)
     panel.set_xscale("log", base=2)
     panel.set_xticks(counts, [str(count) for count in counts])
     panel.set_ylim(bottom=0)
-    panel.set_xlabel(f"different adapters among {entries[0]['case']['rows']} rows")
+    panel.set_xlabel("different adapters in the batch")
     panel.set_ylabel("decoded tokens a second")
     panel.set_title(record["machine"]["name"], fontsize=10)
-    return _finish(figure, panel, path)
+    return _finish(picture, panel, path)
 
 
 def _finish(figure: Any, panel: Any, path: Path) -> Path:

@@ -29,6 +29,7 @@ PEFT_ROAD, PEFT_LORA, PEFT_IA3 = "PEFT RoAd", "PEFT LoRA r=8", "PEFT (IA)3"
 ADAPTERS = (ROADIE, PEFT_ROAD, PEFT_LORA, PEFT_IA3)
 RIVALS = (FROZEN, *ADAPTERS)
 ROADIE_STAGES = "roadie, 2 stages"
+ROADIE_TRAINABLE = "roadie, trainable"  # in a forward without gradients, where the others' adapters are frozen
 RANK = 8
 GROUP_SIZE = 64  # PEFT's default
 STAGES = (2, GROUP_SIZE)
@@ -91,6 +92,7 @@ def _peft_ia3(model: Any, targets: Any, variant: str, autocast: bool) -> Any:
 _MAKERS: dict[str, Callable[[Any, Any, str, bool], Any]] = {
     ROADIE: _roadie,
     ROADIE_STAGES: _roadie_stages,
+    ROADIE_TRAINABLE: _roadie,
     PEFT_ROAD: _peft_road,
     PEFT_LORA: _peft_lora,
     PEFT_IA3: _peft_ia3,
@@ -168,6 +170,7 @@ _IS: dict[str, Callable[[nn.Module], bool]] = {
     AGAIN: _is_bare,
     ROADIE: _is_roadie,
     ROADIE_STAGES: _is_roadie_stages,
+    ROADIE_TRAINABLE: _is_roadie,
     PEFT_ROAD: is_stock,
     PEFT_LORA: _is_lora,
     PEFT_IA3: _is_ia3,
@@ -195,7 +198,7 @@ def sharing_copy(model: nn.Module) -> Any:
 
 
 def random_weight(out_features: int, in_features: int, dtype: torch.dtype, device: str = "cpu") -> nn.Parameter:
-    """A frozen weight ``[out, in]`` drawn from N(0, 1/in); equal for equal sizes."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
-    return nn.Parameter(weight.to(device, dtype), requires_grad=False)
+    """A frozen weight ``[out, in]`` drawn on the device from N(0, 1/in); equal for equal sizes."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator, device=device) * in_features**-0.5
+    return nn.Parameter(weight.to(dtype), requires_grad=False)

@@ -151,7 +151,7 @@ def models(entries: list[Entry]) -> Iterator[str]:
         rows.append([case["mode"], case["precision"], what, *timed(entry, names), *_last(entry)])
     yield markdown(["phase", "precision", "rows x tokens", *_headings(names), "limit", "rounds"], rows)
     yield "Activations kept for backward in the training step, MiB (over the frozen model's):\n"
-    kept_rows = [[e["case"]["precision"], *_amounts(e["bytes"], names)] for e in found if "bytes" in e]
+    kept_rows = [[e["case"]["precision"], *amounts(e["bytes"], names)] for e in found if "bytes" in e]
     yield markdown(["precision", *names], kept_rows)
 
 
@@ -166,37 +166,10 @@ def peaks(entries: list[Entry]) -> str:
         case = entry["case"]
         layer = case.get("what") == "layer"
         what = f"layer 4096 to {case['out_features']}, {case['tokens']} tokens" if layer else "whole model"
-        rows.append([what, case["precision"], *_amounts(entry["bytes"], names)])
+        rows.append([what, case["precision"], *amounts(entry["bytes"], names)])
     return markdown(["what", "precision", *(f"{name}, MiB" for name in names)], rows)
 
 
-def _amounts(amounts: dict[str, int], names: Sequence[str]) -> list[str]:
+def amounts(amounts: dict[str, int], names: Sequence[str]) -> list[str]:
     base = amounts[names[0]]
     return [f"{amounts[name] / MIB:.1f} ({amounts[name] / base:.2f})" for name in names]
-
-
-def gpu(record: dict[str, Any]) -> Iterator[str]:
-    """The tables of a GPU's record."""
-    entries = record["entries"]
-    speed = record["machine"]["device_copy_bytes_per_s"] / 1e9
-    yield f"{record['machine']['name']}, commit {record['commit']}, {record['date']}, copying at {speed:.0f} GB/s.\n"
-    yield from (f"- {failure['task']} failed: {failure['error']}\n" for failure in record["failures"])
-    yield "![Tokens a second against adapters in the batch](images/performance-gpu-adapters.png)\n"
-    yield from _by_case(of_workload(entries, "adapters"), "Decoding a batch with different adapters", ["adapters"])
-    yield from _by_case(of_workload(entries, "graphs"), "Decoding, eager and as a CUDA graph", ["graph"])
-    yield from layers(entries)
-    yield "### Decoder layers\n"
-    yield from models(entries)
-    for entry in (entry for entry in entries if "peak_bytes" in entry):
-        names = list(entry["peak_bytes"])
-        yield "Peak memory of the training step above what was allocated, MiB (over the frozen model's):\n"
-        yield markdown(names, [_amounts(entry["peak_bytes"], names)])
-
-
-def _by_case(entries: list[Entry], title: str, keys: list[str]) -> Iterator[str]:
-    """A table with the named parts of the cases down, and the rivals across."""
-    if not entries:
-        return
-    names = list(entries[0]["rivals"])
-    rows = [[*(str(entry["case"][key]) for key in keys), *timed(entry, names)] for entry in entries]
-    yield f"### {title}, {entries[0]['case']['rows']} rows\n\n{markdown([*keys, *_headings(names)], rows)}"

@@ -88,11 +88,9 @@ def rivals_of(case: ModelCase, names: tuple[str, ...] = RIVALS, device: str = "c
     return {name: adapt(sharing_copy(base), name, TARGETS, precision, case.variant) for name in names}
 
 
-def run(
-    case: ModelCase, budget: Budget, models: dict[str, nn.Module], synchronise: Run | None = None
-) -> dict[str, Any]:
+def run(case: ModelCase, budget: Budget, models: dict[str, nn.Module]) -> dict[str, Any]:
     """Time the models with torch's default number of threads; for a training step also count the bytes kept."""
-    rounds = measure({name: once(model, case) for name, model in models.items()}, budget, synchronise)
+    rounds = measure({name: once(model, case) for name, model in models.items()}, budget)
     moved = bytes_moved(case, models[FROZEN])
     result = entry("model", asdict(case), rounds, base=FROZEN, ours=ROADIE, bytes_moved=moved)
     result["parameters"] = sum(parameter.numel() for parameter in models[FROZEN].parameters())
@@ -163,10 +161,14 @@ def activations_kept(model: nn.Module, case: ModelCase) -> int:
 
 def bytes_moved(case: ModelCase, frozen: nn.Module) -> int:
     """Bytes read and written by rotating every adapted output as a pass of its own."""
-    outputs = sum(module.out_features for name, module in frozen.named_modules() if name.rpartition(".")[2] in TARGETS)
     tokens = case.rows * (1 if case.mode == DECODE else case.tokens)
     passes = PASSES[LAYER_TRAINING if case.mode == TRAINING else FORWARD]
-    return passes * tokens * outputs * PRECISIONS[case.precision].base.itemsize
+    return passes * tokens * sum(widths(frozen)) * PRECISIONS[case.precision].base.itemsize
+
+
+def widths(frozen: nn.Module) -> list[int]:
+    """The out features of each layer that adapters are added to."""
+    return [module.out_features for name, module in frozen.named_modules() if name.rpartition(".")[2] in TARGETS]
 
 
 def _tokens(model: nn.Module, case: ModelCase) -> Tensor:
