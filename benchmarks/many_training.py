@@ -37,12 +37,12 @@ from benchmarks.record import RESULTS, rounded
 from benchmarks.rivals import FROZEN, PEFT_LORA, PRECISIONS, ROADIE, adapt, sharing_copy, trained
 from benchmarks.statistics import median_ratio, summarise
 from benchmarks.workloads.model import TARGETS, ModelSize, flowing_from_embeddings, llama
+from roadie.engine.targets import adapted_layers
 from roadie.training.encoding import Example
 from roadie.training.many import Job, RunSettings
 from roadie.training.many.data import JobData
 from roadie.training.many.session import Session
 from roadie.training.many.state import PreparedJob
-from roadie.training.many.targets import adapted_layers
 from roadie.training.recipe import Recipe
 
 MANY, ONE, TUNER = "many jobs", "one job", "one adapter, tuner"
@@ -165,20 +165,14 @@ def _rows(case: Case) -> list[Example]:
 def _session_step(base: nn.Module, data: Sequence[list[Example]]) -> Run:
     """A step of `roadie.training.many` with a job for each list of rows."""
     recipe = Recipe(max_steps=10**6, learning_rate=LEARNING_RATE, schedule="constant", target_modules=tuple(TARGETS))
-    layers = adapted_layers(base, recipe)
+    layers = adapted_layers(base, recipe.to_mapping())
     prepared = [
-        PreparedJob(Job(f"job{n}", "-", f"-{n}", recipe), JobData(rows, [], len(rows), n), layers, 10**6)
+        PreparedJob(Job(f"job{n}", "-", f"-{n}", recipe), JobData(rows, [], len(rows), n), layers, {}, 10**6)
         for n, rows in enumerate(data)
     ]
     session = Session(base, prepared, RunSettings(max_tokens_per_step=None), (), _never, _never)
     session._join()
-    paths = [layer.path for layer in layers]
-
-    def once() -> None:
-        with session.bank.attached(base, paths):
-            session._step()
-
-    return once
+    return session._step
 
 
 def _never(*_: Any) -> Any:

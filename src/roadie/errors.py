@@ -13,6 +13,8 @@
         ├── KernelError       (RuntimeError)  a kernel that was asked for cannot run here, or was given what it cannot use
         ├── InPlaceError      (RuntimeError)  backward needs a layer's output, and it was changed in place
         ├── RegistrationError (RuntimeError)  roadie and PEFT's own RoAd were mixed up
+        ├── NotFinite         (ArithmeticError) a loss or a gradient that is not finite; nothing was changed
+        ├── UnknownTenant     (LookupError)   nobody of that name trains
         └── ServingError      (RuntimeError)  a serving engine refused a request, or cannot run
             ├── QueueFull                     too many requests wait; come back after `retry_after_s`
             ├── UnknownAdapter (LookupError)  no adapter of that name is known
@@ -81,6 +83,18 @@ class KernelError(RoadieError, RuntimeError):
 
 class InPlaceError(RoadieError, RuntimeError):
     """Backward needs the output of an adapted layer, and another operation has changed it in place."""
+
+
+class NotFinite(RoadieError, ArithmeticError):
+    """A loss, or the gradient of an adapter, is not finite; the adapter and its gradients are as they were before."""
+
+    def __init__(self, message: str, loss: float | None = None, gradient_norm: float | None = None) -> None:
+        super().__init__(message)
+        self.loss, self.gradient_norm = loss, gradient_norm
+
+
+class UnknownTenant(RoadieError, LookupError):
+    """Nobody of that name trains."""
 
 
 class ServingError(RoadieError, RuntimeError):

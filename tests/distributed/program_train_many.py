@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from roadie.bank.trainable import TrainableBank
 from roadie.distributed import Processes, joined
+from roadie.engine import optimiser
 from roadie.training.many import Observer, RunSettings, read_jobs, train_many
 from roadie.training.recipe import Recipe
 from roadie.training.run import train
@@ -38,15 +38,16 @@ class Dies(Observer, TrainerCallback):
 
 def recorded_gradients(path: Path) -> None:
     """From now on the gradients of the first step are written to a file."""
-    collect = TrainableBank.collect_gradients
+    look, found = optimiser.squared_norms, {}
 
-    def recording(self, *arguments):
-        squares = collect(self, *arguments)
-        if not path.exists():
-            torch.save([stack.gradients for family in self.families for stack in family.stacks], path)
-        return squares
+    def recording(family, rows):
+        of_jobs = {family.names[row]: [stack.gradients[:, :, row].clone() for stack in family.stacks] for row in rows}
+        if not found.keys() >= of_jobs.keys():
+            found.update({name: gradients for name, gradients in of_jobs.items() if name not in found})
+            torch.save([gradient for name in sorted(found) for gradient in found[name]], path)
+        return look(family, rows)
 
-    TrainableBank.collect_gradients = recording
+    optimiser.squared_norms = recording
 
 
 def jobs_in(folder: Path):

@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, launch) -> Path:
         write_jobs(folder / name, base)
     own = runpy.run_path(str(PROGRAM))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("roadie.bank.trainable.TrainableBank.collect_gradients", own["TrainableBank"].collect_gradients)
+        patch.setattr(own["optimiser"], "squared_norms", own["optimiser"].squared_norms)
         own["recorded_gradients"](folder / "gradients-one.pt")
         train_many(folder / "one" / "jobs.yaml", settings=own["SETTINGS"])
     launch(PROGRAM, "spread", base, folder, fails=True)

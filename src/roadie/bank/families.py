@@ -6,7 +6,7 @@ end, D out features of a layer. Along the second dimension of a stack 0 is theta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class AdaptedLayer(NamedTuple):
 class Stack:
     """The layers of a family that are alike: values and moments of their parameters, ``[L, 2, S, n]`` each, float32.
 
-    exp_avg, exp_avg_sq: the running means of AdamW; gradients: of the last step, None before it; trained: which of the n
+    exp_avg, exp_avg_sq: the running means of AdamW; gradients: those of the next step; trained: which of the n
     places may move, bool ``[n]``, None for all.
     """
 
@@ -73,16 +73,28 @@ class Family:
         for stack in self.stacks:
             stack.parameters[:, 1, -len(names) :] = 1.0
 
-    def keep(self, names: Sequence[str]) -> None:
+    def keep(self, names: Collection[str]) -> None:
         """Leave only the adapters `names`, in the order they have."""
         kept = [index for index, name in enumerate(self.names) if name in set(names)]
         self.names = [self.names[index] for index in kept]
         self.stacks = [_mapped(stack, lambda tensor: tensor[:, :, kept]) for stack in self.stacks]
 
-    def load(self, names: Sequence[str], tensors: Sequence[Mapping[str, Tensor]]) -> None:
-        """Replace everything: the adapters `names`, and for each stack what `Stack.tensors` gave."""
-        self.names = list(names)
-        self.stacks = [_loaded(stack, saved, len(names)) for stack, saved in zip(self.stacks, tensors, strict=True)]
+    def put(self, name: str, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Make one adapter what `state` gave; raises `AdapterError` where that was not of these layers."""
+        index = self.names.index(name)
+        for stack, saved in zip(self.stacks, tensors, strict=True):
+            for key, tensor in saved.items():
+                into = stack.tensors[key][:, :, index]
+                if tensor.shape != into.shape:
+                    raise AdapterError(
+                        f"got {key} {tuple(tensor.shape)}; wanted {tuple(into.shape)}; use the model it was saved for"
+                    )
+                into.copy_(tensor)
+
+    def state(self, name: str) -> list[dict[str, Tensor]]:
+        """Copies of what has to be kept of one adapter (`Stack.tensors`): ``[L, 2, n]`` each, for each stack."""
+        index = self.names.index(name)
+        return [{key: tensor[:, :, index].clone() for key, tensor in stack.tensors.items()} for stack in self.stacks]
 
     def row(self, name: str) -> list[Tensor]:
         """A copy of the parameters of one adapter: ``[L, 2, n]`` for each stack."""
@@ -136,14 +148,3 @@ def _with(stack: Stack, tensors: Mapping[str, Tensor]) -> Stack:
 
 def _appended(tensor: Tensor, count: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros((*tensor.shape[:2], count, tensor.shape[3]))), dim=2)
-
-
-def _loaded(stack: Stack, saved: Mapping[str, Tensor], count: int) -> Stack:
-    old = stack.parameters
-    wanted = (*old.shape[:2], count, old.shape[3])
-    for name in stack.tensors:
-        if tuple(saved[name].shape) != wanted:
-            raise AdapterError(
-                f"got {name} {tuple(saved[name].shape)}; wanted {wanted}; use the model it was saved for"
-            )
-    return _with(stack, {name: saved[name].to(old.device, old.dtype).contiguous() for name in stack.tensors})

@@ -6,6 +6,8 @@ lie stacked, so that a step costs a handful of operations a layer however many a
     parameters [L, 2, S, n]  --from_parameters-->  a table (direct, cross) [S, D] a layer, a leaf of autograd
         gradients [L, 2, S, n]  <--parameter_gradients--  the table's gradient, summed over all backward passes of a step
 
+Only the adapters that take part in a step are in its tables: what the others have costs nothing.
+
 In the forward the output of each adapted layer, or its input, is rotated by `roadie.kernels`, row by row; a row whose adapter
 leaves a site alone has slot -1 there. Hooks do this on a plain model, and are taken away at the end of the context.
 
@@ -16,7 +18,7 @@ Legend: as in `roadie.bank.families`; B rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -34,25 +36,30 @@ from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_
 from roadie.sites.rows import Choice, Routing
 from roadie.sites.table import NO_ROTATION
 
+MOST_OF_A_FAMILY = 64  # adapters, further ones make another: who joins or leaves copies the stacks of one
+
 
 class TrainableBank:
     """Adapters that are trained together on one frozen model; see the module.
 
     keep: what the layers keep for backward; None: the output, in a lazy copy, where all adapters of the layer are road_1, else
     the input. Rotations of inputs keep what they are given, which several layers may be given.
+    slots: the adapters that are in the tables, and their slots.
     """
 
     def __init__(self, device: torch.device, keep: Keep | None = None) -> None:
         self.families: list[Family] = []
+        self.slots: dict[str, int] = {}
         self._device = device
         self._keep = keep
+        self._parts: list[_Part] = []
         self._tables: dict[str, _LayerTable] = {}
         self._routing: Routing[Choice] = Routing()
         self._row_of_slot: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
     def names(self) -> list[str]:
-        """The adapters in the order of their slots."""
+        """The adapters, family by family; in the order of their slots where all are in the tables."""
         return [name for family in self.families for name in family.names]
 
     def family_of(self, name: str) -> Family:
@@ -68,67 +75,94 @@ class TrainableBank:
         for name, layers in newcomers.items():
             families.setdefault(tuple(layers), []).append(name)
         for layers, names in families.items():
-            self._family(layers).add(names)
-        self._tables.clear()
+            while names:
+                family = self._family(layers)
+                room = MOST_OF_A_FAMILY - len(family.names)
+                family.add(names[:room])
+                names = names[room:]
+        self._forget_tables()
 
-    def load(
-        self, names: Sequence[str], layers: Sequence[AdaptedLayer], tensors: Sequence[Mapping[str, Tensor]]
-    ) -> None:
-        """Add a whole family as `Stack.tensors` gave it; raises `AdapterError` where it is not of these layers."""
-        self._family(layers).load(names, tensors)
-        self._tables.clear()
-
-    def keep_only(self, names: Sequence[str]) -> None:
+    def keep_only(self, names: Collection[str]) -> None:
         """Take every other adapter out."""
         for family in self.families:
             if not set(family.names) <= set(names):
                 family.keep(names)
         self.families = [family for family in self.families if family.names]
+        self._forget_tables()
+
+    def _forget_tables(self) -> None:
+        self._parts, self.slots = [], {}
         self._tables.clear()
 
     def _family(self, layers: Sequence[AdaptedLayer]) -> Family:
         for family in self.families:
-            if family.layers == tuple(layers):
+            if family.layers == tuple(layers) and len(family.names) < MOST_OF_A_FAMILY:
                 return family
         self.families.append(Family(layers, self._device))
         return self.families[-1]
 
-    def make_tables(self) -> None:
-        """Make the tables anew from the parameters, with no gradients: once before each training step."""
-        sites: dict[str, list[tuple[int, Stack, int]]] = {}
-        for number, family in enumerate(self.families):
-            for stack in family.stacks:
-                for index, path in enumerate(stack.paths):
-                    sites.setdefault(path, []).append((number, stack, index))
+    def make_tables(self, names: Collection[str] | None = None) -> None:
+        """Make the tables anew from the parameters, with no gradients: once before each training step.
+
+        names: the adapters that take part, None for all; `slots` says how they are numbered.
+        """
         with torch.no_grad():
-            self._tables = {path: _layer_table(parts, self._keep_at(path)) for path, parts in sites.items()}
+            self._parts = [part for family in self.families if (part := _part(family, names)) is not None]
+            sites: dict[str, list[_Share]] = {}
+            for number, part in enumerate(self._parts):
+                for taken in part.stacks:
+                    for index, path in enumerate(taken.stack.paths):
+                        sites.setdefault(path, []).append(_Share(number, taken, index))
+            self._tables = {path: _layer_table(shares, self._keep_at(path)) for path, shares in sites.items()}
+        self.slots = {name: slot for slot, name in enumerate(name for part in self._parts for name in part.names)}
         self._row_of_slot.clear()
 
     def _keep_at(self, path: str) -> Keep | None:
         return Keep.INPUT if is_input(path) else self._keep
 
-    def collect_gradients(self, sum_: Callable[[Tensor], object] | None = None) -> list[Tensor]:
-        """Turn the gradients of the tables into `Stack.gradients`; the squares of their norms ``[S]`` for each family.
-
-        sum_: sums a tensor over several processes, in place, where each has seen some of the rows.
-        """
-        squares = [torch.zeros(len(family.names), device=self._device) for family in self.families]
+    def gradients(self) -> Iterator[PartGradients]:
+        """The gradients of the tables as those of parameters, family by family."""
         with torch.no_grad():
-            for family, square in zip(self.families, squares, strict=True):
-                for stack in family.stacks:
-                    for index, path in enumerate(stack.paths):
-                        square += self._tables[path].gradients_into(stack, index)
-            if sum_ is not None:
-                return [_summed_squares(family, sum_) for family in self.families]
+            for number, part in enumerate(self._parts):
+                tensors = [self._gradients(number, taken) for taken in part.stacks]
+                squares = torch.stack([tensor.square().sum(dim=(0, 1, 3)) for tensor in tensors]).sum(dim=0)
+                yield PartGradients(part.names, part.family, part.rows, tensors, squares)
+
+    def collect_gradients(self) -> list[Tensor]:
+        """Make the gradients of the tables `Stack.gradients`; the squares of their norms ``[S]`` for each family."""
+        squares = []
+        for part in self.gradients():
+            for stack, tensor in zip(part.family.stacks, part.tensors, strict=True):
+                stack.gradients[:, :, part.rows] = tensor
+            squares.append(part.squares)
         return squares
 
+    def _gradients(self, number: int, taken: _Taken) -> Tensor:
+        """Of the parameters of one stack, ``[L, 2, S, n]``."""
+        stack, parameters = taken.stack, taken.parameters
+        gradients = torch.empty(parameters.shape, dtype=parameters.dtype, device=parameters.device)
+        parts = (split_stages(stored, len(stack.stages)) for stored in (parameters, gradients))
+        for stage, (group_size, of_stage, into) in enumerate(zip(stack.stages, *parts, strict=True)):
+            direct, cross = self._vector_gradients(number, taken, stage)
+            of_both = parameter_gradients(direct, cross, of_stage[:, 0], of_stage[:, 1], stack.variant, group_size)
+            torch.stack(of_both, dim=1, out=into)
+        return gradients if stack.trained is None else gradients.masked_fill_(~stack.trained, 0.0)
+
+    def _vector_gradients(self, number: int, taken: _Taken, stage: int) -> tuple[Tensor, Tensor]:
+        """Of direct and cross ``[L, S, D]``; 0 where the forward did not come by a layer."""
+        vectors = taken.rotations[stage]
+        found = [self._tables[path].gradients(number, stage) for path in taken.stack.paths]
+        none = torch.zeros_like(vectors.direct[0])
+        direct, cross = ([none if pair is None else pair[member] for pair in found] for member in (0, 1))
+        return torch.stack(direct), torch.stack(cross)
+
     @contextmanager
-    def attached(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-        """Within the block the sites `paths` are rotated wherever rows are routed (`routed`)."""
+    def attached(self, model: nn.Module, paths: Collection[str] | None = None) -> Iterator[None]:
+        """Within the block the sites `paths` (None: those of the tables) are rotated wherever rows are routed (`routed`)."""
         hooks: Any = Hooks()
         with ExitStack() as stack:
             stack.callback(self._routing.detach, self._routing.attach(model))
-            for path in paths:
+            for path in self._tables if paths is None else paths:
                 layer = model.get_submodule(layer_of(path))
                 hooked = LayerInput(layer) if is_input(path) else layer
                 stack.callback(hooks.attach(hooked, _Site(self, path, layer)))
@@ -143,28 +177,44 @@ class TrainableBank:
         table, choice = self._tables.get(path), self._routing.current()
         if table is None or choice is None:
             return y
-        slots = choice.placed(y, layer, self._rows_of(table.families))
+        slots = choice.placed(y, layer, self._rows_of(tuple(table.rows)))
         return rotate_checked(y, table.chain, slots, table.keep, is_fresh())
 
-    def _rows_of(self, families: tuple[int, ...]) -> tuple[int, ...] | None:
-        """For each slot its row in a table of these families, or -1, as it is for slot -1; None where the rows are the slots."""
-        if len(families) == len(self.families):
+    def _rows_of(self, parts: tuple[int, ...]) -> tuple[int, ...] | None:
+        """For each slot its row in a table of these parts, or -1, as it is for slot -1; None where the rows are the slots."""
+        if len(parts) == len(self._parts):
             return None
-        if families not in self._row_of_slot:
+        if parts not in self._row_of_slot:
             rows: list[int] = []
             count = 0
-            for number, family in enumerate(self.families):
-                size = len(family.names)
-                rows += range(count, count + size) if number in families else [-1] * size
-                count += size if number in families else 0
-            self._row_of_slot[families] = (*rows, -1)
-        return self._row_of_slot[families]
+            for number, part in enumerate(self._parts):
+                size = len(part.names)
+                rows += range(count, count + size) if number in parts else [-1] * size
+                count += size if number in parts else 0
+            self._row_of_slot[parts] = (*rows, -1)
+        return self._row_of_slot[parts]
 
 
-def _summed_squares(family: Family, sum_: Callable[[Tensor], object]) -> Tensor:
-    for stack in family.stacks:
-        sum_(stack.gradients)
-    return torch.stack([stack.gradients.square().sum(dim=(0, 1, 3)) for stack in family.stacks]).sum(dim=0)
+@dataclass(frozen=True, eq=False)
+class PartGradients:
+    """The gradients of adapters of one family that are in the tables.
+
+    names: of S adapters, which are in these rows of the family; tensors: ``[L, 2, S, n]`` for each stack; squares: of their
+    norms, ``[S]``.
+    """
+
+    names: Sequence[str]
+    family: Family
+    rows: Sequence[int]
+    tensors: Sequence[Tensor]
+    squares: Tensor
+
+    def add(self, places: Sequence[int]) -> None:
+        """Add those of the adapters at these places of `names` to `Stack.gradients`."""
+        rows = torch.tensor([self.rows[place] for place in places])
+        for stack, tensor in zip(self.family.stacks, self.tensors, strict=True):
+            chosen = tensor if len(places) == len(self.names) else tensor[:, :, list(places)]
+            stack.gradients.index_add_(2, rows.to(tensor.device), chosen)
 
 
 class _Site(NamedTuple):
@@ -178,46 +228,73 @@ class _Site(NamedTuple):
         return self.bank.rotated(self.path, self.layer, y, is_fresh)
 
 
+class _Taken(NamedTuple):
+    """What is in the tables of one stack: parameters ``[L, 2, S, n]``, and for each stage direct, cross ``[L, S, D]``."""
+
+    stack: Stack
+    parameters: Tensor
+    rotations: tuple[Rotation, ...]
+
+
+class _Part(NamedTuple):
+    """The adapters of one family that are in the tables, and their rows in the family."""
+
+    family: Family
+    names: Sequence[str]
+    rows: Sequence[int]
+    stacks: Sequence[_Taken]
+
+
+class _Share(NamedTuple):
+    """What a part gives to a table: the rotations of one layer of a stack."""
+
+    part: int
+    taken: _Taken
+    layer: int
+
+
+def _part(family: Family, names: Collection[str] | None) -> _Part | None:
+    wanted = None if names is None else set(names)
+    rows = [row for row, name in enumerate(family.names) if wanted is None or name in wanted]
+    if not rows:
+        return None
+    stacks = [_taken(stack, None if len(rows) == len(family.names) else rows) for stack in family.stacks]
+    return _Part(family, [family.names[row] for row in rows], rows, stacks)
+
+
+def _taken(stack: Stack, rows: Sequence[int] | None) -> _Taken:
+    parameters = stack.parameters if rows is None else stack.parameters[:, :, list(rows)]
+    theta, alpha = parameters.unbind(1)
+    return _Taken(stack, parameters, chain_from_parameters(theta, alpha, stack.variant, stack.stages))
+
+
 @dataclass(frozen=True, eq=False)
 class _LayerTable:
-    """The rotations of one site: rows of each of `families` in turn, and where these rows begin; a table a stage."""
+    """The rotations of one site, a table a stage; rows: those of each part."""
 
     chain: Chain
-    families: tuple[int, ...]
-    stacks: tuple[Stack, ...]
-    begins: tuple[int, ...]
+    rows: Mapping[int, slice]
     keep: Keep
 
-    def gradients_into(self, stack: Stack, index: int) -> Tensor:
-        """Write the gradients of layer `index` of `stack`; the squares of their norms ``[S]``."""
-        gradients, parameters = stack.gradients[index], stack.parameters[index]
-        number = next(number for number, one in enumerate(self.stacks) if one is stack)
-        rows = slice(self.begins[number], self.begins[number] + parameters.shape[1])
-        parts = (split_stages(stored, len(stack.stages)) for stored in (parameters, gradients))
-        for table, group_size, of_stage, into in zip(self.chain, stack.stages, *parts, strict=False):
-            direct, cross = table.direct.grad, table.cross.grad
-            if direct is None or cross is None:  # the forward did not come by this layer
-                gradients.zero_()
-                return gradients.new_zeros(parameters.shape[1])
-            theta, alpha = of_stage
-            of_both = parameter_gradients(direct[rows], cross[rows], theta, alpha, stack.variant, group_size)
-            torch.stack(of_both, out=into)
-        if stack.trained is not None:
-            gradients.masked_fill_(~stack.trained, 0.0)
-        return gradients.square().sum(dim=(0, 2))
+    def gradients(self, part: int, stage: int) -> tuple[Tensor, Tensor] | None:
+        """Of direct and cross ``[S, D]`` of a part's rows; None where the forward did not come by."""
+        table = self.chain[stage]
+        if table.direct.grad is None or table.cross.grad is None:
+            return None
+        return table.direct.grad[self.rows[part]], table.cross.grad[self.rows[part]]
 
 
-def _layer_table(parts: Sequence[tuple[int, Stack, int]], keep: Keep | None) -> _LayerTable:
-    families, stacks = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
-    counts = [stack.parameters.shape[2] for stack in stacks]
-    begins = tuple(sum(counts[:number]) for number in range(len(counts)))
+def _layer_table(shares: Sequence[_Share], keep: Keep | None) -> _LayerTable:
+    counts = [share.taken.parameters.shape[2] for share in shares]
+    begins = [sum(counts[:number]) for number in range(len(counts))]
     chains = [
-        chain_from_parameters(stack.parameters[index, 0], stack.parameters[index, 1], stack.variant, stack.stages)
-        for _, stack, index in parts
+        tuple(Rotation(r.direct[share.layer], r.cross[share.layer], r.group_size) for r in share.taken.rotations)
+        for share in shares
     ]
     chain = tuple(_table(stage, counts) for stage in zip_longest(*chains))
-    alike = all(stack.variant is Variant.ROAD_1 for stack in stacks)
-    return _LayerTable(chain, families, stacks, begins, keep or (Keep.COPY if alike else Keep.INPUT))
+    alike = all(share.taken.stack.variant is Variant.ROAD_1 for share in shares)
+    rows = {share.part: slice(begin, begin + count) for share, begin, count in zip(shares, begins, counts, strict=True)}
+    return _LayerTable(chain, rows, keep or (Keep.COPY if alike else Keep.INPUT))
 
 
 def _table(rotations: Sequence[Rotation | None], counts: Sequence[int]) -> RotationTable:

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
+from roadie.engine.charges import Charges
+
 
 class Waiting(Protocol):
     """What can wait in the queue."""
@@ -29,36 +31,6 @@ class Waiting(Protocol):
 
 
 Item = TypeVar("Item", bound=Waiting)
-_Key = TypeVar("_Key", bound=Hashable)
-
-
-class _Counters(Generic[_Key]):
-    """Tokens charged by key. `_floor` is where the one that started last stood then: whoever comes, starts no lower."""
-
-    def __init__(self, weights: Mapping[_Key, float] | None = None) -> None:
-        self._charged: dict[_Key, float] = {}
-        self._weights = weights or {}
-        self._floor = 0.0
-
-    def join(self, key: _Key) -> None:
-        """A key that nobody waited for."""
-        self._charged[key] = max(self.of(key), self._floor)
-
-    def of(self, key: _Key) -> float:
-        """What the key was charged."""
-        return self._charged.get(key, self._floor)
-
-    def charge(self, key: _Key, tokens: float) -> None:
-        """Add the tokens of a start, or give some back (negative)."""
-        before = self.of(key)
-        if tokens > 0:
-            self._floor = max(self._floor, before)
-        self._charged[key] = before + tokens / self._weights.get(key, 1.0)
-
-    def forget_idle(self, in_use: Callable[[_Key], bool], limit: int = 4096) -> None:
-        """Let keys go that are not in use, once there are many: tenants and adapters come and go."""
-        if len(self._charged) > limit:
-            self._charged = {key: value for key, value in self._charged.items() if in_use(key)}
 
 
 class FairQueue(Generic[Item]):
@@ -66,8 +38,8 @@ class FairQueue(Generic[Item]):
 
     def __init__(self, tenant_weights: Mapping[str, float] | None = None) -> None:
         self._queues: dict[str, dict[Hashable, deque[Item]]] = {}
-        self._tenants: _Counters[str] = _Counters(tenant_weights)
-        self._flows: dict[str, _Counters[Hashable]] = {}
+        self._tenants: Charges[str] = Charges(tenant_weights)
+        self._flows: dict[str, Charges[Hashable]] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -91,7 +63,7 @@ class FairQueue(Generic[Item]):
             self._tenants.forget_idle(self._queues.__contains__)
             self._tenants.join(tenant)
             self._queues[tenant] = {}
-            self._flows.setdefault(tenant, _Counters())
+            self._flows.setdefault(tenant, Charges())
         flows = self._queues[tenant]
         if item.flow not in flows:
             self._flows[tenant].forget_idle(flows.__contains__)

@@ -29,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from roadie.adapter import stages_of
 from roadie.checkpoint import WEIGHTS_NAME
 from roadie.distributed.processes import Processes, join
+from roadie.engine.targets import check_any
 from roadie.errors import ConfigError
 from roadie.training.arguments import trainer_arguments
 from roadie.training.checkpoints import (
@@ -46,7 +47,6 @@ from roadie.training.folders import whole_folder
 from roadie.training.group_sizes import tell_of_smaller_groups
 from roadie.training.hub import HubPlace
 from roadie.training.interruption import Interrupted, StopRequest, stop_request
-from roadie.training.many.targets import check_any
 from roadie.training.models import (
     ModelSource,
     as_source,

@@ -1,13 +1,9 @@
-"""Which rows a step sees, and how rows become batches."""
+"""Which rows a step sees."""
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 from roadie.training.encoding import IGNORED, Example
 from roadie.training.many.data import JobData
-from roadie.training.many.packing import Row, collate, learnt_tokens, pack
 
 
 def example(number: int, length: int = 3) -> Example:
@@ -38,23 +34,3 @@ def test_a_step_can_be_found_again_from_its_number():
     assert jumped.rows(8) == rows[8]
     assert jumped.rows(2) == rows[2]
     assert JobData(examples, [], 12, 1).rows(1) == [*rows[4], *rows[5], *rows[6], *rows[7]]
-
-
-@pytest.mark.parametrize("budget", [None, 10, 24, 1000])
-def test_batches_hold_every_row_once_within_the_budget(budget):
-    lengths = [2, 9, 4, 4, 8, 3, 2, 7]
-    rows = [Row(example(number, length), number) for number, length in enumerate(lengths)]
-    batches = pack(rows, budget)
-    assert sorted(row.slot for batch in batches for row in batch) == list(range(len(rows)))
-    sizes = [len(batch) * max(len(row.example.input_ids) for row in batch) for batch in batches]
-    assert budget is None or max(sizes) <= budget
-    assert len(batches) == 1 if budget in (None, 1000) else len(batches) > 1
-
-
-def test_targets_are_the_next_tokens_and_padding_is_in_no_loss():
-    rows = [Row(Example((5, 6, 7), (IGNORED, IGNORED, 7)), 4), Row(Example((8, 9), (8, 9)), 0)]
-    batch = collate(rows, 1, torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 1]]
-    assert batch.targets.tolist() == [[IGNORED, 7, IGNORED], [9, IGNORED, IGNORED]]
-    assert batch.slots.tolist() == [4, 0]
-    assert [learnt_tokens(row.example) for row in rows] == [1, 1]

@@ -12,12 +12,11 @@ from torch import nn
 
 from roadie.bank.families import AdaptedLayer
 from roadie.bank.trainable import TrainableBank
+from roadie.engine.targets import adapted_layers
 from roadie.errors import UnsupportedLayer
 from roadie.rotation import Variant
 from roadie.testing import tiny_llama
 from roadie.training.many import train_many
-from roadie.training.many.targets import adapted_layers
-from roadie.training.recipe import Recipe
 
 
 def _mamba() -> Any:
@@ -36,18 +35,18 @@ def test_layers_that_cannot_be_adapted_are_left_out_or_refused_by_name(
     make: Any, refused: str, adapted: int, caplog: Any
 ) -> None:
     model = make()
-    layers = adapted_layers(model, Recipe(group_size=2))
+    layers = adapted_layers(model, {"group_size": 2})
     assert len(layers) == adapted
     assert refused in caplog.text
     assert not any(refused in layer.path for layer in layers)
     for targets in ((layers[0].path, refused), f".*({refused}|in_proj)"):
         with pytest.raises(UnsupportedLayer, match=f"got target '.*{refused}'"):
-            adapted_layers(model, Recipe(group_size=2, target_modules=targets))
+            adapted_layers(model, {"group_size": 2, "target_modules": targets})
 
 
 def test_names_that_match_nothing_are_named() -> None:
     with pytest.warns(RuntimeWarning, match=r"targets were ignored: 'v_prj' matches no module \(nearest: v_proj"):
-        layers = adapted_layers(tiny_llama(), Recipe(target_modules=("q_proj", "v_prj")))
+        layers = adapted_layers(tiny_llama(), {"target_modules": ("q_proj", "v_prj")})
     assert len(layers) == 2
 
 

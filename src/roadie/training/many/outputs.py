@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,26 +13,28 @@ from torch import Tensor, nn
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, is_input
-from roadie.bank.families import Family
+from roadie.bank.families import AdaptedLayer, Family
+from roadie.engine.targets import target_names
 from roadie.training.folders import whole_folder
 from roadie.training.many.job import Job
 from roadie.training.many.result import JobResult, JobStatus
 from roadie.training.many.state import PreparedJob
-from roadie.training.many.targets import target_names
 from roadie.training.models import ModelSource
+from roadie.training.recipe import Recipe
 from roadie.training.record import RECORD_NAME
 from roadie.version import __version__
 
 _NOT_RECORDED = ("name", "output", "status", "reason")
 
 
-def adapter_config(prepared: PreparedJob, model: nn.Module, source: ModelSource) -> dict[str, Any]:
-    """adapter_config.json of a job's adapter, as PEFT writes it."""
-    recipe = prepared.job.recipe
+def adapter_config(
+    recipe: Recipe, layers: Sequence[AdaptedLayer], model: nn.Module, source: ModelSource
+) -> dict[str, Any]:
+    """adapter_config.json of an adapter of these layers, as PEFT writes it."""
     stages = recipe.stages or (recipe.group_size,)
-    asked = [recipe.input_stages if is_input(layer.path) else stages for layer in prepared.layers]
+    asked = [recipe.input_stages if is_input(layer.path) else stages for layer in layers]
     return {
-        "adapt_group_size": any(layer.stages != wanted for layer, wanted in zip(prepared.layers, asked, strict=True)),
+        "adapt_group_size": any(layer.stages != wanted for layer, wanted in zip(layers, asked, strict=True)),
         "auto_mapping": None,
         "base_model_name_or_path": source.place,
         "group_size": recipe.group_size,
@@ -43,7 +45,7 @@ def adapter_config(prepared: PreparedJob, model: nn.Module, source: ModelSource)
         "peft_type": "ROAD",
         "revision": source.revision,
         "stages": list(recipe.stages) if recipe.stages else None,
-        "target_modules": target_names(model, prepared.layers),
+        "target_modules": target_names(model, layers),
         "task_type": "CAUSAL_LM",
         "variant": recipe.variant,
     }
@@ -72,7 +74,7 @@ def write_output(
         (folder / RECORD_NAME).write_text(f"{text}\n", encoding="utf-8")
 
 
-def adapter_of(family: Family, row: Sequence[Tensor], config: dict[str, Any]) -> Adapter:
+def adapter_of(family: Family, row: Sequence[Tensor], config: Mapping[str, Any]) -> Adapter:
     """The adapter with the parameters `row` (`Family.row`)."""
     return Adapter(family.adapter_layers(row), config)
 

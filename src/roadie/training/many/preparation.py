@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from roadie.adapter import is_input
+from roadie.engine.targets import adapted_layers, targeted
 from roadie.errors import ConfigError, UnsupportedLayer
 from roadie.training.group_sizes import tell_of_smaller_groups
 from roadie.training.many.data import JobData, load_data, steps_of
 from roadie.training.many.job import Job
 from roadie.training.many.jobs_file import Plan
+from roadie.training.many.outputs import adapter_config
 from roadie.training.many.state import PreparedJob
-from roadie.training.many.targets import adapted_layers, targeted
 from roadie.training.models import ModelSource, best_device, context_length, load_model, load_tokenizer, training_dtype
 from roadie.training.rows import DataError
 
@@ -37,7 +38,7 @@ def prepare(plan: Plan, source: ModelSource) -> Prepared:
     data, unread = _read_data(plan, source)
     base = load_model(source, training_dtype(plan.settings.precision)).requires_grad_(False).to(best_device())
     targets: dict[Any, Any] = {}
-    jobs = {job.name: _prepare(job, data[job.name], base, targets) for job in plan.jobs if job.name in data}
+    jobs = {job.name: _prepare(job, data[job.name], base, source, targets) for job in plan.jobs if job.name in data}
     return Prepared(base, jobs, unread)
 
 
@@ -55,18 +56,19 @@ def _read_data(plan: Plan, source: ModelSource) -> tuple[dict[str, JobData], dic
     return data, unread
 
 
-def _prepare(job: Job, data: JobData, base: Any, targets: dict[Any, Any]) -> PreparedJob:
+def _prepare(job: Job, data: JobData, base: Any, source: ModelSource, targets: dict[Any, Any]) -> PreparedJob:
     """targets: what was found for those of earlier jobs, so that it is found, and what is passed over said, once."""
     wanted = job.recipe.target_modules, job.recipe.exclude_modules
     try:
         if wanted not in targets:
             targets[wanted] = targeted(base, *wanted)
-        layers = adapted_layers(base, job.recipe, targets[wanted])
+        layers = adapted_layers(base, job.recipe.to_mapping(), targets[wanted])
     except (ConfigError, UnsupportedLayer) as error:
         raise type(error)(f"job {job.name!r}: {error}") from None
     sizes = ((layer.path, layer.stages) for layer in layers if not is_input(layer.path))
     tell_of_smaller_groups(sizes, job.recipe.stages or (job.recipe.group_size,), f"job {job.name}: ")
-    return PreparedJob(job, data, layers, steps_of(job, data))
+    config = adapter_config(job.recipe, layers, base, source)
+    return PreparedJob(job, data, layers, config, steps_of(job, data))
 
 
 def run_settings(plan: Plan, source: ModelSource, prepared: Prepared) -> dict[str, Any]:

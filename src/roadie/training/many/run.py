@@ -23,7 +23,7 @@ from roadie.training.many.job import Job, RunSettings
 from roadie.training.many.jobs_file import Plan, read_jobs
 from roadie.training.many.logs import Logs, NoLogs
 from roadie.training.many.observer import Observer
-from roadie.training.many.outputs import adapter_config, adapter_of, finished_result, write_output
+from roadie.training.many.outputs import adapter_of, finished_result, write_output
 from roadie.training.many.preparation import Prepared, prepare, run_settings
 from roadie.training.many.rate_warnings import RateWarnings
 from roadie.training.many.result import JobResult, JobStatus, ManyResult
@@ -185,7 +185,7 @@ class _Run:
             return job.result(JobStatus.FINISHED)
         family = bank.family_of(job.name)
         row = job.best_row if job.best_row is not None else family.row(job.name)
-        adapter = adapter_of(family, row, adapter_config(job.prepared, self.prepared.base, self.source))
+        adapter = adapter_of(family, row, job.prepared.config)
         result = job.result(JobStatus.FINISHED)
         history = logs.history(job.name)
         overwrite = self.work.overwrite

@@ -2,9 +2,8 @@
 
     while jobs are left:  join -> step -> evaluate -> leave (finished or failed) -> checkpoint
 
-A job's loss is the mean over its own learnt tokens; the gradient of the sum of all losses is, for each job's parameters,
-that of its own loss. A job whose loss or gradient is not finite leaves before its parameters are used again; those of the
-others are what they would be if it had finished at that step.
+Each job is a tenant of one `TrainingEngine`, and its loss the mean over its own learnt tokens. A job whose loss or gradient is
+not finite leaves; the others are what they would be if it had finished at that step.
 """
 
 from __future__ import annotations
@@ -14,27 +13,28 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 
 from roadie.bank.trainable import TrainableBank
 from roadie.distributed.processes import Processes
-from roadie.kernels import Keep
+from roadie.engine import AdamSettings, ForwardResult, StepResult, TrainingEngine, TrainingRow, TrainingSettings
+from roadie.errors import NotFinite
+from roadie.training.encoding import IGNORED, Example
 from roadie.training.interruption import stop_request
-from roadie.training.many import optimiser
 from roadie.training.many.job import RunSettings
-from roadie.training.many.losses import ManyLosses
 from roadie.training.many.observer import Observer, StepReport
-from roadie.training.many.packing import Row, learnt_tokens
 from roadie.training.many.result import JobResult, JobStatus
-from roadie.training.many.snapshot import Snapshot, restore
+from roadie.training.many.snapshot import Snapshot, restored
 from roadie.training.many.state import ActiveJob, PreparedJob
 
 logger = logging.getLogger("roadie")
 
 Finish = Callable[[ActiveJob, TrainableBank], JobResult]
 Save = Callable[["Session"], None]
+_UNLIMITED = 1 << 62
 
 
 class Session:
@@ -53,32 +53,43 @@ class Session:
         save: Save,
         together: Processes = Processes(),  # noqa: B008 (frozen)
     ) -> None:
-        self.bank = TrainableBank(model.device, Keep.INPUT if settings.keep == "input" else None)
         self.active: dict[str, ActiveJob] = {}
         self.failed: dict[str, str] = {}
         self.results: dict[str, JobResult] = {}
         self.step = 0
         self._waiting = deque(prepared)
-        self._model = model
         self._settings = settings
         self._observers = observers
         self._finish = finish
         self._save = save
-        self._losses = ManyLosses(model, self.bank, settings.max_tokens_per_step, together)
-        self._sum = together.sum_ if together.count > 1 else None
+        self._together = together
+        sizes = TrainingSettings(
+            settings.max_tokens_per_step,
+            keep=settings.keep,
+            max_tenants=_UNLIMITED,
+            max_calls_per_tenant=_UNLIMITED,
+            max_tokens_per_tenant=_UNLIMITED,
+        )
+        self._engine = TrainingEngine(model, sizes, sum_=together.sum_ if together.count > 1 else None)
+
+    @property
+    def bank(self) -> TrainableBank:
+        """Parameters and moments of the active jobs."""
+        return self._engine.bank
 
     def go_on(self, snapshot: Snapshot) -> None:
         """Take everything up where a checkpoint left it."""
         prepared = {one.job.name: one for one in self._waiting}
         self.step = snapshot.step
-        self.active = restore(snapshot, self.bank, prepared)
+        for name, (job, state) in restored(snapshot, prepared).items():
+            self.active[name] = job
+            self._engine.create(name, state)
+        self._engine.run()
         self._waiting = deque(one for name, one in prepared.items() if name not in self.active)
 
     def run(self) -> None:
         """Train every job to its end."""
-        paths = sorted({layer.path for one in self._all_prepared() for layer in one.layers})
-        stoppable = self._sum is None
-        with stop_request(enabled=stoppable) as stop, self.bank.attached(self._model, paths):
+        with stop_request(enabled=self._together.count == 1) as stop:
             self._join()
             while self.active:
                 self._step()
@@ -92,9 +103,6 @@ class Session:
                 if stop.asked and self.active:
                     raise KeyboardInterrupt
 
-    def _all_prepared(self) -> list[PreparedJob]:
-        return [*(job.prepared for job in self.active.values()), *self._waiting]
-
     def _join(self) -> None:
         """Let waiting jobs take part, as many as may."""
         room = self._settings.max_active_jobs or math.inf
@@ -105,85 +113,91 @@ class Session:
             joined.append(job)
         if not joined:
             return
-        self.bank.join({job.name: job.prepared.layers for job in joined})
+        for job in joined:
+            self._engine.create(job.name, job.prepared.config, layers=job.prepared.layers)
+        self._engine.run()
         for job in joined:
             self._tell("on_join", job.name, 0)
         self._evaluate(job for job in joined if job.is_due_for_evaluation)
 
     def _step(self) -> None:
         started = time.perf_counter()
-        jobs = self._jobs_by_slot()
-        rows = [
-            Row(example, slot) for slot, job in enumerate(jobs) for example in job.prepared.data.rows(job.progress.step)
-        ]
-        self.bank.make_tables()
-        losses_S = self._losses.train(rows, len(jobs))
-        squares = self.bank.collect_gradients(self._sum)
-        losses, norms = torch.stack((losses_S, torch.cat(squares).sqrt())).tolist()
-        rates = [job.rates() for job in jobs]
-        begin = 0
-        for family, squares_S in zip(self.bank.families, squares, strict=True):
-            optimiser.step(family, rates[begin : begin + len(family.names)], squares_S)
-            begin += len(family.names)
+        jobs = list(self.active.values())
+        rows = {job.name: job.prepared.data.rows(job.progress.step) for job in jobs}
+        losses = {name: self._engine.forward_backward(name, *self._own(of_job)) for name, of_job in rows.items()}
+        settings = {job.name: job.settings() for job in jobs}
+        steps = {name: self._engine.optim_step(name, of_job) for name, of_job in settings.items()}
+        self._engine.run()
         self.step += 1
-        self._account(jobs, rows, losses, norms, rates, time.perf_counter() - started)
+        tokens = {name: sum(map(_learnt_tokens, of_job)) for name, of_job in rows.items()}
+        found = [(job, loss, _norm(steps[job.name])) for job, loss in zip(jobs, self._all(losses), strict=True)]
+        self._account(found, tokens, settings, time.perf_counter() - started)
 
-    def _jobs_by_slot(self) -> list[ActiveJob]:
-        return [self.active[name] for name in self.bank.names]
+    def _own(self, examples: Sequence[Example]) -> tuple[list[TrainingRow], str]:
+        """The rows of this process: of each length about as many as the others have; their losses add up to a mean over all."""
+        weight = 1 / max(1, sum(map(_learnt_tokens, examples)))
+        ordered = sorted(examples, key=lambda example: -len(example.input_ids))
+        own = examples if self._together.count == 1 else ordered[self._together.rank :: self._together.count]
+        return [_row(example, weight) for example in own], "cross_entropy"
+
+    def _all(self, losses: Mapping[str, Future[ForwardResult]]) -> list[float]:
+        """The losses of jobs, those of all processes together."""
+        own = torch.tensor([_loss(future) for future in losses.values()], dtype=torch.float64)
+        found: list[float] = self._together.sum_(own).tolist()
+        return found
 
     def _account(
         self,
-        jobs: Sequence[ActiveJob],
-        rows: Sequence[Row],
-        losses: Sequence[float],
-        norms: Sequence[float],
-        rates: Sequence[optimiser.Rates],
+        found: Iterable[tuple[ActiveJob, float, float]],
+        tokens: Mapping[str, int],
+        settings: Mapping[str, AdamSettings],
         seconds: float,
     ) -> None:
-        """Note the step of each job; those whose numbers are not finite fail."""
-        tokens = [0] * len(jobs)
-        for row in rows:
-            tokens[row.slot] += learnt_tokens(row.example)
+        """Note the loss and the gradient's norm of each job; those whose numbers are not finite fail."""
         reports, failures = [], {}
-        for job, count, loss, norm, rate in zip(jobs, tokens, losses, norms, rates, strict=True):
+        for job, loss, norm in found:
+            name, count, rate = job.name, tokens[job.name], settings[job.name]
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                failures[job.name] = _divergence(rate, loss, norm)
+                failures[name] = _divergence(job.progress.step + 1, rate, loss, norm)
                 continue
             job.stepped(loss, count)
             done = job.progress.step
-            reports.append(StepReport(job.name, done, job.prepared.steps, loss, norm, rate.learning_rate, count))
+            reports.append(StepReport(name, done, job.prepared.steps, loss, norm, rate.learning_rate, count))
         self._tell("on_step", reports, seconds)
         self._fail(failures)
 
     def _fail(self, failures: Mapping[str, str]) -> None:
         for name, reason in failures.items():
-            job = self.active.pop(name)
+            job = self._take_out(name)
             self.failed[name] = reason
             logger.warning("job %s failed: %s", name, reason)
             self._end(job.result(JobStatus.FAILED, reason))
-        if failures:
-            self.bank.keep_only(list(self.active))
+        self._engine.run()
+
+    def _take_out(self, name: str) -> ActiveJob:
+        self._engine.remove(name)
+        return self.active.pop(name)
 
     def _evaluate(self, due: Iterable[ActiveJob]) -> None:
         """The held-out losses of these jobs, in common batches."""
         chosen = list(due)
         if not chosen:
             return
-        slots = {name: slot for slot, name in enumerate(self.bank.names)}
-        rows = [Row(example, slots[job.name]) for job in chosen for example in job.prepared.data.held_out]
-        self.bank.make_tables()
-        losses = self._losses.evaluate(rows, len(slots)).tolist()
-        for job in chosen:
-            if job.evaluated(losses[slots[job.name]]):
+        losses = {
+            job.name: self._engine.forward(job.name, *self._own(job.prepared.data.held_out), all_logprobs=False)
+            for job in chosen
+        }
+        self._engine.run()
+        for job, loss in zip(chosen, self._all(losses), strict=True):
+            if job.evaluated(loss):
                 job.best_row = self.bank.family_of(job.name).row(job.name)
-            self._tell("on_evaluation", job.name, job.progress.step, losses[slots[job.name]])
+            self._tell("on_evaluation", job.name, job.progress.step, loss)
 
     def _leave(self, done: Sequence[ActiveJob]) -> None:
         for job in done:
             self._end(self._finish(job, self.bank))
-            del self.active[job.name]
-        if done:
-            self.bank.keep_only(list(self.active))
+            self._take_out(job.name)
+        self._engine.run()
 
     def _end(self, result: JobResult) -> None:
         self.results[result.name] = result
@@ -194,8 +208,32 @@ class Session:
             getattr(observer, event)(*arguments)
 
 
-def _divergence(rate: optimiser.Rates, loss: float, norm: float) -> str:
+def _learnt_tokens(example: Example) -> int:
+    return sum(label != IGNORED for label in example.labels[1:])
+
+
+def _row(example: Example, weight: float) -> TrainingRow:
+    """Each token but the last predicts the next one, where that is learnt."""
+    labels = torch.tensor(example.labels[1:])
+    is_learnt = labels != IGNORED
+    return TrainingRow(torch.tensor(example.input_ids[:-1]), labels * is_learnt, is_learnt * weight)
+
+
+def _loss(future: Future[ForwardResult]) -> float:
+    error = future.exception()
+    if isinstance(error, NotFinite):
+        return math.nan if error.loss is None else error.loss
+    return future.result().loss
+
+
+def _norm(future: Future[StepResult]) -> float:
+    error = future.exception()
+    return math.nan if error is not None else future.result().gradient_norm
+
+
+def _divergence(step: int, settings: AdamSettings, loss: float, norm: float) -> str:
     return (
-        f"step {rate.step}: got loss {loss:g} and gradient norm {norm:g}; wanted finite numbers; lower the learning rate "
-        f"({rate.learning_rate:g} here; `roadie find-lr` searches one), or clip harder (max_grad_norm={rate.max_grad_norm:g})"
+        f"step {step}: got loss {loss:g} and gradient norm {norm:g}; wanted finite numbers; lower the learning rate "
+        f"({settings.learning_rate:g} here; `roadie find-lr` searches one), or clip harder "
+        f"(max_grad_norm={settings.max_grad_norm:g})"
     )

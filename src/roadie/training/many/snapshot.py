@@ -1,8 +1,7 @@
 """A checkpoint of a whole run: one safetensors file, written under another name, fsynced and renamed.
 
-    tensors     "FAMILY.STACK.parameters", ".exp_avg", ".exp_avg_sq" [L, 2, S, n]; "best.JOB.STACK" [L, 2, n]
-    metadata    "state": JSON: the step of the run, the jobs of each family in the order of their rows, where each job
-                stands, and why which job failed
+    tensors     "JOB/STACK/parameters", "/exp_avg", "/exp_avg_sq" and "/best" [L, 2, n], where a job has a best evaluation
+    metadata    "state": JSON: the step of the run, where each job stands, in their order, and why which job failed
 
 No state of a random generator is kept, because there is none: a job's order follows from its seed and its step.
 """
@@ -16,23 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from roadie.bank.families import Family, Stack
 from roadie.bank.trainable import TrainableBank
 from roadie.checkpoint.replacement import sync_folder
-from roadie.errors import CheckpointError
+from roadie.engine import TenantState
+from roadie.errors import AdapterError, CheckpointError
 from roadie.training.many.saved import SNAPSHOT_NAME
 from roadie.training.many.state import ActiveJob, PreparedJob, Progress
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What a checkpoint holds. failed: reason by job; families: the names of their jobs; tensors by name."""
+    """What a checkpoint holds. failed: reason by job; tensors by name."""
 
     step: int
-    families: list[list[str]]
     progress: dict[str, dict[str, Any]]
     failed: dict[str, str]
     tensors: dict[str, Tensor]
@@ -44,7 +45,6 @@ def write_snapshot(
     """Replace the checkpoint in `folder`, as a whole or not at all."""
     state = {
         "step": step,
-        "families": [family.names for family in bank.families],
         "progress": {name: asdict(job.progress) for name, job in active.items()},
         "failed": dict(failed),
     }
@@ -57,18 +57,12 @@ def write_snapshot(
 
 
 def _tensors(bank: TrainableBank, active: Mapping[str, ActiveJob]) -> dict[str, Tensor]:
-    stacked = {
-        f"{number}.{index}.{name}": tensor
-        for number, family in enumerate(bank.families)
-        for index, stack in enumerate(family.stacks)
-        for name, tensor in stack.tensors.items()
-    }
-    best = {
-        f"best.{name}.{index}": tensor
-        for name, job in active.items()
-        for index, tensor in enumerate(job.best_row or [])
-    }
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in {**stacked, **best}.items()}
+    found = {}
+    for name, job in active.items():
+        for index, stack in enumerate(bank.family_of(name).state(name)):
+            of_stack = stack if job.best_row is None else {**stack, "best": job.best_row[index]}
+            found.update({f"{name}/{index}/{key}": tensor.cpu() for key, tensor in of_stack.items()})
+    return found
 
 
 def read_snapshot(folder: Path) -> Snapshot | None:
@@ -85,31 +79,30 @@ def read_snapshot(folder: Path) -> Snapshot | None:
         raise CheckpointError(f"{file}: got a damaged checkpoint ({error}); wanted a whole one; start anew") from error
 
 
-def restore(snapshot: Snapshot, bank: TrainableBank, prepared: Mapping[str, PreparedJob]) -> dict[str, ActiveJob]:
-    """Fill an empty bank; the jobs that were active, in the order of their slots.
+def restored(snapshot: Snapshot, prepared: Mapping[str, PreparedJob]) -> dict[str, tuple[ActiveJob, TenantState]]:
+    """The jobs that were active, in their order, and what they have learnt.
 
     Jobs that are not among `prepared` (finished since, or failed) are left out. Raises `AdapterError` where the tensors are
     not those of this model.
     """
-    for number, names in enumerate(snapshot.families):
-        known = [name for name in names if name in prepared]
-        if known:
-            bank.load(names, prepared[known[0]].layers, _stacks_of(snapshot, number))
-    bank.keep_only(list(prepared))
-    return {name: _active(snapshot, prepared[name]) for name in bank.names}
+    return {name: _restored(snapshot, prepared[name]) for name in snapshot.progress if name in prepared}
 
 
-def _stacks_of(snapshot: Snapshot, family: int) -> list[dict[str, Tensor]]:
-    stacks: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in snapshot.tensors.items():
-        number, index, name = key.split(".", 2) if not key.startswith("best.") else ("", "", "")
-        if number == str(family):
-            stacks.setdefault(int(index), {})[name] = tensor
-    return [stacks[index] for index in sorted(stacks)]
-
-
-def _active(snapshot: Snapshot, prepared: PreparedJob) -> ActiveJob:
+def _restored(snapshot: Snapshot, prepared: PreparedJob) -> tuple[ActiveJob, TenantState]:
     name = prepared.job.name
-    best = {key: tensor for key, tensor in snapshot.tensors.items() if key.rpartition(".")[0] == f"best.{name}"}
-    rows = [best[f"best.{name}.{index}"] for index in range(len(best))] or None
-    return ActiveJob(prepared, Progress(**snapshot.progress[name]), rows)
+    family = Family(prepared.layers, torch.device("cpu"))
+    stacks = [_stack(snapshot, f"{name}/{index}/", stack) for index, stack in enumerate(family.stacks)]
+    best = [saved.pop("best") for saved in stacks if "best" in saved]
+    progress = Progress(**snapshot.progress[name])
+    state = TenantState.of(family, stacks, prepared.config, progress.step)
+    return ActiveJob(prepared, progress, best or None), state
+
+
+def _stack(snapshot: Snapshot, begin: str, stack: Stack) -> dict[str, Tensor]:
+    saved = {key.removeprefix(begin): tensor for key, tensor in snapshot.tensors.items() if key.startswith(begin)}
+    shape = stack.parameters.shape
+    wanted = (*shape[:2], shape[3])
+    for key, tensor in saved.items():
+        if tensor.shape != wanted:
+            raise AdapterError(f"got {key} {tuple(tensor.shape)}; wanted {wanted}; use the model it was saved for")
+    return saved

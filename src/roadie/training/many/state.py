@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from roadie.bank.families import AdaptedLayer
+from roadie.engine import AdamSettings
 from roadie.training.many.data import JobData
 from roadie.training.many.job import Job
-from roadie.training.many.optimiser import Rates
 from roadie.training.many.result import JobResult, JobStatus
 from roadie.training.many.schedule import learning_rate
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedJob:
-    """A job that can be trained: its examples, the layers it adapts, and how many steps it takes."""
+    """A job that can be trained: its examples, the layers it adapts, its adapter_config.json, and how many steps it takes."""
 
     job: Job
     data: JobData
     layers: tuple[AdaptedLayer, ...]
+    config: Mapping[str, Any]
     steps: int
 
 
@@ -64,11 +67,11 @@ class ActiveJob:
         at_interval = interval is not None and self.progress.step % interval == 0
         return bool(self.prepared.data.held_out) and (at_interval or self.is_done or self.progress.step == 0)
 
-    def rates(self) -> Rates:
+    def settings(self) -> AdamSettings:
         """What the optimiser is told for the next step."""
         recipe, done = self.prepared.job.recipe, self.progress.step
         rate = learning_rate(recipe, done, self.prepared.steps)
-        return Rates(rate, done + 1, recipe.weight_decay, recipe.max_grad_norm)
+        return AdamSettings(rate, recipe.weight_decay, recipe.max_grad_norm)
 
     def stepped(self, loss: float, tokens: int) -> None:
         """Note a step that was done."""

@@ -7,9 +7,9 @@ import torch
 from transformers import get_scheduler
 
 from roadie.bank.families import AdaptedLayer, Family
+from roadie.engine import AdamSettings, optimiser
+from roadie.errors import ConfigError
 from roadie.rotation import Variant
-from roadie.training.many import optimiser
-from roadie.training.many.optimiser import Rates
 from roadie.training.many.schedule import learning_rate
 from roadie.training.recipe import Recipe
 
@@ -20,7 +20,7 @@ LAYERS = [
 ]
 SETTINGS = [
     {"lr": 3e-3, "weight_decay": 0.0, "clip": 1.0, "begins": 0},
-    {"lr": 1e-1, "weight_decay": 0.3, "clip": 0.0, "begins": 0},
+    {"lr": 1e-1, "weight_decay": 0.3, "clip": 0.0, "begins": 0, "betas": (0.8, 0.95), "eps": 1e-12},
     {"lr": 1e-2, "weight_decay": 0.01, "clip": 0.2, "begins": 3},
 ]
 STEPS = 12
@@ -41,7 +41,13 @@ def test_each_adapter_moves_as_with_torch_alone():
     made = family()
     copies = own_copies(made)
     optimisers = [
-        torch.optim.AdamW(copy, lr=one["lr"], weight_decay=one["weight_decay"])
+        torch.optim.AdamW(
+            copy,
+            lr=one["lr"],
+            weight_decay=one["weight_decay"],
+            betas=one.get("betas", (0.9, 0.999)),
+            eps=one.get("eps", 1e-8),
+        )
         for copy, one in zip(copies, SETTINGS, strict=True)
     ]
     generator = torch.Generator().manual_seed(0)
@@ -50,8 +56,17 @@ def test_each_adapter_moves_as_with_torch_alone():
             stack.gradients.normal_(generator=generator)
         given = [[stack.gradients[:, :, slot].double() for stack in made.stacks] for slot in range(3)]
         squares = sum(stack.gradients.square().sum(dim=(0, 1, 3)) for stack in made.stacks)
-        rates = [Rates(s["lr"] * (step >= s["begins"]), step + 1, s["weight_decay"], s["clip"]) for s in SETTINGS]
-        optimiser.step(made, rates, squares)
+        settings = [
+            AdamSettings(
+                one["lr"] * (step >= one["begins"]),
+                one["weight_decay"],
+                one["clip"],
+                *one.get("betas", (0.9, 0.999)),
+                one.get("eps", 1e-8),
+            )
+            for one in SETTINGS
+        ]
+        optimiser.step(made, settings, [step + 1] * 3, squares)
         for copy, gradients, rule, one in zip(copies, given, optimisers, SETTINGS, strict=True):
             for parameter, gradient in zip(copy, gradients, strict=True):
                 parameter.grad = gradient.clone()
@@ -76,10 +91,35 @@ def test_one_adapter_that_is_not_finite_stays_alone():
         stack.gradients[:, :, 1] = float("nan")
     for made in (alone, together):
         squares = sum(stack.gradients.square().sum(dim=(0, 1, 3)) for stack in made.stacks)
-        optimiser.step(made, [Rates(0.1, 1, 0.1, 1.0)] * 3, squares)
+        optimiser.step(made, [AdamSettings(0.1, 0.1, 1.0)] * 3, [1] * 3, squares)
     for name in "xz":
         assert all(map(torch.equal, alone.row(name), together.row(name)))
     assert all(tensor.isnan().all() for tensor in together.row("y"))
+
+
+def test_some_of_a_family_move_as_all_would_and_the_others_stay():
+    some, whole = family(), family()
+    for made in (some, whole):
+        generator = torch.Generator().manual_seed(1)
+        for stack in made.stacks:
+            stack.gradients.normal_(generator=generator)
+    settings = [AdamSettings(0.1), AdamSettings(0.2, 0.1, 0.5), AdamSettings(0.3)]
+    rows = [0, 2]
+    optimiser.step(whole, settings, [1, 4, 7], optimiser.squared_norms(whole, range(3)))
+    squares = optimiser.squared_norms(some, rows)
+    optimiser.step(some, [settings[row] for row in rows], [1, 7], squares, rows)
+    for name in "xz":
+        assert all(map(torch.equal, some.row(name), whole.row(name)))
+    assert all(map(torch.equal, some.row("y"), family().row("y")))
+    assert not any(map(torch.equal, some.row("z"), family().row("z")))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": -1.0}, {"beta1": 1.0}, {"eps": float("nan")}, {"weight_decay": True}]
+)
+def test_settings_out_of_range_are_named(wrong):
+    with pytest.raises(ConfigError, match=f"got {next(iter(wrong))}="):
+        AdamSettings(**{"learning_rate": 0.1, **wrong})
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

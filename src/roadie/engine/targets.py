@@ -1,4 +1,4 @@
-"""Which layers of a model a job adapts, found as PEFT finds them, but without PEFT.
+"""Which layers of a model an adapter adapts, found as PEFT finds them, but without PEFT.
 
 "all-linear" is every linear layer but the output embeddings and those that cannot be adapted (`roadie.linear`); a list holds
 names or ends of module paths; any other text is a regular expression for whole paths. Linear layers are torch.nn.Linear
@@ -28,24 +28,23 @@ from roadie.linear import (
     without_refused,
 )
 from roadie.share import Share
-from roadie.training.recipe import ALL_LINEAR, Recipe
 
-_SETTINGS = ("variant", "group_size", "adapt_group_size", "stages", "input_stages")
+ALL_LINEAR = "all-linear"
 
 
 def adapted_layers(
-    model: Any, recipe: Recipe, modules: Mapping[str, nn.Module] | None = None
+    model: Any, config: Mapping[str, Any], modules: Mapping[str, nn.Module] | None = None
 ) -> tuple[AdaptedLayer, ...]:
-    """The layers that `recipe` adapts, in the order of the model, each followed by its input where that is rotated too.
+    """The layers that `config` adapts, in the order of the model, each followed by its input where that is rotated too.
 
-    modules: what `targeted` gave for what the recipe targets and excludes; None: it is asked.
+    config: in the words of adapter_config.json, and ``share``; modules: what `targeted` gave for what it targets and excludes;
+    None: it is asked.
     Raises what `targeted` raises, and `ConfigError` where a group size does not divide a layer, or the share has no pair;
     `UnsupportedLayer` where something other than a linear layer is targeted.
     """
-    config = {key: getattr(recipe, key) for key in _SETTINGS}
-    share = None if recipe.share is None else Share.parse(recipe.share)
+    share = None if config.get("share") is None else Share.parse(config["share"])
     if modules is None:
-        modules = targeted(model, recipe.target_modules, recipe.exclude_modules)
+        modules = targeted(model, config.get("target_modules") or ALL_LINEAR, config.get("exclude_modules") or None)
     found = []
     for path, module in modules.items():
         widths = {path: _out_features(path, module)}
@@ -74,7 +73,7 @@ def target_names(model: nn.Module, layers: Sequence[AdaptedLayer]) -> list[str]:
 
 
 def targeted(
-    model: Any, targets: str | tuple[str, ...], excluded: str | tuple[str, ...] | None = None
+    model: Any, targets: str | Collection[str], excluded: str | Collection[str] | None = None
 ) -> dict[str, nn.Module]:
     """The modules of `model` that `targets` mean and `excluded` does not, by path; names that match nothing are warned of.
 
@@ -92,16 +91,16 @@ def targeted(
     return found
 
 
-def check_any(model: nn.Module, targets: str | tuple[str, ...], setting: str) -> None:
+def check_any(model: nn.Module, targets: str | Collection[str], setting: str) -> None:
     """Raise `ConfigError` where `targets` mean no module at all; setting: what they are called where they were given."""
     if targets != ALL_LINEAR and not _chosen(model, targets):
         raise ConfigError(
             f"got {setting}={_shown(targets)}, which no module of the model has; wanted names of linear layers, such as "
-            f"{_shown(_some_names(model, targets if isinstance(targets, str) else targets[0]))}"
+            f"{_shown(_some_names(model, targets if isinstance(targets, str) else next(iter(targets))))}"
         )
 
 
-def _targeted(model: Any, targets: str | tuple[str, ...], left_out: Collection[str]) -> dict[str, nn.Module]:
+def _targeted(model: Any, targets: str | Collection[str], left_out: Collection[str]) -> dict[str, nn.Module]:
     if targets == ALL_LINEAR:
         output = model.get_output_embeddings()
         linear = {path: m for path, m in model.named_modules() if is_linear(m) and m is not output}
@@ -111,14 +110,14 @@ def _targeted(model: Any, targets: str | tuple[str, ...], left_out: Collection[s
     return found
 
 
-def _chosen(model: nn.Module, names: str | tuple[str, ...]) -> dict[str, nn.Module]:
+def _chosen(model: nn.Module, names: str | Collection[str]) -> dict[str, nn.Module]:
     """The modules that an expression matches, or that have one of the names."""
     if isinstance(names, str):
         return {path: module for path, module in model.named_modules() if re.fullmatch(names, path)}
     return _named(model, names)
 
 
-def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def _named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if any(has_name(path, name) for name in names)}
 
 
@@ -136,5 +135,5 @@ def _some_names(model: nn.Module, meant: str) -> list[str]:
     return by_likeness(meant, (path for path, module in model.named_modules() if is_linear(module)))
 
 
-def _shown(names: str | Sequence[str]) -> str:
+def _shown(names: str | Collection[str]) -> str:
     return repr(names if isinstance(names, str) else list(names))

@@ -1,0 +1,12 @@
+"""The guide runs, and prints what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.guides import blocks_of, run
+
+
+def test_the_guide_prints_what_it_says(tmp_path: Path) -> None:
+    assert run(blocks_of("engine.md"), tmp_path) == "".join(blocks_of("engine.md", "text"))
+    assert (tmp_path / "french" / "optimiser.safetensors").exists()
