@@ -7,6 +7,7 @@
 #   make gpu                                      on a CUDA machine: are the kernels right, what do adapters cost; eight minutes
 #   make test-vllm                                the tests of the vLLM plug-in, in .venv-vllm (3.5 GB)
 #   make test-ray                                 the tests on Ray Serve, in .venv-ray (0.4 GB above .venv)
+#   make test-eval                                the tests with lm-eval, in .venv-eval (0.3 GB above .venv)
 #   make test CONSTRAINTS=constraints-lowest.txt VENV=.venv-lowest    with the oldest versions that are supported
 
 PYTHON ?= python3
@@ -14,6 +15,7 @@ VENV ?= .venv
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "constraints-lowest.txt")')
 VLLM_VENV ?= .venv-vllm
 RAY_VENV ?= .venv-ray
+EVAL_VENV ?= .venv-eval
 DEEPSPEED_VENV ?= .venv-deepspeed
 WORKERS ?= 2
 ARGS ?=
@@ -26,7 +28,7 @@ CHECKED := $(wildcard src tests scripts examples benchmarks)
 CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray check bench gpu quality quality-quick structure format build clean
+.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick structure format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +47,9 @@ test-vllm: $(VLLM_VENV)/.installed ## tests of the vLLM plug-in, in an environme
 
 test-ray: $(RAY_VENV)/.installed ## tests on Ray Serve, in an environment of its own (ARGS="..." goes to pytest)
 	$(RAY_VENV)/bin/python -m pytest tests/ray $(ARGS)
+
+test-eval: $(EVAL_VENV)/.installed ## tests with lm-eval, in an environment of its own (ARGS="..." goes to pytest)
+	$(EVAL_VENV)/bin/python -m pytest tests/evaluation $(ARGS)
 
 test-deepspeed: $(DEEPSPEED_VENV)/.installed ## tests with DeepSpeed's ZeRO-3, in an environment of its own (ARGS="..." goes to pytest)
 	$(DEEPSPEED_VENV)/bin/python -m pytest tests/distributed/test_deepspeed.py $(ARGS)
@@ -81,7 +86,7 @@ build: $(VENV)/.development ## wheel and source archive into dist/
 	$(RUN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) $(RAY_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) $(RAY_VENV) $(EVAL_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 
 $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -110,7 +115,7 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# Ray's environment lies above the development one, and uses what is there: only what Ray brings is installed into it.
+# Ray's and lm-eval's environments lie above the development one, and use what is there: only what they bring is installed into them.
 ABOVE = import pathlib, sys, sysconfig; \
 	path = pathlib.Path(sysconfig.get_path("purelib"), "development.pth"); \
 	path.write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")
@@ -119,4 +124,10 @@ $(RAY_VENV)/.installed: constraints-ray.txt $(VENV)/.development
 	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
 	$(RAY_VENV)/bin/python -c '$(ABOVE)' "$$($(RUN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(RAY_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-ray.txt "ray[serve]"
+	touch $@
+
+$(EVAL_VENV)/.installed: constraints-eval.txt $(VENV)/.development
+	test -x $(EVAL_VENV)/bin/python || $(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -c '$(ABOVE)' "$$($(RUN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(EVAL_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-eval.txt "lm_eval[api]"
 	touch $@

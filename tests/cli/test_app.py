@@ -24,6 +24,7 @@ VERBS = (
     "compare",
     "demo",
     "deploy",
+    "eval",
     "find-lr",
     "fit",
     "generate",

@@ -16,6 +16,7 @@ from roadie.cli.combine import combine
 from roadie.cli.compare import compare
 from roadie.cli.demo import demo
 from roadie.cli.deploy import deploy
+from roadie.cli.evaluate import evaluate
 from roadie.cli.find_lr import find_lr
 from roadie.cli.fit import fit
 from roadie.cli.generate import generate
@@ -101,6 +102,7 @@ app.command(short_help="Fit an adapter to a fine-tuned model or a LoRA adapter, 
 app.command(short_help="Serve a base model and many adapters by OpenAI's API.")(serve)
 app.command(short_help="Deploy replicas of the server with Ray Serve.")(deploy)
 app.command("api-key", short_help="Make an API key for roadie serve.")(api_key)
+app.command("eval", short_help="Evaluate many adapters on lm-eval's tasks, in one pass.")(evaluate)
 app.command("bench-serve", short_help="Drive a server with many adapters, and measure it.")(bench_serve)
 app.add_typer(combine, name="combine", short_help="Compose, invert, average, convert adapters.")
 app.command(short_help="Show what adapters do to each layer: numbers, pictures, a report.")(inspect)

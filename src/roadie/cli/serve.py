@@ -107,8 +107,9 @@ def serve(
     with quiet_libraries():
         from roadie import embedded
         from roadie.serving.engine import EngineSettings
-        from roadie.serving.http.launch import Endpoint, Folders, Launch, recorded_bases, run
+        from roadie.serving.http.launch import Endpoint, Folders, Launch, run
         from roadie.serving.http.settings import HttpSettings
+        from roadie.serving.places import recorded_bases
         from roadie.training.models import ModelSource, best_device, load_model, load_tokenizer
 
         endpoint = Endpoint(host, port, api_keys, anonymous)

@@ -14,14 +14,15 @@ Kubernetes' volumes and snapshots of the Hub's cache are made of such links. In 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from roadie.checkpoint import CONFIG_NAME
-from roadie.errors import ConfigError
+from roadie.checkpoint import CONFIG_NAME, read_config
+from roadie.errors import ConfigError, RoadieError
 
 MAX_NAME_CHARS = 128
 MAX_DEPTH = 3
@@ -150,3 +151,14 @@ def _blobs_beside(folder: Path) -> Iterator[Path]:
     for each in (folder, *folder.parents):
         if each.name == "snapshots" and (each.parent / "blobs").is_dir():
             yield each.parent / "blobs"
+
+
+def recorded_bases(folder: Path) -> list[str]:
+    """The base models that the adapters in a folder name; those that name none, or cannot be read, are left out."""
+    found: list[str] = []
+    root = folder.resolve()
+    for path in Places(root, (root,)).found()[0].values():
+        with contextlib.suppress(RoadieError):
+            base = read_config(path).get("base_model_name_or_path")
+            found += [base] if isinstance(base, str) else []
+    return found

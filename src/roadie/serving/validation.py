@@ -74,10 +74,15 @@ def check_length(num_prompt_tokens: int, max_tokens: int, limits: EngineLimits) 
         )
 
 
+def num_read(request: GenerationRequest) -> int:
+    """Tokens of a prompt that the model reads: not the last where nothing is generated, since nobody asks what follows it."""
+    return max(1, len(request.prompt_ids) - (request.sampling.max_tokens == 0))
+
+
 def check_request(request: GenerationRequest, limits: EngineLimits, has_tokenizer: bool) -> None:
     """Raise `PromptTooLong`, or `ConfigError` for tokens that are not in the vocabulary or stop strings without a tokenizer."""
     rules, size = request.sampling, limits.vocabulary_size
-    check_length(len(request.prompt_ids), rules.max_tokens, limits)
+    check_length(num_read(request), rules.max_tokens, limits)
     if not request.prompt_ids:
         raise ConfigError("got a prompt without tokens; wanted one of the vocabulary at least")
     _check_scoring(request)

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from roadie import embedded
 from roadie.cli.app import app
 from roadie.errors import ConfigError
-from roadie.serving.http.launch import Endpoint, Folders, Launch, open_registry, recorded_bases, run
+from roadie.serving.http.launch import Endpoint, Folders, Launch, open_registry, run
 from roadie.serving.http.naming import ModelNames, parse_wish
 from roadie.serving.http.server import bind
 from roadie.serving.http.settings import HttpSettings
+from roadie.serving.places import recorded_bases
 
 
 def no_model() -> tuple[Any, Any]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from roadie import embedded
-from roadie.checkpoint import read_config
-from roadie.errors import ConfigError, RoadieError
+from roadie.errors import ConfigError
 from roadie.serving.batch_engine import ContinuousBatchingEngine
 from roadie.serving.engine import EngineSettings
 from roadie.serving.http.adapters import left_out_of
@@ -25,7 +24,7 @@ from roadie.serving.http.app import make_service
 from roadie.serving.http.keys import read_keys
 from roadie.serving.http.server import LOOPBACK, bind, serve
 from roadie.serving.http.settings import HttpSettings
-from roadie.serving.places import LeftOut, Places
+from roadie.serving.places import LeftOut
 from roadie.serving.registry import Registry
 
 _log = logging.getLogger("roadie")
@@ -148,14 +147,3 @@ def open_registry(launch: Launch, *, is_embedded: bool) -> Iterator[Registry]:
     with tempfile.TemporaryDirectory(prefix="roadie-serve-") as scratch:
         root = embedded.adapters_path() if is_embedded else Path(scratch)
         yield open_folder(root, state_file=folders.state_file or Path(scratch) / "state.json")
-
-
-def recorded_bases(folder: Path) -> list[str]:
-    """The base models that the adapters in a folder name; those that name none, or cannot be read, are left out."""
-    found: list[str] = []
-    root = folder.resolve()
-    for path in Places(root, (root,)).found()[0].values():
-        with contextlib.suppress(RoadieError):
-            base = read_config(path).get("base_model_name_or_path")
-            found += [base] if isinstance(base, str) else []
-    return found
