@@ -32,9 +32,12 @@ class Part:
         items[:] = sorted(left, key=lambda item: hasattr(item.obj, "hypothesis"))  # many examples, many kernels: last
 
     def pytest_collectreport(self, report: Any) -> None:
-        """A file that cannot be read; all parts say so, and it counts once."""
+        """A file that cannot be read, or is skipped as a whole; all parts say so, and it counts once."""
+        ended = {"step": self._step, "by": self._by, "case": report.nodeid}
         if report.failed:
-            self._journal.put(ENDED, step=self._step, by=self._by, case=report.nodeid, error=_why(report))
+            self._journal.put(ENDED, **ended, error=_why(report))
+        if report.skipped:
+            self._journal.put(ENDED, **ended, entries=[{"workload": "tests", "outcome": report.outcome}])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A test begins."""
@@ -64,7 +67,7 @@ class Part:
 
 def _why(report: Any) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
-    return str(crash.message if crash is not None else report.longrepr)[:500]
+    return str(crash.message)[:500] if crash is not None else str(report.longrepr)[-500:]
 
 
 def run(part: Part, paths: tuple[str, ...]) -> bool:

@@ -21,7 +21,7 @@ from benchmarks.gpu.report import ROADIE_NAMED
 from benchmarks.gpu.setting import Entry, Setting
 from benchmarks.harness import Budget, Run, measure
 from benchmarks.machine import commit, describe
-from benchmarks.rivals import FROZEN, PEFT_LORA, PEFT_ROAD, ROADIE, ROADIE_TRAINABLE
+from benchmarks.rivals import FROZEN, GROUP_SIZE, PEFT_LORA, PEFT_ROAD, ROADIE, ROADIE_TRAINABLE, sharing_copy
 from benchmarks.statistics import summarise
 from benchmarks.workloads import adapters, entry, model
 from benchmarks.workloads import layer as one_layer
@@ -30,6 +30,7 @@ from benchmarks.workloads.decoding import captured
 from benchmarks.workloads.layer import INFERENCE, LayerCase
 from benchmarks.workloads.layer import TRAINING as LAYER_TRAINING
 from benchmarks.workloads.model import TARGETS, TRAINING, ModelCase, ModelSize
+from roadie.testing import random_adapter
 
 PRECISION = "bf16"
 RIVALS = (FROZEN, ROADIE, PEFT_ROAD, PEFT_LORA)
@@ -78,7 +79,7 @@ def decoding(
 ) -> list[Entry]:
     """One token a row; how: the rows say which adapters they use (see `plan`). All rows' worth of adapters are resident."""
     resident = 1 if how == ONE else rows
-    models = {name: _model(setting.device, ModelSize(**setting.sizes[size]), name, resident) for name in COMPARED[how]}
+    models = _models(setting, ModelSize(**setting.sizes[size]), resident, how)
     frozen = models[FROZEN]
     case = {"model": size, "rows": rows, "adapters": adapters, "how": how, "context": context, "precision": PRECISION}
     with torch.no_grad(), _rows(models, rows, adapters, how):
@@ -133,11 +134,29 @@ def _as_graphs(setting: Setting, runs: dict[str, Run]) -> tuple[dict[str, Run], 
     return graphs, refused
 
 
+def _models(setting: Setting, size: ModelSize, resident: int, how: str) -> dict[str, nn.Module]:
+    """What is compared; where rows are named once, roadie's model is one that a bank serves."""
+    made = {
+        name: _model(setting.device, size, name, resident) for name in COMPARED[how] if (name, how) != (ROADIE, MIXED)
+    }
+    if how == MIXED:
+        made[ROADIE] = _bank(setting.device, size, resident).model
+    return {name: made[name] for name in COMPARED[how]}
+
+
 @cache
-def _model(device: str, size: ModelSize, name: str, adapters_of: int) -> nn.Module:
+def _model(device: str, size: ModelSize, name: str, resident: int) -> nn.Module:
     if name == FROZEN:
         return _base(device, size)
-    return adapters.with_adapters(_base(device, size), name, TARGETS, adapters_of)
+    return adapters.with_adapters(_base(device, size), name, TARGETS, resident)
+
+
+@cache
+def _bank(device: str, size: ModelSize, resident: int) -> roadie.AdapterBank:
+    base = _base(device, size)
+    bank = roadie.AdapterBank(sharing_copy(base), slots=resident)
+    bank.update({f"a{seed}": random_adapter(base, seed, group_size=GROUP_SIZE) for seed in range(resident)})
+    return bank
 
 
 @cache

@@ -25,7 +25,7 @@ from benchmarks.rivals import FROZEN, PEFT_LORA, PEFT_ROAD, ROADIE, ROADIE_TRAIN
 from tests.patience import HANG_S, until
 
 from roadie.kernels.triton import TritonImplementation
-from roadie.testing import relative_error
+from roadie.testing import random_adapter, relative_error
 from roadie.testing.accuracy import unit_roundoff
 
 STEPS = ["machine", "kernels", "tests", "layers", "decoding", "training", "figure"]
@@ -316,19 +316,81 @@ def test_layers_are_timed_with_frozen_adapters_but_the_one_that_says_otherwise()
     assert list(trained["rivals"]) == [FROZEN, ROADIE, PEFT_ROAD, PEFT_LORA]
 
 
-def test_rows_that_are_named_once_decode_as_those_that_are_named_in_every_step() -> None:
+def test_rows_that_are_named_once_decode_each_in_its_own_adapter() -> None:
     from benchmarks.gpu import timed
     from benchmarks.workloads import adapters
-    from benchmarks.workloads.model import ModelSize
+    from benchmarks.workloads.model import TARGETS, ModelSize
 
-    model = timed._model("cpu", ModelSize(**CPU.sizes["a toy"]), ROADIE, 4)
-    rows = [0, 1, 0, 1]
-    named = adapters.step(ROADIE, model, rows, 4, named=True)()
-    with torch.no_grad(), timed._rows({ROADIE: model}, 4, 2, MIXED):
-        once = adapters.step(ROADIE, model, rows, 4, named=False)()
-    plain = adapters.step(ROADIE, model, rows, 4, named=False)()
-    assert relative_error(once, named) < 4 * unit_roundoff(torch.bfloat16)
-    assert relative_error(plain, named) > 4 * unit_roundoff(torch.bfloat16)
+    models = timed._models(CPU, ModelSize(**CPU.sizes["a toy"]), 4, MIXED)
+
+    def logits(count: int, named: list[int]) -> torch.Tensor:
+        with torch.no_grad(), timed._rows(models, 4, count, MIXED):
+            return adapters.step(ROADIE, models[ROADIE], named, 4, named=False)()
+
+    mixed, first = logits(2, [0, 1, 0, 1]), logits(1, [0, 0, 0, 0])
+    u = unit_roundoff(torch.bfloat16)
+    assert relative_error(mixed[::2], first[::2]) < 4 * u
+    assert relative_error(mixed[1::2], first[1::2]) > 4 * u
+    frozen = adapters.step(FROZEN, models[FROZEN], [0] * 4, 4, named=False)()
+    assert relative_error(first, frozen) > 4 * u
+    adapted = random_adapter(models[FROZEN], 0, group_size=64).layers
+    assert {path.rpartition(".")[2] for path in adapted} == set(TARGETS)
+
+
+def test_what_cannot_be_captured_says_so_and_the_others_go_on() -> None:
+    from benchmarks.gpu import timed
+
+    def captured(run: Any) -> Any:
+        if run() == "reads the device":
+            raise RuntimeError("not while capturing\nand more")
+        return run
+
+    on_gpu = Setting("cuda", {})
+    runs = {FROZEN: lambda: "works", ROADIE: lambda: "reads the device", PEFT_LORA: lambda: "works"}
+    with mock.patch.object(timed, "captured", captured), mock.patch.object(torch.cuda, "synchronize"):
+        graphs, refused = timed._as_graphs(on_gpu, runs)
+        assert list(graphs) == [FROZEN, PEFT_LORA]
+        assert refused == {ROADIE: "RuntimeError: not while capturing"}
+        with pytest.raises(RuntimeError, match="not while capturing"):
+            timed._as_graphs(on_gpu, {FROZEN: runs[ROADIE]})
+
+
+PYTEST_FILE = """
+import os, pytest
+
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+@pytest.mark.skip
+def test_skipped(): pass
+def test_crash(): os.abort()
+"""
+
+
+@pytest.mark.slow
+def test_tests_are_dealt_to_parts_and_each_is_written_down(tmp_path: Path) -> None:
+    """Also where one of them ends the process: the next one goes on behind it."""
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    (tmp_path / "test_some.py").write_text(PYTEST_FILE)
+    (tmp_path / "test_none.py").write_text("import pytest; pytest.skip('no device', allow_module_level=True)")
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    journal = Journal(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.gpu import suite; from benchmarks.gpu.journal import Journal\n"
+        "folder, index = Path(sys.argv[1]), int(sys.argv[2]); journal = Journal(folder); journal.bury(f's/{index}')\n"
+        "part = suite.Part(journal, 's', f's/{index}', index, 2, lambda: False)\n"
+        "sys.exit(not suite.run(part, (sys.argv[1],)))"
+    )
+    step = Step("s", cases_of("one", "two"), 2)
+
+    def command(step: Step, index: int, seconds: float) -> list[str]:
+        return [sys.executable, "-c", code, str(tmp_path), str(index)]
+
+    assert driver.run_step(step, journal, time.monotonic() + HANG_S, command, here())
+    found = {name.rpartition("/")[2].rpartition(":")[2]: error for name, error in outcomes(journal).items()}
+    assert found.pop("test_right") is found.pop("test_skipped") is found.pop("test_none.py") is None
+    assert "assert 1 == 2" in str(found.pop("test_wrong"))
+    assert "no_such_module" in str(found.pop("test_broken.py"))
+    assert found == {"test_crash": DIED}
 
 
 # What becomes of it
