@@ -13,6 +13,7 @@ record of benchmarks/results into docs/performance.md.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -51,11 +52,15 @@ def _run(options: argparse.Namespace) -> int:
         flags += ["--tiny"] * options.tiny
         return [sys.executable, "-m", "benchmarks.gpu.worker", step.name, str(index), *flags]
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which leaves a record, too
     with tempfile.TemporaryDirectory() as site:
         environment = driver.environment(options.device, options.wheels, Path(site))
-        driver.run(plan.steps(options.tiny), journal, until, command, environment)
-        sys.path[:0] = environment["PYTHONPATH"].split(":")  # for what makes the record
-        return _assemble(folder, folder / "record.json")
+        try:
+            driver.run(plan.steps(options.tiny), journal, until, command, environment)
+        finally:
+            sys.path[:0] = environment["PYTHONPATH"].split(":")  # for what makes the record
+            code = _assemble(folder, folder / "record.json")
+    return code
 
 
 def _assemble(folder: Path, path: Path | None) -> int:

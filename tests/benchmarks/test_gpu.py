@@ -15,6 +15,8 @@ from unittest import mock
 
 import pytest
 import torch
+from benchmarks import record
+from benchmarks import report as document
 from benchmarks.gpu import driver, plan, report, worker
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.assembled import assembled
@@ -459,6 +461,32 @@ def test_the_record_of_a_killed_run_has_what_it_did_and_says_what_is_missing(tmp
     assert made["checks"]["tests"] == {"passed": 0, "failed": 0, "skipped": 1}
     planned = {f"{step.name}: {case.title}" for step in plan.steps(tiny=False) for case in step.cases}
     assert set(made["left_out"]) == planned - {"machine: machine", "machine: copying"}
+
+
+def test_a_run_that_is_ended_leaves_a_record(tmp_path: Path) -> None:
+    a_journal(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        mock.patch.object(driver, "run", side_effect=lambda *_: signal.raise_signal(signal.SIGTERM)),
+        mock.patch.object(sys, "path", [*sys.path]),
+        pytest.raises(SystemExit),
+    ):
+        main(["--folder", str(tmp_path)])
+    signal.signal(signal.SIGTERM, before)
+    assert len(record.read(tmp_path / "record.json")["entries"]) == 6
+
+
+def test_a_record_is_kept_under_the_machines_name_and_goes_into_the_document(tmp_path: Path) -> None:
+    a_journal(tmp_path)
+    results = tmp_path / "results"
+    with mock.patch.object(record, "RESULTS", results):
+        assert main(["--keep", str(tmp_path)]) == 1  # a kernel was wrong
+    assert [path.relative_to(results) for path in results.rglob("*.json")] == [
+        Path("some-gpu", "2026-01-02-abc-gpu.json")
+    ]
+    newest, cpu = record.newest(record.GPU, results), record.newest(record.CPU)
+    assert cpu is not None
+    assert "## On a GPU\n\nsome-gpu, commit abc" in document.text_of(cpu, newest)
 
 
 def test_each_time_has_its_bound_beside_it(tmp_path: Path) -> None:
