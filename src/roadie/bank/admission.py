@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from roadie.adapter import LayerParameters
+from roadie.bank.families import Family
 from roadie.errors import AdapterError
-from roadie.rotation import Rotation, Variant, from_parameters, split_stages
+from roadie.rotation import Rotation, Variant, chain_from_parameters, from_parameters, split_stages
 
 Kind = tuple[Variant, tuple[int, ...], torch.dtype, torch.dtype, torch.device, torch.device]
 Layers = Mapping[str, LayerParameters]
@@ -58,6 +59,21 @@ def rotations(
             made.setdefault(path, []).append(SiteChains(tuple(members[path]), tuple(chain)))
         if not all(_are_finite(stage.direct, stage.cross) for stage in stages):
             _refuse(list(adapters), {path: made[path][-1] for path in members}, dtype)
+    return made
+
+
+def rotations_of_row(family: Family, name: str) -> dict[str, list[SiteChains]]:
+    """As `rotations`, of one adapter in training, whose layers of one kind are stacked already; in float32, where it trains."""
+    made: dict[str, list[SiteChains]] = {}
+    for stack, row in zip(family.stacks, family.row(name), strict=True):
+        theta, alpha = row.unbind(1)
+        chain = chain_from_parameters(theta, alpha, stack.variant, stack.stages)
+        if not all(_are_finite(rotation.direct, rotation.cross) for rotation in chain):
+            raise AdapterError(f"got adapter {name!r} with values that are not finite; wanted finite ones")
+        for index, path in enumerate(stack.paths):
+            layer = slice(index, index + 1)
+            of_layer = tuple(Rotation(r.direct[layer], r.cross[layer], r.group_size) for r in chain)
+            made[path] = [SiteChains((0,), of_layer)]
     return made
 
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, check_adapter_name, is_input, layer_of
-from roadie.bank.admission import ReadyAdapter, SiteChains, rotations
+from roadie.bank.admission import ReadyAdapter, SiteChains, rotations, rotations_of_row
 from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
+from roadie.bank.families import Family
 from roadie.bank.live import live_adapter
 from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
@@ -101,13 +102,17 @@ class AdapterBank:
                 raise ConfigError(f"got {name!r}, which is in the bank already; use replace, or evict it first")
             return self._publish([name], made)[0]
 
-    def prepare(self, name: str, source: Adapter | str | Path | tuple[nn.Module, str]) -> ReadyAdapter:
+    def prepare(self, name: str, source: Adapter | ReadyAdapter | str | Path | tuple[nn.Module, str]) -> ReadyAdapter:
         """Everything of `admit` and `replace` that does not need a slot; changes nothing.
 
         Raises what `admit` would raise because of the name or the adapter itself.
         """
         self._check_name(name)
         return ReadyAdapter(self, self._made({name: source}))
+
+    def prepare_row(self, family: Family, name: str) -> ReadyAdapter:
+        """As `prepare`, of an adapter in training, from its stacks; raises `AdapterError` where it is not finite."""
+        return ReadyAdapter(self, rotations_of_row(family, name))
 
     def replace(self, name: str, source: Adapter | ReadyAdapter | str | Path | tuple[nn.Module, str]) -> int:
         """Put another adapter behind a name; gives its new slot. Rows that run now go on with the old one.

@@ -37,6 +37,7 @@ class Lines:
     def __init__(self, settings: TrainingSettings, on_news: Callable[[], None]) -> None:
         self._settings, self.on_news = settings, on_news
         self._tenants: dict[str, Tenant] = {}
+        self._busy: dict[str, Tenant] = {}  # those with something in their line
         self._lock = threading.RLock()
         self._is_closed = False
 
@@ -53,7 +54,12 @@ class Lines:
     def num_waiting(self) -> int:
         """Operations in all lines."""
         with self._lock:
-            return sum(len(tenant.waiting) for tenant in self._tenants.values())
+            return sum(len(tenant.waiting) for tenant in self._busy.values())
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._busy
 
     def __getitem__(self, name: str) -> Tenant:
         return self._tenants[name]
@@ -69,7 +75,7 @@ class Lines:
             if len(self._tenants) >= self._settings.max_tenants:
                 raise QueueFull(f"{self._settings.max_tenants} tenants train already; remove one", 60.0)
             tenant.waiting.append(first)
-            self._tenants[name] = tenant
+            self._tenants[name] = self._busy[name] = tenant
         self.on_news()
 
     def check(self, name: str) -> Tenant:
@@ -88,6 +94,7 @@ class Lines:
                 self._check_room(tenant, operation)
             tenant.waiting.append(operation)
             tenant.is_leaving = is_last
+            self._busy[operation.tenant] = tenant
         self.on_news()
 
     def _check_open(self) -> None:
@@ -104,29 +111,36 @@ class Lines:
     def first(self, kind: type[Kind]) -> list[Kind]:
         """What is first in line of each tenant, where it is of this kind; what was cancelled is taken out."""
         with self._lock:
-            for tenant in self._tenants.values():
-                while tenant.waiting and _is_cancelled(tenant.waiting[0]):
-                    tenant.waiting.popleft()
-            first = [tenant.waiting[0] for tenant in self._tenants.values() if tenant.waiting]
+            for name in [name for name, tenant in self._busy.items() if _is_cancelled(tenant.waiting[0])]:
+                while name in self._busy and _is_cancelled(self._busy[name].waiting[0]):
+                    self._pop(name)
+            first = [tenant.waiting[0] for tenant in self._busy.values()]
         return [each for each in first if isinstance(each, kind)]
 
     def is_first(self, operation: Operation) -> bool:
         """Whether it still waits, as the first of its tenant."""
         with self._lock:
-            tenant = self._tenants.get(operation.tenant)
-            return tenant is not None and bool(tenant.waiting) and tenant.waiting[0] is operation
+            tenant = self._busy.get(operation.tenant)
+            return tenant is not None and tenant.waiting[0] is operation
 
     def done(self, operation: Operation, result: Any = None, error: Exception | None = None) -> None:
         """Take an operation out of the line, and say what became of it."""
         with self._lock:
             if self.is_first(operation):
-                self._tenants[operation.tenant].waiting.popleft()
+                self._pop(operation.tenant)
         _say(operation, result, error)
+
+    def _pop(self, name: str) -> None:
+        waiting = self._busy[name].waiting
+        waiting.popleft()
+        if not waiting:
+            del self._busy[name]
 
     def forget(self, name: str, error: Exception | None = None) -> None:
         """A tenant goes; whatever it has waiting fails with this error."""
         with self._lock:
             waiting = self._tenants.pop(name).waiting
+            self._busy.pop(name, None)
         for each in waiting:
             _say(each, None, error)
 
@@ -134,9 +148,10 @@ class Lines:
         """Whatever waits fails with `ShuttingDown`, and nothing more comes."""
         with self._lock:
             self._is_closed = True
-            waiting = [each for tenant in self._tenants.values() for each in tenant.waiting]
-            for tenant in self._tenants.values():
+            waiting = [each for tenant in self._busy.values() for each in tenant.waiting]
+            for tenant in self._busy.values():
                 tenant.waiting.clear()
+            self._busy.clear()
         for each in waiting:
             _say(each, None, ShuttingDown("got the end of the engine before the turn of this; ask where it goes on"))
 

@@ -164,6 +164,11 @@ class TrainingEngine:
         """What waits, of all tenants."""
         return self._lines.num_waiting
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits."""
+        return self._lines.are_empty
+
     def run(self) -> None:
         """Work until nothing waits."""
         while self.work():
@@ -175,6 +180,10 @@ class TrainingEngine:
         max_tokens: of the pass, where that is to be shorter than the settings say; a row longer than that goes alone.
         """
         return self._worker.work(max_tokens)
+
+    def do_chores(self) -> None:
+        """The part of `work` that takes no time to speak of: tenants come and go, copies are taken."""
+        self._worker.do_chores()
 
     # What comes in.
 

@@ -53,16 +53,19 @@ class Worker:
 
     def work(self, max_tokens: int | None = None) -> int:
         """See `TrainingEngine.work`."""
-        self._join_and_leave()
-        if self._do_tasks() or self._step():
+        if self.do_chores() or self._step():
             return 1
         return self._pass(max_tokens)
+
+    def do_chores(self) -> bool:
+        """See `TrainingEngine.do_chores`; whether there were any."""
+        return self._join_and_leave() | self._do_tasks()
 
     def _fail(self, operation: Call | Step | Join | Task, error: Exception) -> None:
         self.figures.num_failed += 1
         self._lines.done(operation, error=error)
 
-    def _join_and_leave(self) -> None:
+    def _join_and_leave(self) -> bool:
         """All at once: whoever does so copies a family."""
         joins, leaves = self._lines.first(Join), self._lines.first(Leave)
         if leaves:
@@ -72,7 +75,7 @@ class Worker:
                 self._lines.done(leave)
                 self._lines.forget(leave.tenant)
         if not joins:
-            return
+            return bool(leaves)
         self.bank.join({join.tenant: join.layers for join in joins})
         for join in joins:
             try:
@@ -84,6 +87,7 @@ class Worker:
                 self.bank.keep_only([name for name in self.bank.names if name != join.tenant])
                 self._fail(join, error)
                 self._lines.forget(join.tenant, error)
+        return True
 
     def _do_tasks(self) -> bool:
         tasks = self._lines.first(Task)

@@ -27,7 +27,7 @@ class ActiveRequest:
         self.num_cached = 0
         self.is_cancelled = False
         self.finish: FinishReason | None = None
-        self.started_s = 0.0
+        self.submitted_s, self.started_s = time.monotonic(), 0.0
         self._ends = frozenset(rules.stop_token_ids) | (frozenset() if rules.ignore_eos else frozenset(eos_ids))
         self.sampler = RowSampler(rules, request.prompt_ids, self._ends)
         self.scorer = PromptScorer(request.prompt_ids, request.scoring, reads_all=rules.max_tokens > 0)

@@ -25,17 +25,17 @@ from typing import Any
 from torch import Tensor
 
 from roadie.bank import AdapterBank
+from roadie.engine import TrainingEngine, TrainingSettings
 from roadie.errors import (
-    AdapterBusy,
     ConfigError,
     EngineFailed,
     QueueFull,
-    RoadieError,
     ServingError,
     ShuttingDown,
 )
 from roadie.serving.active import ActiveRequest
 from roadie.serving.belongings import Base, OwnChat
+from roadie.serving.beside import TrainingBeside, required
 from roadie.serving.continuous_batching import ContinuousBatch, Packed, check_contract
 from roadie.serving.engine import (
     AdapterStatus,
@@ -55,6 +55,7 @@ from roadie.serving.places import LeftOut, check_served_name
 from roadie.serving.registry import Registry
 from roadie.serving.residency import Residency
 from roadie.serving.sampling import choose
+from roadie.serving.unloads import Unloads
 from roadie.serving.validation import adapts_last_layer, check_request, check_room, eos_ids_of, key_of, limits_of
 
 _log = logging.getLogger("roadie")
@@ -65,7 +66,8 @@ class ContinuousBatchingEngine:
     """An `Engine`. model: any that transformers' continuous batching takes; tokenizer: None for tokens without text.
 
     Between `start` and `stop` nobody else may use the model. names: what the model is called, beside its own name or path; an
-    adapter that was made for another is said to be.
+    adapter that was made for another is said to be. training: where tenants train beside the requests, in the same loop; the
+    model's parameters are frozen then.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ContinuousBatchingEngine:
         registry: Registry,
         settings: EngineSettings | None = None,
         names: Sequence[str] = (),
+        training: TrainingSettings | None = None,
     ) -> None:
         self.settings = settings or EngineSettings()
         check_contract(self.settings.allow_unknown_version)
@@ -88,7 +91,6 @@ class ContinuousBatchingEngine:
         self._running: dict[str, ActiveRequest] = {}
         self._wanted: Counter[Key] = Counter()  # of the requests that wait
         self._to_cancel: list[ActiveRequest] = []
-        self._unloads: dict[str, Future[AdapterStatus]] = {}
         self._totals = Totals()
         self._by_adapter: dict[str, Counter[str]] = {}
         self._mean_run_s = 1.0
@@ -98,6 +100,9 @@ class ContinuousBatchingEngine:
         self._has_news = False
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
+        self._beside: TrainingBeside | None = None
+        if training is not None:
+            self._beside = TrainingBeside(model, training, self.settings.turns, self._changed, self._notify)
 
     # Life.
 
@@ -120,6 +125,7 @@ class ContinuousBatchingEngine:
             ),
             self._base,
         )
+        self._unloads = Unloads(self._residency, self.cancel)
         self._residency.look_around()
         self._residency.bring_pinned()
         self._is_taking = True
@@ -203,6 +209,22 @@ class ContinuousBatchingEngine:
             self._totals.num_refused += 1
             raise
 
+    # Training.
+
+    @property
+    def training(self) -> TrainingEngine:
+        """Where tenants train, in this engine's loop; raises `ServingError` for an engine without."""
+        return required(self._beside).engine
+
+    def publish(self, tenant: str, name: str | None = None) -> Future[AdapterStatus]:
+        """Let requests have the tenant's weights by this name (its own, where none is given), when it is its turn.
+
+        They are in no folder, and there until they are unloaded or the engine stops. Requests that run keep what they
+        started with. The future raises `ConfigError` for a name that an adapter with files has.
+        """
+        self._check_started()
+        return required(self._beside).publish(tenant, name or tenant, self._residency, self._bank)
+
     # Adapters.
 
     def adapters(self) -> tuple[AdapterStatus, ...]:
@@ -251,34 +273,8 @@ class ContinuousBatchingEngine:
     def unload_adapter(self, name: str, how: Unload = Unload.WAIT) -> Future[AdapterStatus]:
         """See `Engine.unload_adapter`."""
         self._check_started()
-        done: Future[AdapterStatus] = Future()
-        try:
-            with self._changed:
-                users = [active for active in self._active.values() if name in active.names]
-                if users and how is Unload.REFUSE:
-                    raise AdapterBusy(
-                        f"got adapter {name!r}, which {len(users)} requests use; wait for them, or cancel them"
-                    )
-                self._residency.begin_unload(name)
-                if how is Unload.CANCEL:
-                    for active in users:
-                        self.cancel(active.id)
-                self._unloads[name] = done
-                self._finish_unloads()
-        except RoadieError as error:
-            done.set_exception(error)
-        return done
-
-    def _finish_unloads(self) -> None:
-        """Let adapters go that were waiting for their last request."""
-        if not self._unloads:
-            return
-        used = {name for active in self._active.values() for name in active.names}
-        for name in [name for name in self._unloads if name not in used]:
-            done = self._unloads.pop(name)
-            self._residency.run(lambda name=name: self._residency.end_unload(name)).add_done_callback(  # type: ignore[misc]
-                lambda result, done=done: _pass_on(result, done)  # type: ignore[misc]
-            )
+        with self._changed:
+            return self._unloads.begin(name, how, self._active)
 
     def statistics(self) -> Statistics:
         """See `Engine.statistics`."""
@@ -294,6 +290,7 @@ class ContinuousBatchingEngine:
                 num_blocks=self._batch.num_blocks,
                 num_blocks_free=blocks_free,
                 **vars(self._totals),
+                **(self._beside.figures if self._beside else {}),
                 **vars(counts),
                 queued_by_tenant=self._waiting.by_tenant(),
                 running_by_tenant=dict(Counter(active.tenant for active in self._running.values())),
@@ -304,7 +301,7 @@ class ContinuousBatchingEngine:
     def _run(self) -> None:
         try:
             while self._settle():
-                if self._running:
+                if not self._train() and self._running:
                     self._step()
                 self._deliver()
         except Exception as error:
@@ -313,10 +310,14 @@ class ContinuousBatchingEngine:
         finally:
             self._end()
 
+    def _train(self) -> bool:
+        """Where it is training's turn, let it have one."""
+        return self._beside is not None and self._beside.work(self._active, bool(self._running), self._batch.lent)
+
     def _settle(self) -> bool:
         """Who leaves and who starts; waits while there is nothing to do. Whether to go on."""
         with self._changed:
-            while not (self._running or self._has_news or self._is_stopping):
+            while not (self._running or self._has_news or self._is_stopping or (self._beside and self._beside.waits)):
                 self._changed.wait()
             self._has_news = False
             if self._is_stopping:
@@ -372,11 +373,14 @@ class ContinuousBatchingEngine:
         with self._changed:
             self._stepped_s = time.monotonic()
             self._totals.num_steps += 1
-            self._totals.seconds_computing += time.perf_counter() - begin
+            seconds = time.perf_counter() - begin
+            self._totals.seconds_computing += seconds
             for active in [
                 active for active, output in self._outputs if output.finish is not None and active.id in self._running
             ]:
                 self._leave(active, None)
+        if self._beside:
+            self._beside.sampled(seconds)
 
     def _score(self, request_id: str, place: int, logits: Tensor) -> None:
         """Logits of a prompt; called within a step, before `_choose`."""
@@ -415,7 +419,7 @@ class ContinuousBatchingEngine:
         self._count_end(active)
         if output is not None:
             self._outputs.append((active, output))
-        self._finish_unloads()
+        self._unloads.finish(self._active)
         self._notify()  # whoever waits may have been passed by for what this one held
 
     def _count_end(self, active: ActiveRequest) -> None:
@@ -451,10 +455,12 @@ class ContinuousBatchingEngine:
             ]
             for active in list(self._active.values()):
                 self._fail(active, reason)
-            unloads, self._unloads = self._unloads, {}
+            unloads = self._unloads.take_all()
         self._deliver()
+        if self._beside:
+            self._beside.engine.close()
         self._residency.close()
-        for done in unloads.values():
+        for done in unloads:
             done.set_exception(reason)
         self._batch.close()
         self._bank.close()
@@ -490,11 +496,3 @@ class ContinuousBatchingEngine:
     def _note_layers(self, paths: Iterable[str]) -> None:
         if adapts_last_layer(self._model, paths):
             self._batch.keep_all_logits()
-
-
-def _pass_on(result: Future[AdapterStatus], done: Future[AdapterStatus]) -> None:
-    error = result.exception() if not result.cancelled() else ShuttingDown("the engine has stopped")
-    if error is not None:
-        done.set_exception(error)
-    else:
-        done.set_result(result.result())

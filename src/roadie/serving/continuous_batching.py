@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +150,19 @@ class ContinuousBatch:
         manager.destroy()
         self._model.train(self._was_training)
         del self._runner._sample  # a cycle, which would keep the cache alive
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Within the block the model is as it was, for somebody else to use; requests and their blocks stay."""
+        self._leave_rows()
+        paged, own = self._model.config._attn_implementation, self._manager._original_attn_impl
+        if own is not None:
+            self._model.set_attn_implementation(own)
+        try:
+            yield
+        finally:
+            if own is not None:
+                self._model.set_attn_implementation(paged)
 
     def add(self, request_id: str, token_ids: Sequence[int], packed: Packed) -> None:
         """A request joins at the next step."""

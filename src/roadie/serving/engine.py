@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol, TypeAlias
 
+from roadie.engine.turns import TurnSettings
 from roadie.errors import ConfigError
 from roadie.serving.belongings import OwnChat
 from roadie.serving.places import LeftOut
@@ -234,7 +235,8 @@ class EngineSettings:
 
     num_slots: adapters and blends in memory at once. num_blocks, page_size: the key-value cache, in blocks of page_size tokens.
     max_batch_tokens: of one step; longer prompts take several. max_running: requests in a step. max_context_tokens: None: the
-    model's. allow_unknown_version: run with a transformers that this release was not tested with.
+    model's. allow_unknown_version: run with a transformers that this release was not tested with. turns: how time is shared with
+    training, where there is any.
     """
 
     num_slots: int = 64
@@ -250,6 +252,7 @@ class EngineSettings:
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     max_adapter_bytes: int = 1 << 30
     allow_unknown_version: bool = False
+    turns: TurnSettings = field(default_factory=TurnSettings)
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "page_size", "num_blocks", "max_batch_tokens", "max_running", "max_queued"):
@@ -301,6 +304,15 @@ class Statistics:
     seconds_computing: float
     queued_by_tenant: Mapping[str, int] = field(default_factory=dict)
     running_by_tenant: Mapping[str, int] = field(default_factory=dict)
+    num_training_tenants: int = 0
+    num_training_waiting: int = 0
+    num_training_passes: int = 0
+    num_training_tokens: int = 0
+    num_training_steps: int = 0
+    num_training_failed: int = 0
+    seconds_training: float = 0.0
+    training_share: float = 0.0  # what the operator has set
+    training_owed_s: float = 0.0  # what training may spend before it is the turn of requests
 
 
 class Engine(Protocol):

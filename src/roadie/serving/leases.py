@@ -10,7 +10,7 @@ from torch import Tensor
 
 from roadie.bank.blends import Blend
 from roadie.serving.belongings import Belongings
-from roadie.serving.engine import OnDisk
+from roadie.serving.engine import FinishReason, OnDisk
 from roadie.serving.registry import Stamp
 
 Key: TypeAlias = "str | Blend | None"
@@ -64,6 +64,12 @@ class Totals:
     num_generated_tokens: int = 0
     num_steps: int = 0
     seconds_computing: float = 0.0
+
+    def count_end(self, finish: FinishReason | None) -> None:
+        """A request has ended so."""
+        self.num_cancelled += finish is FinishReason.CANCELLED
+        self.num_failed += finish is FinishReason.FAILED
+        self.num_finished += finish not in (FinishReason.CANCELLED, FinishReason.FAILED)
 
 
 @dataclass

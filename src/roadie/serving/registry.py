@@ -33,6 +33,7 @@ import torch
 
 from roadie import checkpoint
 from roadie.adapter import Adapter
+from roadie.bank.admission import ReadyAdapter
 from roadie.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 from roadie.errors import CheckpointError, ConfigError, StateNotWritten, UnknownAdapter
 from roadie.serving.belongings import MAX_BYTES, TEMPLATE_NAME, TOKENIZER_CONFIG, Belongings, belongings_in
@@ -40,6 +41,7 @@ from roadie.serving.places import LeftOut, Places, check_served_name
 
 STATE_NAME = ".roadie-serving.json"
 STATE_FORMAT = 1
+_NO_FILES = "memory:"
 MAX_STATE_BYTES = 64 << 20
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _FILE = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -62,7 +64,7 @@ class Entry:
 class ReadAdapter:
     """An adapter as it was read. content_hash: hex, of its parameters: equal for equal adapters; stamp: see `Registry.stamp`."""
 
-    adapter: Adapter
+    adapter: Adapter | ReadyAdapter
     content_hash: str
     path: str
     stamp: Stamp | None
@@ -90,6 +92,7 @@ class Registry:
         self._lock = threading.Lock()
         self._vocabularies: dict[str, str | None] = {}
         self._looked: dict[Path, tuple[Stamp, Belongings]] = {}
+        self._given: dict[str, ReadAdapter] = {}
 
     @classmethod
     def open(
@@ -118,20 +121,22 @@ class Registry:
         """The adapters that a request may name, sorted: those of the state, whatever has become of them, and of the root."""
         known = {name for name, entry in self._entries.items() if not entry.is_hidden}
         there = {name for name in self._places.found()[0] if not self._entries.get(name, Entry()).is_hidden}
-        return tuple(sorted(known | there))
+        return tuple(sorted(known | there | set(self._given)))
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """The folders in the root that are no adapters, and why."""
         return self._places.found()[1]
 
     def __contains__(self, name: object) -> bool:
-        if not isinstance(name, str):
-            return False
+        if not isinstance(name, str) or name in self._given:
+            return isinstance(name, str)
         entry = self._entries.get(name)
         return self._places.has(name) if entry is None else not entry.is_hidden
 
     def path_of(self, name: str) -> Path:
-        """Where an adapter's files are, or were."""
+        """Where an adapter's files are, or were; of one without files a path that leads nowhere."""
+        if name in self._given:
+            return Path(self._given[name].path)
         entry = self._entries.get(name, Entry())
         return Path(entry.path) if entry.path is not None else self.root / name
 
@@ -139,10 +144,14 @@ class Registry:
         """Read and check an adapter. Raises `UnknownAdapter`, and `CheckpointError` for files that cannot be used."""
         if name not in self:
             raise unknown_adapter(name)
+        if name in self._given:
+            return self._given[name]
         return self.read_folder(self.path_of(name))
 
     def stamp(self, path: Path) -> Stamp | None:
-        """What the files of a folder are known by; None where there are none."""
+        """What the files of a folder are known by; None where there are none, and nothing for an adapter without files."""
+        if str(path).startswith(_NO_FILES):
+            return ()
         found = _stamp(path, (CONFIG_NAME, WEIGHTS_NAME))
         return found if len(found) == 2 else None
 
@@ -226,6 +235,19 @@ class Registry:
             )
         return real
 
+    def give(self, name: str, adapter: ReadyAdapter, content_hash: str) -> ReadAdapter:
+        """An adapter without files, there until it is forgotten or the process ends, takes a name.
+
+        Raises `ConfigError` for a name that is not allowed, or that an adapter with files has.
+        """
+        check_served_name(name)
+        if name not in self._given and name in self:
+            raise ConfigError(
+                f"got {name!r}, which is an adapter with files; wanted a name of its own, or unload it first"
+            )
+        self._given[name] = ReadAdapter(adapter, content_hash, f"{_NO_FILES}{name}", (), Belongings())
+        return self._given[name]
+
     def remember(self, name: str, entry: Entry) -> None:
         """Write down an adapter's entry; on an error (a full disk) nothing has changed. Raises `StateNotWritten`."""
         check_served_name(name)
@@ -233,17 +255,21 @@ class Registry:
             entries = {**self._entries, name: entry}
             if entry == Entry():
                 del entries[name]
-            if entries == self._entries:
-                return
-            _write_state(self._state_file, entries)
-            self._entries = MappingProxyType(entries)
+            if entries != self._entries:
+                _write_state(self._state_file, entries)
+                self._entries = MappingProxyType(entries)
+            self._given.pop(name, None)
 
     def pin(self, name: str, is_pinned: bool) -> None:
-        """Write down whether an adapter is pinned."""
+        """Write down whether an adapter is pinned; raises `ConfigError` for one without files."""
+        if name in self._given:
+            raise ConfigError(f"got {name!r}, which has no files to be found by later; save it first, and load it")
         self.remember(name, replace(self._entries.get(name, Entry()), is_pinned=is_pinned))
 
     def forget(self, name: str) -> None:
         """An adapter was unloaded: requests do not find it until it is loaded again."""
+        if self._given.pop(name, None) is not None:
+            return
         self.remember(name, Entry(is_hidden=True) if (self.root / name).is_dir() else Entry())
 
 

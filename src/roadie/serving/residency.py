@@ -75,6 +75,7 @@ class Residency:
         self._num_releases = 0
         self._is_blending = False
         self._is_closed = False
+        self._publishing = threading.Lock()  # of the worker and the engine's thread, one after the other
 
     # What the engine's loop asks.
 
@@ -240,7 +241,10 @@ class Residency:
             read = self._read.get(name)
         try:
             read = read or self._registry.read(name)
-            self._admit(name, read)
+            with self._publishing:  # the engine's thread may have put it there meanwhile, or another version beside it
+                read = self._read.get(name, read)
+                if name not in self._bank:
+                    self._admit(name, read)
         except BankFull:
             assert read is not None
             self._keep(name, read)
@@ -366,17 +370,23 @@ class Residency:
     def _publish(self, name: str, read: ReadAdapter, prepared: ReadyAdapter) -> None:
         """A checked adapter takes its name; where no slot can be had, the next request brings it."""
         self._engine.on_layers(frozenset(read.adapter.layers))
-        try:
-            publish = self._bank.replace if name in self._bank else self._bank.admit
-            slot = publish(name, prepared)
-        except BankFull:
-            with self._changed:
-                self._keep(name, read)
-                self._seen[name] = Seen(read.content_hash, read.stamp, read.belongings)
-                self._leave(name)
-                self._engine.on_news()
-            return
-        self._published(name, slot, read)
+        with self._publishing:
+            try:
+                publish = self._bank.replace if name in self._bank else self._bank.admit
+                self._published(name, publish(name, prepared), read)
+            except BankFull:
+                with self._changed:
+                    self._keep(name, read)
+                    self._seen[name] = Seen(read.content_hash, read.stamp, read.belongings)
+                    self._leave(name)
+                    self._engine.on_news()
+
+    def hand_over(self, name: str, prepared: ReadyAdapter, content_hash: str) -> AdapterStatus:
+        """An adapter without files takes its name, in the engine's thread; requests that run keep what they started with."""
+        if name in self._unloading:
+            raise AdapterBusy(f"got adapter {name!r}, which is being unloaded; publish it when that is done")
+        self._publish(name, self._registry.give(name, prepared, content_hash), prepared)
+        return self.status(name)
 
     def _leave(self, name: str) -> None:
         """The name is in no slot any more; running requests keep theirs. What was held for waiting ones is brought again."""

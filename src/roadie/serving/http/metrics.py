@@ -29,6 +29,10 @@ _GAUGES = (
     ("num_resident", "roadie_resident_adapters", "Adapters in slots"),
     ("num_blocks", "roadie_cache_blocks", "Key-value blocks"),
     ("num_blocks_free", "roadie_cache_blocks_free", "Key-value blocks that no request holds"),
+    ("num_training_tenants", "roadie_training_tenants", "Tenants that train beside the requests"),
+    ("num_training_waiting", "roadie_training_waiting_calls", "What tenants have asked for and has not been done"),
+    ("training_share", "roadie_training_share", "Share of the time for training where requests wait too, as set"),
+    ("training_owed_s", "roadie_training_owed_seconds", "What training may take before it is the requests' turn"),
 )
 _COUNTERS = (
     (
@@ -42,6 +46,11 @@ _COUNTERS = (
     ("num_evictions", "roadie_adapter_evictions", "Adapters that gave their slot to another"),
     ("num_steps", "roadie_steps", "Forward passes"),
     ("seconds_computing", "roadie_computing_seconds", "Seconds in forward passes and sampling"),
+    ("seconds_training", "roadie_training_seconds", "Seconds in turns of training"),
+    ("num_training_passes", "roadie_training_passes", "Forward and backward passes over rows of tenants"),
+    ("num_training_tokens", "roadie_training_tokens", "Tokens of these passes, padding counted"),
+    ("num_training_steps", "roadie_training_steps", "Steps of the optimiser, each of one tenant"),
+    ("num_training_failed", "roadie_training_failed_calls", "Calls that failed: not finite, or an error of the model"),
 )
 
 
