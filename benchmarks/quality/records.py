@@ -21,6 +21,11 @@ def folder(results: Path = RESULTS) -> Path:
     return results / machine_name() / "quality"
 
 
+def real_folder(results: Path = RESULTS, device: str = "cpu") -> Path:
+    """Where this machine's records of real language models are."""
+    return results / machine_name(device.partition(":")[0]) / "quality-real"
+
+
 def provenance() -> Record:
     """Commit, versions and machine: read once, when the process starts."""
     return {**commit(), "versions": {name: version(name) for name in LIBRARIES}, "machine": machine_name()}

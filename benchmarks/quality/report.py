@@ -87,13 +87,18 @@ def _result(found: Sequence[Record], name: str) -> Result | None:
         rate=rate(exponent),
         validation=searched(found, name)[exponent],
         losses=tuple(run["test"]["loss"] for run in runs),
-        accuracies=tuple(run["test"]["accuracy"] for run in runs),
+        accuracies=tuple(accuracy for run in runs if (accuracy := _accuracy(run["test"])) is not None),
         parameters=parameters,
         stored_bytes=runs[0]["stored_bytes"],
         kept_bytes=round(4 * parameters * METHODS[name].kept_per_parameter),
         processor_s=mean(run["processor_s"] for run in runs),
         peak_bytes=max(run["peak_bytes"] for run in runs),
     )
+
+
+def _accuracy(scores: Mapping[str, Any]) -> float | None:
+    """The share of what was right, under the name that the task has for it; None where loss is all there is."""
+    return next((scores[name] for name in ("accuracy", "exact_match", "choice") if name in scores), None)
 
 
 def comparisons(results: Sequence[Result], what: str = "parameters") -> list[Comparison]:
@@ -115,8 +120,10 @@ def best(found: Sequence[Comparison]) -> Comparison:
 
 def text_of(by_task: Mapping[str, Sequence[Record]]) -> str:
     """The document; equal for equal records."""
+    from benchmarks.quality import real_report  # which is made with what is here
+
     results = {task: results_of(found) for task, found in by_task.items()}
-    sections = [_HEAD, *_verdicts(results), *_losing(results), *_directions(results)]
+    sections = [_HEAD, *real_report.text(), _TOYS, *_verdicts(results), *_losing(results), *_directions(results)]
     for task, found in results.items():
         sections += _task(task, by_task[task], found)
     return "\n".join([*sections, *_rates(by_task), *_rest(by_task, results)])
@@ -124,8 +131,12 @@ def text_of(by_task: Mapping[str, Sequence[Record]]) -> str:
 
 _HEAD = """# How well adapters learn
 
-This file is made by `python -m benchmarks.quality report` from the records in `benchmarks/results/*/quality`, a line a run, and
-never written by hand. `make quality` trains what the records lack, `make quality-quick` repeats two rows and compares.
+This file is made by `python -m benchmarks.quality report` from the records in `benchmarks/results/*/quality*`, a line a run, and
+never written by hand. `make quality-real` and `make quality` train what the records lack; `make quality-real-quick` repeats a row
+of a real model and `make quality-quick` two of the others, and they compare.
+"""
+
+_TOYS = """## Small models that every machine can train
 
 Small models and short trainings (60 steps), on text that is on every machine: leads for a choice, not a ranking for large models.
 The paper (arXiv 2409.00119) finds RoAd ahead of LoRA on large pretrained models, except where a task needs much capacity (GSM8K).
@@ -147,16 +158,17 @@ def _verdicts(results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
         f"Parameters within {EQUAL:.0%}, three seeds each. The difference is ours less LoRA's test loss, so below 0 ours is "
         "better; its spread is the standard deviation over seeds. Within one spread it counts as a tie."
     )
-    yield _compared(results, "parameters")
+    yield compared(results, "parameters")
     yield "## Against LoRA of as many bytes that a server keeps\n"
     yield paragraph(
         "A server keeps direct and cross, two numbers an output and rotation, whatever the variant: twice the parameters of "
         "road_1, as many as those of road_2, half of those of road_4. A file has as many numbers as there are parameters."
     )
-    yield _compared(results, "kept_bytes")
+    yield compared(results, "kept_bytes")
 
 
-def _compared(results: Mapping[str, Sequence[Result]], what: str) -> str:
+def compared(results: Mapping[str, Sequence[Result]], what: str) -> str:
+    """The table of all `comparisons` by `what`."""
     rows = [
         [
             task,
@@ -178,9 +190,9 @@ def _losing(results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
     for what, words in (("parameters", "parameters"), ("kept_bytes", "bytes that a server keeps")):
         chosen = {}
         for task, found in results.items():
-            compared = comparisons(found, what)
-            for lora in dict.fromkeys(one.lora.method for one in compared):
-                chosen[task, lora] = best([one for one in compared if one.lora.method == lora])
+            pairs = comparisons(found, what)
+            for lora in dict.fromkeys(one.lora.method for one in pairs):
+                chosen[task, lora] = best([one for one in pairs if one.lora.method == lora])
         of = {
             verdict: [key for key, one in chosen.items() if one.verdict == verdict]
             for verdict in ("win", "tie", "LOSS")
@@ -248,8 +260,8 @@ def _task(task: str, found: Sequence[Record], results: Sequence[Result]) -> Iter
             "-" if METHODS[result.method].family == TRIED else f"{result.stored_bytes / 1000:.0f}",
             f"{result.kept_bytes / 1000:.0f}",
             f"{result.rate:g}",
-            _spread(result.losses, 4),
-            _spread(result.accuracies, 3),
+            spread(result.losses, 4),
+            spread(result.accuracies, 3),
             str(len(result.losses)),
             f"{result.processor_s:.0f}",
             f"{result.peak_bytes / 1e6:.0f}",
@@ -301,7 +313,8 @@ def _suits(name: str, task: str) -> bool:
     return kind in METHODS[name].kinds and (task == "docstring-package" or not METHODS[name].needs_head)
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation, or the one value."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
@@ -335,21 +348,22 @@ def draw(by_task: Mapping[str, Sequence[Record]]) -> None:
     _curves({task: by_task[task] for task in results}, IMAGES / "quality-rates.png")
 
 
-def _panels(tasks: Sequence[str]) -> tuple[Any, list[Any]]:
+def panels(tasks: Sequence[str]) -> tuple[Any, list[Any]]:
+    """A figure, and its axes side by side, one a task."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * len(tasks), 3.4), layout="constrained")
-    panels = list(figure.subplots(1, len(tasks), squeeze=False)[0])
-    for axes, task in zip(panels, tasks, strict=True):
+    found = list(figure.subplots(1, len(tasks), squeeze=False)[0])
+    for axes, task in zip(found, tasks, strict=True):
         axes.set(title=task, xscale="log")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("loss")
-    return figure, panels
+    found[0].set_ylabel("loss")
+    return figure, found
 
 
 def _scatter(results: Mapping[str, Sequence[Result]], what: str, label: str, path: Path) -> None:
-    figure, panels = _panels(tuple(results))
-    for axes, found in zip(panels, results.values(), strict=True):
+    figure, axes_of = panels(tuple(results))
+    for axes, found in zip(axes_of, results.values(), strict=True):
         axes.set_xlabel(label, fontsize=8)
         for result in (one for one in found if one.is_whole):
             place, colour = getattr(result, what), COLOURS[METHODS[result.method].family]
@@ -361,8 +375,8 @@ def _scatter(results: Mapping[str, Sequence[Result]], what: str, label: str, pat
 
 
 def _curves(by_task: Mapping[str, Sequence[Record]], path: Path) -> None:
-    figure, panels = _panels(tuple(by_task))
-    for axes, found in zip(panels, by_task.values(), strict=True):
+    figure, axes_of = panels(tuple(by_task))
+    for axes, found in zip(axes_of, by_task.values(), strict=True):
         axes.set_xlabel("learning rate", fontsize=8)
         for name in METHODS:
             scored = {e: loss for e, loss in sorted(searched(found, name).items()) if loss < 1e9}
@@ -374,8 +388,11 @@ def _curves(by_task: Mapping[str, Sequence[Record]], path: Path) -> None:
 
 def main() -> int:
     """Write the document and its pictures."""
+    from benchmarks.quality import real_report
+
     by_task = committed()
     DOCUMENT.write_text(text_of(by_task), encoding="utf-8")
     draw(by_task)
+    real_report.draw()
     print(DOCUMENT.relative_to(machine.ROOT))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import datasets
@@ -119,25 +120,25 @@ def test_the_likeliest_choice_is_that_of_each_alone(tmp_path: Path) -> None:
     model = prepared.task.model().eval()
     right, losses = 0, []
     for row in rows:
-        alone = [mean_loss(model, f"{row['question']}:", f" {choice}") for choice in row["choices"]]
-        right += alone[0][0] == min(loss for loss, _ in alone)
-        losses.append(alone[0])
+        alone = [losses_of(model, f"{row['question']}:", f" {choice}") for choice in row["choices"]]
+        means = [mean(one[:-1]) for one in alone]  # the end of the text is none of the answer's words
+        right += means[0] == min(means)
+        losses += alone[0]
     scores = prepared.judge(prepared.task, model, "test")
     assert 0 < right < len(rows)
     assert scores["choice"] == pytest.approx(right / len(rows))
-    total = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-    assert scores["loss"] == pytest.approx(total, rel=1e-5)
+    assert scores["loss"] == pytest.approx(mean(losses), rel=1e-5)
 
 
-def mean_loss(model: Any, prompt: str, answer: str) -> tuple[float, int]:
-    """The mean loss of the answer's tokens and of the end, and how many these are."""
+def losses_of(model: Any, prompt: str, answer: str) -> list[float]:
+    """The losses of the answer's tokens and of the end."""
     tokenizer = embedded.load_tokenizer()
     before = tokenizer(prompt)["input_ids"]
     before = before[:-1] if before[-1] == tokenizer.eos_token_id else before
     after = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     with torch.no_grad():
         logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
-    return float(functional.cross_entropy(logits, torch.tensor(after))), len(after)
+    return functional.cross_entropy(logits, torch.tensor(after), reduction="none").tolist()
 
 
 def of_choices(**changes: Any) -> dict[str, Any]:

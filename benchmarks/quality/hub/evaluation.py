@@ -21,7 +21,7 @@ from benchmarks.quality.hub import metrics
 from benchmarks.quality.hub.data import Table
 from benchmarks.quality.hub.encoding import Encoded, Encoder
 from benchmarks.quality.hub.settings import Metric, TaskSettings
-from benchmarks.quality.tasks import IGNORED, Batch, Row, Task, collate, next_logits, tally
+from benchmarks.quality.tasks import IGNORED, Row, Task, collate, next_logits, tally
 
 Scores = dict[str, Any]
 VALIDATION, TESTS = "validation", "tests."
@@ -75,17 +75,20 @@ class Judge:
         return scores_of_logits(torch.cat(logits), torch.cat(labels), self.settings.rows.labels == "number")
 
     def _of_choices(self, task: Task, model: nn.Module, table: Table) -> Scores:
-        """The loss of the right answers, and in how many rows one of them is likelier, by the mean token, than every other."""
+        """The loss of the right answers, and in how many rows one of them is likelier than every other.
+
+        The loss has the end of the text in it; the likelihood is the mean over the answer's own words.
+        """
         listed = [(index, *choice) for index, raw in enumerate(table) for choice in self.encoder.choices(raw)]
         rows = {id(row): (index, right) for index, row, right in listed}
         best = [{True: math.inf, False: math.inf} for _ in table]
         loss = count = 0.0
         for batch_rows in self._batches([row for _, row, _ in listed]):
-            sums, counts = losses_of_rows(model, moved(collate(batch_rows, task.pad_id), model))
-            for row, total, tokens in zip(batch_rows, sums.tolist(), counts.tolist(), strict=True):
+            for row, losses in zip(batch_rows, losses_of_rows(model, task, batch_rows), strict=True):
                 index, right = rows[id(row)]
-                best[index][right] = min(best[index][right], total / tokens)
-                loss, count = (loss + total, count + tokens) if right else (loss, count)
+                is_ended = row["labels"][-1] == self.encoder.tokenizer.eos_token_id
+                best[index][right] = min(best[index][right], mean(losses[:-1] if is_ended else losses))
+                loss, count = (loss + sum(losses), count + len(losses)) if right else (loss, count)
         return {"loss": loss / count, "choice": mean(float(one[True] < one[False]) for one in best)}
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -116,14 +119,13 @@ class Judge:
         return {"exact_match": metrics.exact_match(metric, texts, references), "answers": shown}
 
 
-def losses_of_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The sum of the losses of each row's learnt tokens (nats), and how many these are: ``[rows]`` each."""
+def losses_of_rows(model: nn.Module, task: Task, rows: Sequence[Row]) -> list[list[float]]:
+    """The losses of each row's learnt tokens (nats)."""
+    batch = moved(collate(rows, task.pad_id), model)
     labels = batch["labels"][:, 1:]
     learnt = labels != IGNORED
-    losses = torch.zeros(labels.shape, device=labels.device)
-    logits = next_logits(model, batch, learnt).float()
-    losses[learnt] = functional.cross_entropy(logits, labels[learnt], reduction="none")
-    return losses.sum(-1), learnt.sum(-1)
+    losses = functional.cross_entropy(next_logits(model, batch, learnt).float(), labels[learnt], reduction="none")
+    return [one.tolist() for one in losses.split(learnt.sum(-1).tolist())]
 
 
 def scores_of_logits(logits: Tensor, labels: Tensor, predicts_numbers: bool) -> Scores:

@@ -117,7 +117,7 @@ class Source(Settings):
 class Metric(Settings):
     """What is reported and, on validation, what chooses the learning rate; the answers of `exact_match` are generated.
 
-    choice: the share of rows whose right answer is the likeliest of the choices, by the mean over its tokens.
+    choice: the share of rows whose right answer is the likeliest of the choices, by the mean over its words' tokens.
 
     pattern: finds the answer (its group, if it has one) in what was generated, take: which match; wanted: the same for
     the reference; compare: as text, or as numbers that differ by `tolerance` at most.

@@ -154,29 +154,28 @@ def _record(
     earlier: Sequence[records.Record],
 ) -> records.Record:
     """A whole record of one run."""
-    _free_memory()
     rivals = {} if prepared.settings.evaluation.beaten else costs(earlier, method.name, seed)
-    task, training = prepared.task, prepared.settings.training
     head = {
         "task": prepared.name,
         "method": method.name,
         "learning_rate": learning_rate,
         "seed": seed,
-        "steps": task.steps,
+        "steps": prepared.task.steps,
     }
-    done = run(
-        task,
-        training,
-        prepared.judge,
-        method,
-        learning_rate,
-        seed,
-        task.model(),
-        min(rivals.values(), default=math.inf),
-    )
+    done = trained(prepared, method, learning_rate, seed, min(rivals.values(), default=math.inf))
+    return {**head, **done, **facts}
+
+
+def trained(
+    prepared: Prepared, method: Method, learning_rate: float, seed: int, beaten_at: float = math.inf
+) -> records.Record:
+    """One run, which is said: what it measured, without what makes it another than others."""
+    _free_memory()
+    task, training = prepared.task, prepared.settings.training
+    done = run(task, training, prepared.judge, method, learning_rate, seed, task.model(), beaten_at)
     said = {split: done[split] and round(-done[split]["cost"], 4) for split in ("validation",)}
     print(prepared.name, method.name, f"{learning_rate:g}", seed, said, f"{done['wall_s']:.1f} s", flush=True)
-    return {**head, **done, **facts}
+    return done
 
 
 def _free_memory() -> None:
