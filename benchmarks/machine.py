@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Budget, measure, threads
+from benchmarks.record import ROOT
 from benchmarks.statistics import summarise
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "peft", "transformers", "numpy")
 COPIED_BYTES = 64 * 2**20
 

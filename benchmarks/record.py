@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 QUICK = ROOT / ".cache" / "benchmarks"
 SCHEMA = 1

@@ -8,10 +8,9 @@ from benchmarks import record
 from benchmarks.gpu.journal import BEGAN, DIED, ENDED, RUN, STOPPED, Journal, Line
 from benchmarks.gpu.plan import steps
 from benchmarks.gpu.setting import Entry
-from benchmarks.verdicts import ABOVE_FLOOR
-from benchmarks.workloads import with_limit
 
 KERNEL_S = 2e-6  # what a kernel costs however little it does: the gap to the next one
+ABOVE_LIMIT = 1.3  # what roadie may cost above the base: so many times what bytes and kernels must
 
 
 def assembled(journal: Journal) -> dict[str, Any]:
@@ -38,11 +37,10 @@ def assembled(journal: Journal) -> dict[str, Any]:
 
 
 def _with_bound(entry: Entry, bytes_per_s: float) -> Entry:
-    """The entry with its limit, and with what roadie may cost: the base's time and `ABOVE_FLOOR` times bytes and kernels."""
-    made = with_limit(entry, {str(entry["threads"]): bytes_per_s})
+    """The entry with the base's time and what bytes and kernels must cost, and with what they may cost."""
     base_ms = entry["rivals"][entry["base"]]["median_ms"]
-    above_s = entry["bytes_moved"] / bytes_per_s + entry["kernels"] * KERNEL_S
-    return {**made, "bound_ms": base_ms + 1e3 * ABOVE_FLOOR * above_s}
+    above_ms = 1e3 * (entry["bytes_moved"] / bytes_per_s + entry["kernels"] * KERNEL_S)
+    return {**entry, "limit_ms": base_ms + above_ms, "bound_ms": base_ms + ABOVE_LIMIT * above_ms}
 
 
 def _checked(of_step: list[Line]) -> dict[str, Any]:

@@ -30,13 +30,14 @@ Command = Callable[[Step, int, float], Sequence[str]]
 
 def run(steps: Sequence[Step], journal: Journal, until: float, command: Command, environment: dict[str, str]) -> None:
     """All steps, one after the other, each until it is done or its time is over, the last by `until` (`time.monotonic`)."""
+    seconds = until - time.monotonic()
     for step in steps:
         left = until - time.monotonic()
         if left < LEAST_S:
             say(f"{step.name}: left out, the time is over")
             continue
         began = time.monotonic()
-        is_done = run_step(step, journal, began + min(left, most_s(step)), command, environment)
+        is_done = run_step(step, journal, began + min(left, most_s(step, steps, seconds)), command, environment)
         say(f"{step.name}: {_counted(step, journal)}{'' if is_done else ', ended'} in {time.monotonic() - began:.0f} s")
 
 

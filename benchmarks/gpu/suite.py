@@ -14,13 +14,23 @@ HANG_S = 90.0  # of one test; an example compiles a kernel in a second or two
 
 
 class Part:
-    """A plugin of pytest: every `count`-th test, but those that the journal has; stops where the device is lost."""
+    """A plugin of pytest: every `count`-th test, but those that the journal has; stops where the device is lost.
+
+    hang_s: after so many seconds in one test the process ends itself.
+    """
 
     def __init__(
-        self, journal: Journal, step: str, by: str, index: int, count: int, is_lost: Callable[[], bool]
+        self,
+        journal: Journal,
+        step: str,
+        by: str,
+        index: int,
+        count: int,
+        hang_s: float,
+        is_lost: Callable[[], bool],
     ) -> None:
         self._journal, self._step, self._by = journal, step, by
-        self._index, self._count, self._is_lost = index, count, is_lost
+        self._index, self._count, self._hang_s, self._is_lost = index, count, hang_s, is_lost
         self._error: str | None = None
         self._outcome = ""
         self._seconds = 0.0

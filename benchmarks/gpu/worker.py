@@ -27,7 +27,7 @@ from benchmarks.gpu.plan import REAL, TOY, Case, steps
 from benchmarks.gpu.setting import Entry, Setting
 
 LOST = 75
-HANG_S = 30.0  # above four times what a case should take
+HANG_S = 30.0  # a case hangs that takes longer than this, and than half of the time for all of them
 _MODULES = {
     **dict.fromkeys(("rotation", "prepared", "gradients", "product"), "benchmarks.gpu.smoke"),
     **dict.fromkeys(("machine", "copying", "layer", "decoding", "training"), "benchmarks.gpu.timed"),
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     is_lost = _is_lost if options.device == "cuda" else lambda: False
     cases = step.shard(options.index)
     if options.step == "tests":
-        return _tests(journal, by, cases, is_lost)
+        return _tests(journal, by, cases, max(HANG_S, options.seconds / 2), is_lost)
     return work(journal, step.name, by, cases, until, lambda case: call(setting, case), is_lost)
 
 
@@ -61,12 +61,12 @@ def work(
     is_lost: Callable[[], bool],
 ) -> int:
     """Do what the journal does not have yet, and what fits before `until` (of `time.monotonic`); gives the exit code."""
-    seen = journal.seen(step)
+    seen, hang_s = journal.seen(step), max(HANG_S, (until - time.monotonic()) / 2)
     for case in cases:
         if case.title in seen or time.monotonic() + case.seconds > until:
             continue
         journal.put(BEGAN, step=step, by=by, case=case.title)
-        faulthandler.dump_traceback_later(HANG_S + 4 * case.seconds, exit=True)
+        faulthandler.dump_traceback_later(hang_s, exit=True)
         began = time.monotonic()
         try:
             done: dict[str, Any] = {"entries": call(case)}
@@ -90,12 +90,12 @@ def call(setting: Setting, case: Case) -> list[Entry]:
     return made
 
 
-def _tests(journal: Journal, by: str, cases: tuple[Case, ...], is_lost: Callable[[], bool]) -> int:
+def _tests(journal: Journal, by: str, cases: tuple[Case, ...], hang_s: float, is_lost: Callable[[], bool]) -> int:
     from benchmarks.gpu import suite
 
     for case in cases:
         index, count, paths = (case.arguments[key] for key in ("index", "count", "paths"))
-        if not suite.run(suite.Part(journal, "tests", by, index, count, is_lost), paths):
+        if not suite.run(suite.Part(journal, "tests", by, index, count, hang_s, is_lost), paths):
             return LOST
         journal.put(ENDED, step="tests", by=by, case=case.title, entries=[])
     return 0
