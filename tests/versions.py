@@ -51,6 +51,12 @@ needs_torchao_018_to_merge = pytest.mark.skipif(
 
 TRANSFORMERS = Version(version("transformers"))
 OLD_TRANSFORMERS = Version("5.23") > TRANSFORMERS  # tested: 5.0, 5.17 and 5.23
+NO_ENGINE = Version("5.17") > TRANSFORMERS
+"""The server's engine needs continuous batching that transformers 5.0 does not have."""
+
+needs_a_cache_that_lets_old_prefixes_go = pytest.mark.skipif(
+    OLD_TRANSFORMERS, reason="transformers 5.17 takes the blocks of prefixes that were used last, where it needs some"
+)
 
 EVALUATES_AFTER_THE_LAST_STEP = Version("5.17") <= TRANSFORMERS
 """The oldest transformers do so only where an interval ends with the last step."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.serving.harness import SMALL, adapters_of, prompt, save_all
 from tests.serving.http.fake_engine import FakeEngine
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import NO_ENGINE
 from typer.testing import CliRunner
 
 from roadie.bank import AdapterBank
@@ -83,7 +83,7 @@ def test_what_fails_is_raised_and_nothing_goes_on(adapter: str, kind: type[Excep
         engine.stop()
 
 
-@pytest.mark.skipif(OLD_TRANSFORMERS, reason="the engine needs a newer transformers")
+@pytest.mark.skipif(NO_ENGINE, reason="the engine needs a newer transformers")
 def test_likelihoods_of_many_adapters_are_those_of_each_alone(tmp_path: Path) -> None:
     model = tiny_llama().eval()
     adapters = adapters_of(model, 3)

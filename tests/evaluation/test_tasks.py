@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.serving.harness import save_all
 from tests.serving.http.harness import running
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import NO_ENGINE
 from typer.testing import CliRunner
 
 from roadie import embedded
@@ -21,7 +21,7 @@ from roadie.serving import ContinuousBatchingEngine, EngineSettings, Registry
 from roadie.testing import random_adapter
 
 pytest.importorskip("lm_eval", reason="needs lm-eval, which has an environment of its own: make test-eval")
-if OLD_TRANSFORMERS:
+if NO_ENGINE:
     pytest.skip("the engine needs a newer transformers", allow_module_level=True)
 
 from lm_eval import simple_evaluate

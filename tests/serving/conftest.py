@@ -1,4 +1,4 @@
-"""A tiny model and adapters for it; transformers before 5.23 has no continuous batching that the engine knows."""
+"""A tiny model and adapters for it; transformers before 5.17 has no continuous batching that the engine knows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from tests.serving.harness import adapters_of, save_all
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import NO_ENGINE
 
 from roadie.adapter import Adapter
 from roadie.testing import tiny_llama
 
-collect_ignore_glob = ["test_engine*.py", "test_contract.py", "test_adapters.py"] if OLD_TRANSFORMERS else []
+collect_ignore_glob = ["test_engine*.py", "test_contract.py", "test_adapters.py"] if NO_ENGINE else []
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.serving.harness import SMALL, prompt, serving
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import NO_ENGINE
 
 from roadie import checkpoint, embedded
 from roadie.adapter import Adapter
@@ -71,9 +71,7 @@ def check(said: dict[str, tuple[str, ...]], wanted: dict[str, list[str]]) -> Non
     assert all(part in note for name in wanted for part, note in zip(wanted[name], said[name], strict=True))
 
 
-@pytest.mark.skipif(
-    OLD_TRANSFORMERS, reason="transformers before 5.23 has no continuous batching that the engine knows"
-)
+@pytest.mark.skipif(NO_ENGINE, reason="transformers before 5.17 has no continuous batching that the engine knows")
 def test_what_is_not_as_the_base_model_has_it_is_said_at_the_start_and_of_each(
     model: Any, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import transformers
-from transformers.generation.continuous_batching import cache, model_runner, scheduler
+from transformers.generation.continuous_batching import cache, continuous_api, model_runner, scheduler
 
 from roadie.errors import ServingError
 from roadie.serving import ContinuousBatchingEngine, EngineSettings, Registry, continuous_batching
@@ -19,24 +21,54 @@ def test_this_transformers_keeps_the_contract() -> None:
 
 
 def test_what_is_gone_or_takes_other_parameters_is_named(monkeypatch: Any) -> None:
-    monkeypatch.delattr(model_runner.ModelRunner, "_sample")
-    monkeypatch.setattr(scheduler.Scheduler, "finish_request", lambda self, request_id, reason: None)
+    monkeypatch.delattr(continuous_api.ContinuousBatchingManager, "_create_batch_processor")
+    monkeypatch.setattr(continuous_api.ContinuousBatchingManager, "_generation_loop_body", lambda self, processor: None)
     monkeypatch.delattr(cache.PagedAttentionCache, "search_prefix_match")
+    for name in ("compute_free_capacity", "get_num_free_blocks"):
+        monkeypatch.delattr(cache.PagedAttentionCache, name, raising=False)
     with pytest.raises(ServingError) as refused:
         continuous_batching.check_contract()
     for part in (
-        "ModelRunner._sample is not there",
-        "finish_request takes (self, request_id, reason)",
-        "search_prefix_match",
+        "ContinuousBatchingManager._create_batch_processor is not there",
+        "_generation_loop_body takes (self, processor)",
+        "search_prefix_match is not there",
     ):
         assert part in str(refused.value)
+    assert re.search("(compute_free_capacity|get_num_free_blocks) is not there", str(refused.value))
+
+
+def test_few_private_names_are_held_and_all_of_them_are_in_the_contract() -> None:
+    of_blocks = max(continuous_batching.CONTRACT_OF_BLOCKS, key=len)
+    assert len(continuous_batching.CONTRACT) + len(of_blocks) <= 8
+    source = Path(continuous_batching.__file__).read_text()
+    called = set(re.findall(r"_(?:manager|processor|cache|scheduler)\.(_\w+)", source))
+    held = {name.rpartition(".")[2] for _, name, _ in (*continuous_batching.CONTRACT, *of_blocks)}
+    assert called == {name for name in held if name.startswith("_")}
+
+
+def test_blocks_that_were_looked_up_without_their_salt_are_refused() -> None:
+    def careless(request_id: str, prompt_ids: list[int]) -> int:
+        return len(hash_of(list(prompt_ids)))
+
+    def hash_of(tokens: list[int]) -> list[int]:
+        return tokens[0:8]
+
+    kept = SimpleNamespace(search_prefix_match=careless)
+    request = continuous_batching._Request("r", continuous_batching.Packed(0, 7))
+    continuous_batching.salt_prefixes(kept, {"0": request}, 8)
+    with pytest.raises(ServingError, match="without their salt"):
+        kept.search_prefix_match("0", list(range(20)))
 
 
 def test_versions_that_were_not_tested_are_refused_unless_allowed(monkeypatch: Any, model: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.24.1")
-    with pytest.raises(ServingError, match=r"5\.24\.1.*not tested"):
-        ContinuousBatchingEngine(model, None, Registry.open(tmp_path))
-    ContinuousBatchingEngine(model, None, Registry.open(tmp_path), EngineSettings(allow_unknown_version=True))
+    for unknown in ("5.24.1", "5.16.0", "6.0.0.dev0"):
+        monkeypatch.setattr(transformers, "__version__", unknown)
+        with pytest.raises(ServingError, match=rf"{re.escape(unknown)}.*not tested; wanted 5\.17 to 5\.23"):
+            ContinuousBatchingEngine(model, None, Registry.open(tmp_path))
+        ContinuousBatchingEngine(model, None, Registry.open(tmp_path), EngineSettings(allow_unknown_version=True))
+    for known in ("5.17.0", "5.20.1", "5.23.0.dev0"):
+        monkeypatch.setattr(transformers, "__version__", known)
+        continuous_batching.check_contract()
 
 
 def test_only_one_module_touches_private_parts_of_transformers() -> None:

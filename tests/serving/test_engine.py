@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.patience import HANG_S
 from tests.serving.harness import SMALL, Collector, prompt, serving
+from tests.versions import needs_a_cache_that_lets_old_prefixes_go
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from roadie import embedded
@@ -115,6 +116,21 @@ def test_prefixes_are_not_shared_after_a_slot_or_a_name_has_changed_hands(
     replaced = {list(before)[-1]: (prompt_ids, "a2")}
     right = {**{one: before[one] for one in list(before)[:-1]}, **replaced, **last}
     assert check(model, adapters, collector, right).num_wrong == 0
+
+
+@needs_a_cache_that_lets_old_prefixes_go
+def test_the_prefixes_that_were_unused_longest_make_room(model: Any, root: Path) -> None:
+    settings = EngineSettings(num_slots=4, page_size=8, num_blocks=32, max_batch_tokens=64, max_running=4)
+    with serving(model, root, settings) as collector:
+
+        def cached(seed: int) -> int:
+            request_id = collector.submit(prompt(seed, 33), max_tokens=1)
+            collector.wait()
+            return collector.last(request_id).usage.cached_tokens
+
+        assert [cached(seed) for seed in range(9)] == [0] * 9  # 36 blocks of prefixes, for a cache of 32
+        assert [cached(seed) for seed in (8, 7, 6)] == [32, 32, 32]
+        assert cached(0) == 0
 
 
 def test_long_prompts_take_several_steps(model: Any, adapters: Any, root: Path) -> None:
@@ -362,14 +378,14 @@ def test_text_stops_and_logprobs_of_the_embedded_model(tmp_path: Path) -> None:
         assert (collector.text(stopped), collector.last(stopped).finish) == (text[:begin], FinishReason.STOP)
         assert collector.text(included) == text[: begin + len(stop)]
         assert len(collector.tokens(by_token)) == collector.tokens(plain).index(fifth) + 1
-        entries = [entry for output in collector.outputs[plain] for entry in output.logprobs]
-        with torch.no_grad():
-            logits = model(torch.tensor([[*ids, *collector.tokens(plain)]])).logits[0, len(ids) - 1 : -1]
-        expected = logits.double().log_softmax(-1)
-        for place, entry in enumerate(entries):
-            assert entry.token_id == entry.top[0][0] == collector.tokens(plain)[place]
-            assert len(entry.top) == 3
-            assert entry.logprob == pytest.approx(float(expected[place, entry.token_id]), abs=1e-4)
+    entries = [entry for output in collector.outputs[plain] for entry in output.logprobs]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ids, *collector.tokens(plain)]])).logits[0, len(ids) - 1 : -1]
+    expected = logits.double().log_softmax(-1)
+    for place, entry in enumerate(entries):
+        assert entry.token_id == entry.top[0][0] == collector.tokens(plain)[place]
+        assert len(entry.top) == 3
+        assert entry.logprob == pytest.approx(float(expected[place, entry.token_id]), abs=1e-4)
 
 
 def test_submitters_on_many_threads(model: Any, adapters: Any, root: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from tests.patience import HANG_S
 from tests.serving.http.harness import free_port
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import NO_ENGINE
 
 from roadie.serving.http.gate import ROUTES, Right
 from roadie.serving.http.keys import read_keys
@@ -51,7 +51,7 @@ def shell(folder: Path) -> Iterator[Any]:
         running.wait(HANG_S)
 
 
-@pytest.mark.skipif(OLD_TRANSFORMERS, reason="the engine needs a newer transformers")
+@pytest.mark.skipif(NO_ENGINE, reason="the engine needs a newer transformers")
 @pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="there is no bash, or no curl")
 def test_the_session_runs_and_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

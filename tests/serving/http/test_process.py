@@ -23,12 +23,12 @@ import pytest
 import torch
 from tests.patience import HANG_S, until
 from tests.serving.http.harness import ADMIN_KEY, free_port
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import NO_ENGINE
 
 from roadie import embedded
 from roadie.serving.http.keys import add_to_file, entry_of
 
-pytestmark = pytest.mark.skipif(OLD_TRANSFORMERS, reason="the engine needs a newer transformers")
+pytestmark = pytest.mark.skipif(NO_ENGINE, reason="the engine needs a newer transformers")
 ROADIE = "import sys; from roadie.cli import main; main()"
 KEY = {"authorization": f"Bearer {ADMIN_KEY}"}
 
