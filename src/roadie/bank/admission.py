@@ -70,9 +70,9 @@ def rotations_of_row(family: Family, name: str) -> dict[str, list[SiteChains]]:
         chain = chain_from_parameters(theta, alpha, stack.variant, stack.stages)
         if not all(_are_finite(rotation.direct, rotation.cross) for rotation in chain):
             raise AdapterError(f"got adapter {name!r} with values that are not finite; wanted finite ones")
-        for index, path in enumerate(stack.paths):
-            layer = slice(index, index + 1)
-            of_layer = tuple(Rotation(r.direct[layer], r.cross[layer], r.group_size) for r in chain)
+        vectors = [(r.direct.unsqueeze(1).unbind(), r.cross.unsqueeze(1).unbind(), r.group_size) for r in chain]
+        for layer, path in enumerate(stack.paths):
+            of_layer = tuple(Rotation(direct[layer], cross[layer], size) for direct, cross, size in vectors)
             made[path] = [SiteChains((0,), of_layer)]
     return made
 

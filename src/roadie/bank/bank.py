@@ -374,9 +374,10 @@ class AdapterBank:
             parts = made.get(path, ())
             for rows in parts:
                 held.table.write([slots[index] for index in rows.of], rows.rotations)
-            others = [slot for index, slot in enumerate(slots) if not _has(parts, index)]
-            if others:
-                held.table.clear(others)
+            if not parts or len(slots) > 1:  # of one slot all are written, or none
+                others = [slot for index, slot in enumerate(slots) if not _has(parts, index)]
+                if others:
+                    held.table.clear(others)
 
     def _attach(self, path: str) -> None:
         module = self._modules[path]
