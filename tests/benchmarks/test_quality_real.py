@@ -12,8 +12,8 @@ import datasets
 import pytest
 import torch
 import yaml
-from benchmarks.machine import ROOT
-from benchmarks.quality import records
+from benchmarks.quality import real, records
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.hub import data, style
 from benchmarks.quality.hub.choices import taken_apart
 from benchmarks.quality.hub.encoding import Encoder
@@ -28,8 +28,7 @@ from torch.nn import functional
 from roadie import embedded
 from roadie.errors import ConfigError
 
-GRID = ROOT / "benchmarks" / "quality" / "real.yaml"
-TASKS = read(GRID)
+TASKS = read(real.GRID)
 NUMBERED = {
     "instruction": "Please choose the correct answer to the question: What runs?\n\nAnswer1: a stone Answer2: a cat, fast "
     "Answer3: ice\n\nAnswer format: answer1/answer2/answer3",
@@ -219,3 +218,21 @@ def test_a_search_begins_at_the_rate_of_the_grid_that_is_nearest() -> None:
         0.0032,
         0.032,
     ]
+
+
+def test_the_grid_runs_the_models_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["real", "--data", str(tmp_path), "--models", str(tmp_path), "--records", str(tmp_path)]) == 2
+    assert "python -m benchmarks.models fetches them" in capsys.readouterr().err
+    swept: list[tuple[str, tuple[str, ...], str]] = []
+
+    def sweep_one(path: Path, choice: Choice, folder: Path, stop: Any) -> int:
+        swept.append((str(choice.model), tuple(choice.tasks), choice.device))
+        return 3
+
+    monkeypatch.setattr(real, "sweep", sweep_one)
+    monkeypatch.setattr(real.models, "present", lambda name, folder: tmp_path / name if name == "smollm2" else None)
+    assert real.sweep_all(tmp_path, tmp_path, tmp_path, "cuda", lambda: False, ["boolq", "mawps"]) == 3
+    assert swept == [(str(tmp_path / "smollm2"), ("mawps", "boolq"), "cuda")]
+    assert {task for tasks in real.TASKS.values() for task in tasks} == set(TASKS)
