@@ -14,7 +14,7 @@ import roadie
 from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters
 from roadie.rotation import to_dense
 from roadie.serving import EngineSettings, FinishReason
-from roadie.serving.validation import adapts_last_layer
+from roadie.serving.validation import last_layer_sites
 from roadie.testing import GreedyReference, GreedyVerdict
 
 SETTINGS = EngineSettings(num_slots=6, page_size=8, num_blocks=128)
@@ -85,5 +85,5 @@ def test_the_input_of_the_last_layer_is_rotated_too(model: Any, adapters: Any, r
     wide = with_inputs(adapters["a0"], model, 3, [16], [8], more=("lm_head",))
     head = Adapter({path: layer for path, layer in wide.layers.items() if path.startswith("lm_head")}, wide.config)
     save_all({"head": head}, root)
-    assert adapts_last_layer(model, ["lm_head.road_input"])
+    assert last_layer_sites(model) == {"lm_head", "lm_head.road_input"}
     check(model, root, {"head": ("head", head), "plain": ("a1", adapters["a1"]), "none": (None, None)})

@@ -332,7 +332,8 @@ class AdapterBank:
                 self._forget(name)
                 self._admissions += 1
                 self._versions[name] = self._admissions
-                self._layers_of[name] = frozenset(path for path, parts in made.items() if _has(parts, index))
+                are_all = len(names) == 1
+                self._layers_of[name] = frozenset(path for path, parts in made.items() if are_all or _has(parts, index))
             else:
                 self._blends.add(name)
             self._book.publish(name, slot)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from roadie.bank.families import Family
@@ -155,17 +156,21 @@ class Worker:
             call.results[index] = result
         of_tenant = {call.tenant: call for call in chosen.calls}
         if backward:
-            for part in self.bank.gradients():
-                self._take(part, [of_tenant[name] for name in part.names])
+            parts = list(self.bank.gradients())
+            squares = iter(torch.cat([part.squares for part in parts]).tolist())  # one look at a device
+            for part in parts:
+                self._take(part, [(of_tenant[name], next(squares)) for name in part.names])
         for call in chosen.calls:
             if not call.waiting and self._lines.is_first(call):
                 self._finish(call)
 
-    def _take(self, part: PartGradients, calls: Sequence[Call]) -> None:
-        """Add the gradients of a family to those of its tenants, or to those of calls that go on; calls may fail."""
-        squares = part.squares.tolist()
+    def _take(self, part: PartGradients, calls: Sequence[tuple[Call, float]]) -> None:
+        """Add the gradients of a family to those of its tenants, or to those of calls that go on; calls may fail.
+
+        calls: of each tenant in turn, with the square of its gradient's norm.
+        """
         whole = []
-        for place, (call, square) in enumerate(zip(calls, squares, strict=True)):
+        for place, (call, square) in enumerate(calls):
             loss = sum(row.loss for row in call.results.values())
             if self._sum is None and not (math.isfinite(square) and math.isfinite(loss)):
                 self._fail(call, _not_finite(loss, math.sqrt(square) if square >= 0 else math.nan))

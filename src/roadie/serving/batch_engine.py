@@ -56,7 +56,7 @@ from roadie.serving.registry import Registry
 from roadie.serving.residency import Residency
 from roadie.serving.sampling import choose
 from roadie.serving.unloads import Unloads
-from roadie.serving.validation import adapts_last_layer, check_request, check_room, eos_ids_of, key_of, limits_of
+from roadie.serving.validation import check_request, check_room, eos_ids_of, key_of, last_layer_sites, limits_of
 
 _log = logging.getLogger("roadie")
 _Delivery = tuple[ActiveRequest, Output]
@@ -126,6 +126,7 @@ class ContinuousBatchingEngine:
             self._base,
         )
         self._unloads = Unloads(self._residency, self.cancel)
+        self._last_layer = last_layer_sites(self._model)
         self._residency.look_around()
         self._residency.bring_pinned()
         self._is_taking = True
@@ -494,5 +495,5 @@ class ContinuousBatchingEngine:
         return max(len(self._running), not is_idle)
 
     def _note_layers(self, paths: Iterable[str]) -> None:
-        if adapts_last_layer(self._model, paths):
+        if not self._last_layer.isdisjoint(paths):
             self._batch.keep_all_logits()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from roadie.adapter import layer_of
+from roadie.adapter import INPUT_SUFFIX
 from roadie.bank.blends import Blend, parse
 from roadie.errors import ConfigError, PromptTooLong, QueueFull, RoutingError
 from roadie.serving.engine import EngineLimits, EngineSettings, GenerationRequest
@@ -42,11 +41,11 @@ def eos_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def adapts_last_layer(model: Any, paths: Iterable[str]) -> bool:
-    """Whether one of these modules is the layer that gives the logits, or its input."""
+def last_layer_sites(model: Any) -> frozenset[str]:
+    """The layer that gives the logits, and its input, by path; none in a model without."""
     head = model.get_output_embeddings()
-    modules = dict(model.named_modules())
-    return head is not None and any(modules.get(layer_of(path)) is head for path in paths)
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is head]
+    return frozenset(site for path in paths for site in (path, f"{path}{INPUT_SUFFIX}"))
 
 
 def key_of(request: GenerationRequest, limits: EngineLimits) -> Key:
