@@ -21,7 +21,7 @@ from benchmarks.quality.hub.settings import Rows, Source, read
 from benchmarks.quality.hub.sweep import Choice, sweep
 from benchmarks.quality.hub.task import prepare
 from benchmarks.quality.hub.training import pieces
-from benchmarks.quality.methods import nearest_exponent, rate
+from benchmarks.quality.methods import METHODS, nearest_exponent, rate
 from benchmarks.quality.tasks import IGNORED, LANGUAGE, Splits, Task, next_logits
 from torch.nn import functional
 
@@ -178,6 +178,26 @@ def test_the_order_of_runs_and_what_is_tested(tmp_path: Path) -> None:
     assert order == [("road_1", 0)] * len(searched) + [("lora_r1", 0), ("road_1", 1), ("lora_r1", 1), ("ia3", 0)]
     assert base["facts"]["settings"]["model"]["name"] == embedded.model_path().name  # no folder of this machine
     assert str(tmp_path) not in path.read_text(encoding="utf-8")
+
+
+def test_products_in_bfloat16_are_of_whole_pieces_of_memory(tmp_path: Path) -> None:
+    row = {"question": "def", "right": "return", "choices": ["return", "import"]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+    model = {"name": str(embedded.model_path()), "kind": "causal-language-model", "products": "bfloat16"}
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"tasks": {"t": of_choices(model=model)}}), encoding="utf-8")
+    before = torch.get_float32_matmul_precision()
+    try:
+        task = prepare("t", read(config)["t"], tmp_path, "cpu").task
+        adapted = METHODS["road_1"].adapt(task.model(), task)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    given: list[torch.Tensor] = []
+    adapted.get_output_embeddings().register_forward_pre_hook(lambda layer, arguments: given.append(arguments[0]))
+    adapted.generate(input_ids=torch.full((3, 5), 7), max_new_tokens=2, do_sample=False)
+    assert [one.shape[:2] for one in given] == [(3, 1)] * 2
+    assert all(one.is_contiguous() for one in given)
 
 
 def test_choices_need_an_answer_that_they_can_replace(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
@@ -80,6 +80,8 @@ def base_model(settings: TaskSettings, tokenizer: Any, device: str) -> nn.Module
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _pad_id(tokenizer)
+    if wanted.products == "bfloat16" and labels is None:
+        model.get_output_embeddings().register_forward_pre_hook(_made_contiguous)
     names = [name for name, _ in model.named_parameters()]
     lacking = [part for part in wanted.head if not any(name.startswith(f"{part}.") for name in names)]
     if lacking:
@@ -88,6 +90,15 @@ def base_model(settings: TaskSettings, tokenizer: Any, device: str) -> nn.Module
             f"got model.head {', '.join(lacking)}; wanted modules of {wanted.name}, as {', '.join(heads)}; correct head"
         )
     return model.to(device)
+
+
+def _made_contiguous(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a layer is given, in one piece of memory.
+
+    When text is generated the last layer gets the last token of each row, a slice. On a CPU products in bfloat16 of a slice
+    copy the layer's weight for every row: 9 GB for 80 rows and 49,152 tokens of width 576.
+    """
+    return tuple(one.contiguous() for one in arguments)
 
 
 def _loaded(model: Model, load: Callable[[str], Any]) -> Any:
