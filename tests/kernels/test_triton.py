@@ -25,7 +25,8 @@ from tests.versions import needs_loops_in_the_interpreter
 
 from roadie.kernels.contract import Implementation, RowRotations
 from roadie.kernels.eager import EagerImplementation
-from roadie.kernels.triton import TritonImplementation, backward, gradient, tiles
+from roadie.kernels.triton import TritonImplementation, backward, gradient, tasks, tiles
+from roadie.kernels.triton.tasks import most_tasks
 from roadie.testing.accuracy import assert_as_accurate_as, assert_same_bits, assert_within, unit_roundoff, wide
 
 TRITON, EAGER = TritonImplementation(), EagerImplementation()
@@ -61,7 +62,7 @@ def small_tiles() -> Iterator[None]:
         mock.patch.object(tiles, "rotate_tile", return_value=tiles.Tile(2, 4, 2, 1)),
         mock.patch.object(tiles, "backward_tile", return_value=tiles.Tile(2, 4, 2, 1)),
         mock.patch.object(backward, "TASKS_AT_ONCE", 2),
-        mock.patch.object(backward, "COLUMNS", 8),
+        mock.patch.object(backward, "PAIRS", 8),
         mock.patch.object(gradient, "PAIRS", 4),
     ):
         yield
@@ -142,6 +143,43 @@ def test_sums_become_gradients_as_in_the_reference(shape: str) -> None:
     check_gradient(TRITON, cases.batch(**SHAPES[shape]))
     with small_tiles():
         check_gradient(TRITON, cases.batch(**SHAPES[shape]))
+
+
+def check_both_at_once(implementation: Implementation, b: cases.Batch) -> None:
+    """Gradients that are made in the launches that sum are those made of the sums, bit for bit but for the sign of zeros."""
+    for of_output, want_x in ((False, True), (True, False)):
+        back, after = (torch.full_like(b.gradient, torch.nan) for _ in range(2))
+        got, wanted = ([torch.full(b.turns.direct.shape, torch.nan) for _ in range(2)] for _ in range(2))
+        implementation.gradients(b.gradient, b.kept, back if want_x else None, b.turns, *got, of_output)
+        implementation.backward(b.gradient, b.kept, after if want_x else None, b.turns, *wanted)
+        implementation.gradient(*wanted, b.turns, of_output)
+        for value, expected in zip((*got, back), (*wanted, after), strict=True):
+            assert torch.equal(value.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert not any(value.isnan().any() for value in got)
+        assert bool(back.isnan().any()) == (not want_x and back.numel() > 0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+@pytest.mark.parametrize("shape", SHAPES)
+@needs_loops_in_the_interpreter
+def test_gradients_are_made_in_the_launches_that_sum(shape: str) -> None:
+    check_both_at_once(TRITON, cases.batch(**SHAPES[shape]))
+    with small_tiles():
+        check_both_at_once(TRITON, cases.batch(**SHAPES[shape]))
+
+
+def test_rows_are_sorted_once_for_all_layers_that_read_the_same_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, sort = [], torch.sort
+    monkeypatch.setattr(torch, "sort", lambda *given, **named: made.append(given) or sort(*given, **named))
+    slots = torch.tensor([[2, -1, 0], [1, 1, 2]])
+    first = tasks.tasks_of(slots.view(-1), 1, 3, 4)
+    assert tasks.tasks_of(slots.view(-1), 1, 3, 4) is first
+    assert len(made) == 1
+    assert len(tasks.tasks_of(slots.view(-1), 4, 3, 8).group) == most_tasks(6, 4, 3, 8)
+    slots[0, 0] = 0
+    again = tasks.tasks_of(slots.view(-1), 1, 3, 4)
+    assert first.bounds.tolist() == [0, 1, 2, 4, 6]
+    assert again.bounds.tolist() == [0, 1, 3, 5, 6]
 
 
 @settings(max_examples=8)

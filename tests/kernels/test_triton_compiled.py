@@ -6,8 +6,10 @@ Compiling and interpreting exclude each other in a process, so that this file ru
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +54,8 @@ def rotation_of(
 
     half, split = tiles.halves(group_size, uniform=group_size > 0)
     tile = tiles.rotate_tile(1, 4096, 2048)
-    constants = {"HALF": half, "SPLIT": split, "TRANSPOSED": False, "MIXED": mixed, "IN_PLACE": in_place}
+    constants = {"HALF": half, "SPLIT": split, "LIKELY": tiles.LIKELY_HALF, "TRANSPOSED": False, "MIXED": mixed}
+    constants["IN_PLACE"] = in_place
     constants |= {"ROWS": tile.rows, "PAIRS": tile.pairs, "STEPS": tile.steps}
     return compiled(rotation.rotate_kernel, dtype, target, constants, num_warps=tile.warps, enable_fp_fusion=False)
 
@@ -63,14 +66,21 @@ def backward_of(dtype: str, target: tuple[Any, ...], group_size: int, *, mixed: 
     half, split = tiles.halves(group_size, uniform=group_size > 0)
     tile = tiles.backward_tile(4096, 2048)
     constants = {"HALF": half, "SPLIT": split, "MIXED": mixed, "WANT_X": True}
-    constants |= {"ROWS": tile.rows, "PAIRS": tile.pairs, "STEPS": tile.steps}
+    constants |= {"ROWS": tile.rows, "PAIRS": tile.pairs, "STEPS": tile.steps, "SOLVE": 0}
     return compiled(backward.backward_kernel, dtype, target, constants, num_warps=tile.warps, enable_fp_fusion=False)
 
 
 def reduction_of(target: tuple[Any, ...]) -> str:
     from roadie.kernels.triton import backward
 
-    constants = {"MIXED": True, "TASKS": backward.TASKS_AT_ONCE, "COLUMNS": backward.COLUMNS}
+    constants = {
+        "HALF": 32,
+        "SPLIT": 0,
+        "MIXED": True,
+        "TASKS": backward.TASKS_AT_ONCE,
+        "PAIRS": backward.PAIRS,
+        "SOLVE": 2,
+    }
     return compiled(backward.reduce_kernel, "fp32", target, constants, enable_fp_fusion=False)
 
 
@@ -163,12 +173,23 @@ def test_sums_use_no_atomic_additions(assembly: dict[str, str], name: str) -> No
 
 
 def test_in_place_all_is_loaded_before_anything_is_stored(assembly: dict[str, str]) -> None:
-    for name in ("in place", "sizes", "halves of three"):
+    for name in ("in place", "halves of three"):
         before, barrier, after = assembly[name].rpartition("bar.sync")
         assert barrier, "no barrier"
         assert "st.global" in after
         assert "ld.global" not in after
         assert "st.global" not in before
+
+
+def test_slots_with_sizes_of_their_own_are_read_fast_where_these_are_the_likely_ones(assembly: dict[str, str]) -> None:
+    """There is a way for them, by wide loads, and one for all others; in each all is loaded before anything is stored."""
+    code = assembly["sizes"]
+    assert code.count("ld.global.v4.b32") >= 2
+    assert code.count("st.global.v4.b32") >= 2
+    assert "global.b16" in code
+    steps = re.findall(r"bar\.sync|(?:ld|st)\.global", code)
+    assert steps.count("bar.sync") >= 2
+    assert not any(pair == ("ld.global", "st.global") for pair in itertools.pairwise(steps))
 
 
 def test_the_product_uses_the_matrix_units(assembly: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.kernels import cases
-from tests.kernels.test_triton import SHAPES, check_gradient, small_tiles
+from tests.kernels.test_triton import SHAPES, check_both_at_once, check_gradient, small_tiles
 from tests.versions import needs_loops_in_the_interpreter
 
 from roadie.kernels.triton import TritonImplementation, backward, gradient, matmul, pairs, rotation, tasks
@@ -19,6 +19,7 @@ from roadie.kernels.triton import TritonImplementation, backward, gradient, matm
 PACKAGE = (pairs, tasks, rotation, backward, gradient, matmul)
 
 FORWARD, BACKWARD = cases.check_forward, cases.check_backward
+AT_ONCE = check_both_at_once
 ORDER = "tl.load(order + virtual // repeat, mask=mask, other=0)"
 # No mistake reaches outside the tensors. Module, what stands there, what is planted, the check that must fail, and on which batch
 MISTAKES = {
@@ -30,15 +31,28 @@ MISTAKES = {
     "sign of own": (backward, "own1 += g1 * k1", "own1 -= g1 * k1", BACKWARD, "one rotation"),
     "sign of partner": (backward, "partner2 += g2 * k1", "partner2 -= g2 * k1", BACKWARD, "rows"),
     "no partner": (backward, "partner1 += g1 * k2", "partner1 += g1 * k1", BACKWARD, "one rotation"),
-    "group size of slot 0": (rotation, "tl.load(sizes + used) // 2", "tl.load(sizes) // 2", FORWARD, "sizes"),
+    "group size of slot 0": (
+        rotation,
+        "tl.load(sizes + tl.maximum(slot, 0)) // 2",
+        "tl.load(sizes) // 2",
+        FORWARD,
+        "sizes",
+    ),
     "halves": (pairs, "tl.join(first, second)", "tl.join(second, first)", FORWARD, "parted in registers"),
     "base rotated": (rotation, "tl.where(is_base, x1, z1.to(x1.dtype))", "z1.to(x1.dtype)", FORWARD, "rows"),
     "base turned back": (backward, "tl.where(is_base, raw1, x1.to(raw1.dtype))", "x1", BACKWARD, "rows"),
     "base in the sums": (backward, "first = tl.load(ends + slot)\n", "first = tl.load(ends)\n", BACKWARD, "repeat"),
-    "a task forgotten": (backward, "(task < end) &", "(task < end - 1) &", BACKWARD, "slot 0 of two"),
+    "a task forgotten": (backward, "mask = task < end\n", "mask = task < end - 1\n", BACKWARD, "slot 0 of two"),
     "rows not in order": (backward, ORDER, "(virtual // repeat)", BACKWARD, "repeat"),
-    "sign of cross": (gradient, "of_cross1 = -partner1", "of_cross1 = partner1", check_gradient, "one rotation"),
-    "solved with R": (gradient, "own1 * cross2 - partner1", "own1 * cross2 + partner1", check_gradient, "sizes"),
+    "sign of cross": (pairs, "of_cross1 = -partner1", "of_cross1 = partner1", check_gradient, "one rotation"),
+    "solved with R": (pairs, "own1 * cross2 - partner1", "own1 * cross2 + partner1", check_gradient, "sizes"),
+    "solved with another's R": (
+        backward,
+        "load_turn(direct, cross, slot, ",
+        "load_turn(direct, cross, 0 * slot, ",
+        AT_ONCE,
+        "sizes",
+    ),
     "runs counted as rows": (tasks, "bounds.diff() * repeat", "bounds.diff()", BACKWARD, "repeat"),
 }
 
@@ -70,7 +84,7 @@ def plant(mistake: ModuleType, original: ModuleType, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=needs_loops_in_the_interpreter) if check is BACKWARD else name
+        pytest.param(name, marks=needs_loops_in_the_interpreter) if check in (BACKWARD, AT_ONCE) else name
         for name, (*_, check, _) in MISTAKES.items()
     ],
 )

@@ -206,3 +206,60 @@ def test_what_a_bank_cannot_keep_is_made_once_a_call_too(made: Counter[str], mon
     for call in range(1, 4):
         torch.testing.assert_close(fresh(x, adapter_names=names), wanted, rtol=0, atol=ORDER_OF_SUMS)
         assert made == {"from_parameters": 2 * call}  # of each group size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings", [{"group_size": 4}, {"stages": [2, 8]}, {"variant": "road_4", "group_size": 4}], ids=str
+)
+def test_tables_that_cannot_be_watched_are_written_anew_where_they_are(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of what is trained on a GPU: each call has the values of now, and layers rotate as they did the last time."""
+    model = _adapted(3, **settings).eval()
+    monkeypatch.setattr(tables, "can_be_stamped", lambda tensor: False)
+    places = []
+    for _ in range(3):
+        for layer in _layers(model):
+            layer.road_theta["default"].data += 0.1
+        wanted = _x()
+        for layer in _layers(model):
+            y = layer.base_layer(wanted)
+            for rotation in layer.rotations("default"):
+                y = rotate(y, rotation)
+            wanted = y.sin()
+        torch.testing.assert_close(model(_x()), wanted, rtol=0, atol=ORDER_OF_SUMS)
+        places.append([table.direct.data_ptr() for made in _kept(model).of.values() for table in made.chain])
+    assert places[0] == places[1] == places[2]
+
+
+def _kept(model: Any) -> tables.Tables:
+    return _layers(model)[0]._routing._kept._tables
+
+
+def test_tables_that_a_graph_has_are_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables without gradient may be part of one where some adapters are frozen: backward is as if nothing came after."""
+    model = _adapted(2, group_size=4)
+    monkeypatch.setattr(tables, "can_be_stamped", lambda tensor: False)
+    frozen = _layers(model)[0]
+    for parameter in (frozen.road_theta["default"], frozen.road_alpha["default"]):
+        parameter.requires_grad_(False)
+    x = _x().requires_grad_()
+    inner = model.base_model.model
+    inner.forward = lambda x: _with_gradient(inner, x)
+    with torch.no_grad():
+        result = inner(x)
+    (wanted,) = torch.autograd.grad(result.sum(), x, retain_graph=True)
+    frozen.road_theta["default"].data += 0.5
+    with torch.no_grad():
+        inner(_x())
+    assert torch.equal(torch.autograd.grad(result.sum(), x)[0], wanted)
+
+
+@torch.no_grad()
+def test_a_layer_by_itself_writes_its_tables_anew_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _layers(_adapted(1, group_size=4))[0]
+    monkeypatch.setattr(tables, "can_be_stamped", lambda tensor: False)
+    for _ in range(4):
+        layer.road_alpha["default"].data *= 1.1
+        assert torch.equal(layer(_x()), _alone(layer, _x()))

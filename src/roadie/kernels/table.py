@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from roadie.errors import AdapterError, RoutingError
+from roadie.kernels.constants import constant
 from roadie.kernels.contract import RowRotations, without_gaps
 from roadie.rotation import Rotation, check_group_size
 
@@ -45,7 +46,7 @@ def table_of(direct: Tensor, cross: Tensor, sizes: Sequence[int] | Tensor) -> Ro
         return RotationTable(direct, cross, sizes)
     if len(set(sizes)) == 1:
         return RotationTable(direct, cross, sizes[0])
-    return RotationTable(direct, cross, torch.tensor(sizes, dtype=torch.int32, device=direct.device))
+    return RotationTable(direct, cross, constant(sizes, torch.int32, direct.device))
 
 
 Chain: TypeAlias = tuple[RotationTable, ...]
@@ -82,7 +83,7 @@ def row_rotations(x: Tensor, table: RotationTable, slots: Tensor | None) -> RowR
     """A table and the slots in the form the implementations take."""
     sizes, repeat = table.group_sizes, 1
     if slots is not None:
-        slots = slots.contiguous().view(-1)
+        slots = slots if slots.dim() == 1 and slots.is_contiguous() else slots.contiguous().view(-1)
         repeat = x.numel() // x.shape[-1] // slots.numel()
     if isinstance(sizes, int):
         return RowRotations(table.direct.contiguous(), table.cross.contiguous(), slots, repeat, None, sizes)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from roadie.kernels import Chain, RotationTable, table_of
+from roadie.kernels.constants import constant
 from roadie.kernels.keeping import PLAIN
-from roadie.rotation import from_parameters, parameter_gradients, split_stages
+from roadie.kernels.table import vectors_of
+from roadie.rotation import Rotation, from_parameters, parameter_gradients, split_stages
 from roadie.sites.table import ANY_SIZE, NO_ROTATION
 
 
@@ -62,17 +64,43 @@ class Plan:
         self._has_chains = any(part.num_stages > 1 for part in parts)
         self._kinds = _kinds(blocks)
         self._num_blocks = len(blocks)
+        # Whether each table is one block as it is.
+        stages = [stage for of_site in self._stages for stage in of_site]
+        self._are_parts = len(stages) == len(blocks) and len(parts) == sum([stage.num_slots for stage in stages])
 
     def chains(self) -> list[Chain | None]:
         """The tables ``[S, D]`` of the slots of each site, one for each stage; None where all are the identity.
 
         Differentiable. Each table is memory of its own, or a part of one that nobody writes to.
         """
-        parameters = self._stored
-        if self._has_chains:
-            each = zip(parameters, self._stages_of, strict=True)
-            parameters = [split_stages(vector, count)[stage] for vector, (stage, count) in each]
-        vectors = _apply(self, *parameters) if self._wants_gradient() else self.vectors(parameters)
+        parameters = self._parameters()
+        return self._chains(_apply(self, *parameters) if self._wants_gradient() else self.vectors(parameters))
+
+    def kept(self) -> tuple[list[Chain | None], list[Tensor]]:
+        """As `chains`, without gradient, and the memory that all of them are: for `write_anew`."""
+        wholes = self._wholes(self._parameters())
+        chains = self._chains(self._split(wholes))
+        return chains, self._memory(wholes, chains)
+
+    def write_anew(self, memory: Sequence[Tensor]) -> None:
+        """The values of now into the memory that `kept` gave; no operation for each site where tables are parts of it."""
+        wholes = self._wholes(self._parameters())
+        for into, made in zip(memory, self._memory(wholes), strict=True):
+            into.copy_(made)
+
+    def _memory(self, wholes: Sequence[Rotation], chains: Sequence[Chain | None] | None = None) -> list[Tensor]:
+        if self._are_parts:
+            return [vector for whole in wholes for vector in (whole.direct, whole.cross)]
+        chains = self._chains(self._split(wholes)) if chains is None else chains
+        return [vector for chain in chains for vector in vectors_of(chain or ())]
+
+    def _parameters(self) -> list[Tensor]:
+        if not self._has_chains:
+            return self._stored
+        each = zip(self._stored, self._stages_of, strict=True)
+        return [split_stages(vector, count)[stage] for vector, (stage, count) in each]
+
+    def _chains(self, vectors: Sequence[Tensor]) -> list[Chain | None]:
         return [tuple([stage.table(vectors, len(stages)) for stage in stages]) or None for stages in self._stages]
 
     def _wants_gradient(self) -> bool:
@@ -89,9 +117,15 @@ class Plan:
 
     def vectors(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """direct and cross ``[k, D]`` of each block of k parts, in turn; differentiable, in float32 or wider."""
+        return self._split(self._wholes(parameters))
+
+    def _wholes(self, parameters: Sequence[Tensor]) -> list[Rotation]:
+        """The blocks of each kind, end to end."""
+        return [from_parameters(*kind.end_to_end(parameters), kind.variant, kind.group_size) for kind in self._kinds]
+
+    def _split(self, wholes: Sequence[Rotation]) -> list[Tensor]:
         made: list[Any] = [None] * (2 * self._num_blocks)
-        for kind in self._kinds:
-            whole = from_parameters(*kind.end_to_end(parameters), kind.variant, kind.group_size)
+        for kind, whole in zip(self._kinds, wholes, strict=True):
             if len(kind.blocks) == 1:  # of a layer by itself
                 first, shape = 2 * kind.blocks[0], (kind.counts[0], -1)
                 made[first : first + 2] = whole.direct.view(shape), whole.cross.view(shape)
@@ -251,5 +285,5 @@ def _in_order(direct: Tensor, cross: Tensor, order: list[int], num_slots: int) -
     one = torch.ones(1, direct.shape[1], dtype=direct.dtype, device=direct.device)
     direct, cross = torch.cat((direct, one)), torch.cat((cross, torch.zeros_like(one)))
     position = {slot: row for row, slot in enumerate(order)}
-    rows = torch.tensor([position.get(slot, len(order)) for slot in range(num_slots)], device=direct.device)
+    rows = constant([position.get(slot, len(order)) for slot in range(num_slots)], torch.int64, direct.device)
     return direct.index_select(0, rows), cross.index_select(0, rows)

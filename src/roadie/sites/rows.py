@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from roadie.errors import RoutingError
+from roadie.kernels.constants import constant, moved
 from roadie.sites import layout
 
 _MOST_SHAPES = 64  # of which a choice remembers where the rows lie: a model has a few for each number of tokens
@@ -65,7 +66,7 @@ class Choice:
                 f"got slots of {slots.dtype} {tuple(slots.shape)}; wanted an integer tensor [B] or [B, T]"
             )
         slots = slots.to(torch.int64)
-        self.slots = slots if device is None else slots.to(device)
+        self.slots = slots if device is None else moved(slots, device)
         self.expansion, self.held, self.mark = expansion, held, mark or Mark()
         self.calls = layout.Calls(slots.shape[0], expansion, model, is_compiled) if calls is None else calls
         if slots.device.type == "cpu":
@@ -139,8 +140,8 @@ class Choice:
             )
         is_in_doubt = layout.is_doubtful(y, found)
         if of_slot is not None:
-            found = torch.tensor(of_slot, device=found.device)[found]
-        return found.to(y.device), is_in_doubt
+            found = constant(of_slot, torch.int64, found.device)[found]
+        return moved(found, y.device), is_in_doubt
 
 
 _check_in_eager: Callable[[layout.Calls, Tensor, nn.Module, Tensor], None] = torch.compiler.disable(layout.Calls.check)

@@ -84,16 +84,27 @@ class Layout:
         """Whether a parameter is trained."""
         return any(tensor.requires_grad for tensor in self.tensors)
 
-    def made(self) -> list[Made]:
-        """What is in force in each layer, of the values of now; differentiable where a gradient is wanted."""
+    def are_all_trained(self) -> bool:
+        """Whether every parameter is trained, so that no tables made of them without gradient are part of a graph."""
+        return False not in [tensor.requires_grad for tensor in self.tensors]
+
+    def plan(self) -> Plan:
+        """How they are made of the parameters."""
         if self._plan is None:
             self._plan = Plan([layer.slots(self.names) for layer in self._layers])
-        return [Made(chain, *facts) for chain, facts in zip(self._plan.chains(), self._facts, strict=True)]
+        return self._plan
+
+    def made(self, chains: Sequence[Chain | None] | None = None) -> list[Made]:
+        """What is in force in each layer, of the values of now; differentiable where a gradient is wanted."""
+        chains = self.plan().chains() if chains is None else chains
+        return [Made(chain, *facts) for chain, facts in zip(chains, self._facts, strict=True)]
 
     def tables(self) -> Tables:
         """The same for all of them."""
-        has_graph = torch.is_grad_enabled() and self.is_trained()
-        return Tables(self, self.names, dict(zip(self._layers, self.made(), strict=True)), has_graph)
+        if torch.is_grad_enabled() and self.is_trained():
+            return Tables(self, self.names, dict(zip(self._layers, self.made(), strict=True)), True)
+        chains, memory = self.plan().kept()
+        return Tables(self, self.names, dict(zip(self._layers, self.made(chains), strict=True)), False, memory)
 
 
 def _facts_of(layer: Any, names: Names) -> tuple[bool, tuple[tuple[Store, str], ...], tuple[Any, ...]]:
@@ -113,16 +124,20 @@ def _sizes_of(layer: Any, names: Names) -> Iterator[int]:
 
 
 class Tables(NamedTuple):
-    """The tables of some layers for `names`; has_graph: whether a gradient was wanted of them."""
+    """The tables of some layers for `names`; has_graph: whether a gradient was wanted of them; memory: see `Plan.kept`."""
 
     layout: Layout
     names: Names
     of: dict[Any, Made]
     has_graph: bool
+    memory: Sequence[Tensor] = ()
 
 
 class Kept:
-    """How tables were made last, and those of layers that are not trained, with a stamp. A copy of a model has made none.
+    """How tables were made last, and those that were made without gradient. A copy of a model has made none.
+
+    They have a stamp where it can be seen that they hold; where it cannot, they are written anew each time they are asked for, if
+    every parameter is trained.
 
     last: how their layer rotated the last time, by these or by tables that were made for all layers.
     """
@@ -147,21 +162,28 @@ class Kept:
         return kept
 
     def current(self, names: Names, changes: int) -> Tables | None:
-        """The tables that are kept, if they hold."""
+        """The tables that are kept, if they hold, or can be made to."""
         tables, stamp = self._tables, self._stamp
-        if tables is not None and stamp is not None and tables.layout.is_for(names, changes) and stamp.holds():
-            return tables
-        return None
+        if tables is None or not tables.layout.is_for(names, changes):
+            return None
+        if stamp is not None:
+            return tables if stamp.holds() else None
+        return None if torch.is_grad_enabled() or not tables.layout.are_here() else self.make(tables.layout)
 
     def make(self, layout: Layout) -> Tables:
-        """New ones, without gradient, which are kept where it will be seen that they do not hold any more.
+        """New ones, without gradient, or those that are kept with the values of now.
 
         Not kept is what is made while torch looks on: of a transform it is good for nothing once that is over.
         """
+        tables, is_seen = self._tables, is_looked_on()
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training later
-            tables = layout.tables()
-        can_be_kept = all(map(can_be_stamped, layout.tensors)) and not is_looked_on()
-        self._tables, self._stamp = (tables, Stamp(layout.sources)) if can_be_kept else (None, None)
+            if tables is not None and tables.layout is layout and not is_seen and layout.are_all_trained():
+                layout.plan().write_anew(tables.memory)
+            else:
+                tables = layout.tables()
+        is_stamped = not is_seen and all(map(can_be_stamped, layout.tensors))
+        self._tables = tables if is_stamped or (not is_seen and layout.are_all_trained()) else None
+        self._stamp = Stamp(layout.sources) if is_stamped else None
         return tables
 
     def clear(self) -> None:

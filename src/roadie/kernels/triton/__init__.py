@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations
-from roadie.kernels.keeping import without_lazy_copy
 
 
 class TritonImplementation(Implementation):
@@ -60,21 +59,47 @@ class TritonImplementation(Implementation):
         partner: Tensor | None,
     ) -> None:
         """R^T grad into grad_x, and the sums over rows; see the contract."""
-        from roadie.kernels.triton import backward, launches, rotation
+        from roadie.kernels.triton import launches, rotation
+
+        if kept is not None:
+            assert own is not None
+            assert partner is not None
+            self._backward(grad, kept, grad_x, turns, own, partner)
+        elif grad_x is not None and grad.numel():
+            with launches.current_device(grad.device):
+                rotation.rotate(grad, grad_x, turns, transposed=True)
+
+    def gradients(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        grad_x: Tensor | None,
+        turns: RowRotations,
+        own: Tensor,
+        partner: Tensor,
+        of_output: bool,
+    ) -> None:
+        """`backward` and `gradient` in the same launches; see the contract."""
+        self._backward(grad, kept, grad_x, turns, own, partner, 1 + of_output)
+
+    def _backward(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        grad_x: Tensor | None,
+        turns: RowRotations,
+        own: Tensor,
+        partner: Tensor,
+        solve: int = 0,
+    ) -> None:
+        from roadie.kernels.triton import backward, launches
 
         if not grad.numel():
-            for total in (own, partner):
-                if total is not None:
-                    total.zero_()
+            own.zero_()
+            partner.zero_()
             return
         with launches.current_device(grad.device):
-            if kept is not None:
-                assert own is not None
-                assert partner is not None
-                with without_lazy_copy(kept):
-                    backward.backward_with_sums(grad, kept, grad_x, turns, own, partner)
-            elif grad_x is not None:
-                rotation.rotate(grad, grad_x, turns, transposed=True)
+            backward.backward_with_sums(grad, kept, grad_x, turns, own, partner, solve)
 
     def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
         """From sums to gradients of direct and cross, in place; see the contract."""

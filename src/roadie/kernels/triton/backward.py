@@ -2,7 +2,8 @@
 
 `backward_kernel`: a program takes one task (at most ROWS * STEPS rows of one slot) and a block of columns. It adds up its
 rows in registers and leaves one row of partial sums, own and partner, in scratch. `reduce_kernel`: a program takes a slot
-and a block of columns and adds the slot's partial sums in their order; slots that no row uses get 0.
+and a block of columns and adds the slot's partial sums in their order; slots that no row uses get 0. Whichever comes last makes
+the gradients of direct and cross of the sums, where these are wanted.
 
 Scratch: ``[M, 2, D]`` float32 with M <= T / N + min(B, S + 1) tasks of N = ROWS * STEPS rows (`tasks`): in bytes at most own
 and partner together, and a row of each for the base, and 8 / N of a float32 batch's (a quarter of it for N = 32, up to 1024
@@ -19,11 +20,12 @@ from torch import Tensor
 from roadie.kernels.contract import RowRotations
 from roadie.kernels.triton import tiles
 from roadie.kernels.triton.launches import Launch, Launches
-from roadie.kernels.triton.pairs import load_pairs, load_turn, store_pairs, turn
+from roadie.kernels.triton.pairs import load_pairs, load_turn, solved, store_pairs, turn
 from roadie.kernels.triton.tasks import tasks_of
 
 TASKS_AT_ONCE = 16
-COLUMNS = 128
+PAIRS = 64  # of a tile of `reduce_kernel`
+SUMS, OF_INPUT, OF_OUTPUT = 0, 1, 2  # what is made of the sums over rows; see `reduce_kernel`
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "repeat"])
@@ -55,8 +57,12 @@ def backward_kernel(
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     STEPS: tl.constexpr,
+    SOLVE: tl.constexpr,
 ) -> None:
-    """Grid: (tasks M, column blocks). grad, kept, grad_x ``[T, D]``; own, partner ``[M, D]``, rows own_stride apart."""
+    """Grid: (tasks M, column blocks). grad, kept, grad_x ``[T, D]``; own, partner ``[M, D]``, rows own_stride apart.
+
+    SOLVE: what is written there, as in `reduce_kernel`: more than sums where there is one task only.
+    """
     # Rows are counted in 32 bits, which divide fast; only offsets need 64.
     task = tl.program_id(0)
     block = tl.program_id(1)
@@ -103,12 +109,14 @@ def backward_kernel(
             store_pairs(grad_x + row * grad_x_stride, mask, x1, x2, block, num_pairs, half, PAIRS, SPLIT)
     line = tl.full([1, 1], 0, tl.int64) + task.to(tl.int64) * own_stride
     wanted = tl.full([1, 1], 0, tl.int64) + slot >= 0
-    total1 = tl.sum(own1, 0)[None, :]
-    total2 = tl.sum(own2, 0)[None, :]
-    store_pairs(own + line, wanted, total1, total2, block, num_pairs, half, PAIRS, SPLIT)
-    total1 = tl.sum(partner1, 0)[None, :]
-    total2 = tl.sum(partner2, 0)[None, :]
-    store_pairs(partner + line, wanted, total1, total2, block, num_pairs, half, PAIRS, SPLIT)
+    own1, own2 = tl.sum(own1, 0)[None, :], tl.sum(own2, 0)[None, :]
+    partner1, partner2 = tl.sum(partner1, 0)[None, :], tl.sum(partner2, 0)[None, :]
+    if SOLVE > 0:
+        own1, partner1, own2, partner2 = solved(
+            own1, own2, partner1, partner2, direct1, cross1, direct2, cross2, SOLVE == 2
+        )
+    store_pairs(own + line, wanted, own1, own2, block, num_pairs, half, PAIRS, SPLIT)
+    store_pairs(partner + line, wanted, partner1, partner2, block, num_pairs, half, PAIRS, SPLIT)
 
 
 @triton.jit(do_not_specialize=["num_tasks"])
@@ -116,43 +124,78 @@ def reduce_kernel(
     partial: tl.tensor,
     own: tl.tensor,
     partner: tl.tensor,
+    direct: tl.tensor,
+    cross: tl.tensor,
+    sizes: tl.tensor,
     ends: tl.tensor,
     own_stride: tl.tensor,
     partner_stride: tl.tensor,
     num_tasks: tl.tensor,
-    width: tl.tensor,
+    num_pairs: tl.tensor,
+    HALF: tl.constexpr,
+    SPLIT: tl.constexpr,
     MIXED: tl.constexpr,
     TASKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SOLVE: tl.constexpr,
 ) -> None:
-    """Grid: (slots, column blocks). partial ``[M, 2, D]`` float32; own, partner ``[S, D]``."""
+    """Grid: (slots, column blocks). partial ``[M, 2, D]`` float32; own, partner ``[S, D]``.
+
+    SOLVE: 0 for sums; or the gradients of direct and cross, 1 from sums over the rotation's input, 2 over its output.
+    """
     slot = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
+    block = tl.program_id(1)
+    half = HALF
+    if HALF == 0:
+        half = tl.load(sizes + slot) // 2
     first = tl.full([], 0, tl.int64)
     end = tl.where(slot == 0, num_tasks, 0).to(tl.int64)
     if MIXED:
         first = tl.load(ends + slot)
         end = tl.load(ends + slot + 1)
-    own_sum = tl.zeros([TASKS, COLUMNS], tl.float32)
-    partner_sum = tl.zeros([TASKS, COLUMNS], tl.float32)
+    own1 = tl.zeros([TASKS, PAIRS], tl.float32)
+    own2 = tl.zeros([TASKS, PAIRS], tl.float32)
+    partner1 = tl.zeros([TASKS, PAIRS], tl.float32)
+    partner2 = tl.zeros([TASKS, PAIRS], tl.float32)
     for start in range(first, end, TASKS):
         task = start + tl.arange(0, TASKS)[:, None].to(tl.int64)
-        mask = (task < end) & inside[None, :]
-        here = partial + task * (2 * width) + column[None, :]
-        own_sum += tl.load(here, mask=mask, other=0)
-        partner_sum += tl.load(here + width, mask=mask, other=0)
-    tl.store(own + slot * own_stride + column, tl.sum(own_sum, 0), mask=inside)
-    tl.store(partner + slot * partner_stride + column, tl.sum(partner_sum, 0), mask=inside)
+        mask = task < end
+        here = partial + task * (4 * num_pairs)
+        a1, a2 = load_pairs(here, mask, block, num_pairs, half, PAIRS, SPLIT)
+        b1, b2 = load_pairs(here + 2 * num_pairs, mask, block, num_pairs, half, PAIRS, SPLIT)
+        own1 += a1
+        own2 += a2
+        partner1 += b1
+        partner2 += b2
+    own1, own2 = tl.sum(own1, 0)[None, :], tl.sum(own2, 0)[None, :]
+    partner1, partner2 = tl.sum(partner1, 0)[None, :], tl.sum(partner2, 0)[None, :]
+    if SOLVE > 0:
+        direct1, cross1, direct2, cross2 = load_turn(direct, cross, slot, block, num_pairs, half, PAIRS, SPLIT)
+        own1, partner1, own2, partner2 = solved(
+            own1, own2, partner1, partner2, direct1, cross1, direct2, cross2, SOLVE == 2
+        )
+    line = tl.full([1, 1], 0, tl.int64) + slot
+    everywhere = line >= 0
+    store_pairs(own + line * own_stride, everywhere, own1, own2, block, num_pairs, half, PAIRS, SPLIT)
+    store_pairs(partner + line * partner_stride, everywhere, partner1, partner2, block, num_pairs, half, PAIRS, SPLIT)
 
 
-_launches, _reductions = Launches(backward_kernel), Launches(reduce_kernel)
+_launches, _reductions = Launches(backward_kernel, shared=1), Launches(reduce_kernel)
 
 
 def backward_with_sums(
-    grad: Tensor, kept: Tensor, grad_x: Tensor | None, turns: RowRotations, own: Tensor, partner: Tensor
+    grad: Tensor,
+    kept: Tensor,
+    grad_x: Tensor | None,
+    turns: RowRotations,
+    own: Tensor,
+    partner: Tensor,
+    solve: int = SUMS,
 ) -> None:
-    """Writes R^T grad into `grad_x` (where wanted) and the sums over rows into own and partner ``[S, D]`` float32."""
+    """Writes R^T grad into `grad_x` (where wanted) and the sums over rows into own and partner ``[S, D]`` float32.
+
+    solve: what is made of the sums, `SUMS`, `OF_INPUT` or `OF_OUTPUT`.
+    """
     num_rows, width = grad.shape
     num_slots = len(own)
     tile = tiles.backward_tile(num_rows, width // 2)
@@ -170,35 +213,43 @@ def backward_with_sums(
         tasks or (direct,) * 4,
     )
     strides = grad.stride(0), kept.stride(0), 0 if grad_x is None else grad_x.stride(0), own_row.stride(0)
+    of_table = turns.group_size, sizes is None, tasks is not None, solve
 
     def launch() -> Launch:
-        half, split = tiles.halves(turns.group_size, uniform=sizes is None)
-        constants = {"HALF": half, "SPLIT": split, "MIXED": tasks is not None, "WANT_X": grad_x is not None}
+        constants = {"MIXED": tasks is not None, "WANT_X": grad_x is not None}
         return Launch(
             (num_tasks, tiles.cdiv(width // 2, tile.pairs)),
             (*strides, num_rows, num_slots, width // 2, turns.repeat),
-            {**constants, "ROWS": tile.rows, "PAIRS": tile.pairs, "STEPS": tile.steps},
+            {
+                **_halves(turns),
+                **constants,
+                "ROWS": tile.rows,
+                "PAIRS": tile.pairs,
+                "STEPS": tile.steps,
+                "SOLVE": solve if alone else SUMS,
+            },
             {"num_warps": tile.warps, "enable_fp_fusion": False},
         )
 
-    kind = turns.group_size, sizes is None, tasks is not None, grad_x is None
-    facts = grad.shape, strides, num_tasks, num_slots, turns.repeat, kind
     tensors = grad, kept, into, own_row, partner_row, direct, turns.cross, of_slot, *of_tasks
-    _launches(tensors, facts, launch)
-    if partial is not None:
-        _reduce(partial, direct if tasks is None else tasks.ends, own, partner, mixed=tasks is not None)
+    _launches(tensors, (grad.shape, strides, num_tasks, num_slots, turns.repeat, grad_x is None, of_table), launch)
+    if partial is None:
+        return
 
-
-def _reduce(partial: Tensor, ends: Tensor, own: Tensor, partner: Tensor, *, mixed: bool) -> None:
-    num_slots, width = own.shape
-    strides, num_tasks = (own.stride(0), partner.stride(0)), len(partial)
-
-    def launch() -> Launch:
+    def reduction() -> Launch:
+        constants = {"MIXED": tasks is not None, "TASKS": TASKS_AT_ONCE, "PAIRS": PAIRS, "SOLVE": solve}
         return Launch(
-            (num_slots, tiles.cdiv(width, COLUMNS)),
-            (*strides, num_tasks, width),
-            {"MIXED": mixed, "TASKS": TASKS_AT_ONCE, "COLUMNS": COLUMNS},
+            (num_slots, tiles.cdiv(width // 2, PAIRS)),
+            (own.stride(0), partner.stride(0), num_tasks, width // 2),
+            {**_halves(turns), **constants},
             {"num_warps": 4, "enable_fp_fusion": False},
         )
 
-    _reductions((partial, own, partner, ends), (own.shape, strides, num_tasks, mixed), launch)
+    ends = direct if tasks is None else tasks.ends
+    reduced = partial, own, partner, direct, turns.cross, of_slot, ends
+    _reductions(reduced, (own.shape, own.stride(0), partner.stride(0), num_tasks, of_table), reduction)
+
+
+def _halves(turns: RowRotations) -> dict[str, int]:
+    half, split = tiles.halves(turns.group_size, uniform=turns.sizes is None)
+    return {"HALF": half, "SPLIT": split}

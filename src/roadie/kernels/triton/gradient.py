@@ -1,8 +1,5 @@
 """From sums over rows to the gradients of direct and cross: one launch for what would be a dozen, each of a table's size.
 
-With M = sum of g input^T a pair, grad_direct is M's diagonal, grad_cross1 = -M12 and grad_cross2 = M21. Sums over the
-output are M R^T instead, since output = R input; M is then (M R^T) R^-T, in closed form.
-
 Legend: S slots, D out features, P pairs of a tile.
 """
 
@@ -13,7 +10,7 @@ from torch import Tensor
 from roadie.kernels.contract import RowRotations
 from roadie.kernels.triton import tiles
 from roadie.kernels.triton.launches import Launch, Launches
-from roadie.kernels.triton.pairs import load_pairs, load_turn, store_pairs
+from roadie.kernels.triton.pairs import load_pairs, load_turn, solved, store_pairs
 
 PAIRS = 256
 
@@ -44,20 +41,10 @@ def gradient_kernel(
     partner_row = partner + slot * partner_stride
     own1, own2 = load_pairs(own_row, everywhere, block, num_pairs, half, PAIRS, SPLIT)
     partner1, partner2 = load_pairs(partner_row, everywhere, block, num_pairs, half, PAIRS, SPLIT)
-    if OF_OUTPUT:
-        direct1, cross1, direct2, cross2 = load_turn(direct, cross, slot, block, num_pairs, half, PAIRS, SPLIT)
-        determinant = direct1 * direct2 + cross1 * cross2
-        is_unused = (own1 == 0) & (own2 == 0) & (partner1 == 0) & (partner2 == 0)
-        determinant = tl.where((determinant == 0) & is_unused, 1.0, determinant)
-        of_direct1 = tl.div_rn(own1 * direct2 + partner1 * cross1, determinant)
-        of_direct2 = tl.div_rn(own2 * direct1 - partner2 * cross2, determinant)
-        of_cross1 = tl.div_rn(own1 * cross2 - partner1 * direct1, determinant)
-        of_cross2 = tl.div_rn(own2 * cross1 + partner2 * direct2, determinant)
-    else:
-        of_direct1 = own1
-        of_direct2 = own2
-        of_cross1 = -partner1
-        of_cross2 = partner2
+    direct1, cross1, direct2, cross2 = load_turn(direct, cross, slot, block, num_pairs, half, PAIRS, SPLIT)
+    of_direct1, of_cross1, of_direct2, of_cross2 = solved(
+        own1, own2, partner1, partner2, direct1, cross1, direct2, cross2, OF_OUTPUT
+    )
     tl.debug_barrier()  # in place: see `rotation`
     store_pairs(own_row, everywhere, of_direct1, of_direct2, block, num_pairs, half, PAIRS, SPLIT)
     store_pairs(partner_row, everywhere, of_cross1, of_cross2, block, num_pairs, half, PAIRS, SPLIT)

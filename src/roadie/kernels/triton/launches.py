@@ -17,6 +17,8 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from roadie.kernels.keeping import address, without_lazy_copy
+
 _MOST = 4096  # launches of one kernel that are remembered
 ALIGNED = 16
 
@@ -33,40 +35,57 @@ class Launch(NamedTuple):
 class Launches:
     """Launches of one kernel, whose arguments are its tensors, then integers, then constants.
 
-    can_be_remembered: whether they are; else all go Triton's own way.
+    shared: which tensor is only read, though a lazy copy may share its memory (`roadie.kernels.keeping`). can_be_remembered:
+    whether launches are; else all go Triton's own way.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel, self.can_be_remembered = kernel, _can_be_remembered(kernel)
+    def __init__(self, kernel: Any, shared: int | None = None) -> None:
+        self._kernel, self._shared, self.can_be_remembered = kernel, shared, _can_be_remembered(kernel)
         self._ready: dict[Hashable, Callable[..., None]] = {}
 
     def __call__(self, tensors: Sequence[Tensor], facts: Hashable, made: Callable[[], Launch]) -> None:
         """Launch it; made: how, which depends on `facts` alone."""
-        addresses = 0
-        for tensor in tensors:
-            addresses |= tensor.data_ptr()
-        if addresses % ALIGNED or not self.can_be_remembered:
-            launch = made()
-            self._kernel[launch.grid](*tensors, *launch.integers, **launch.constants, **launch.options)
+        if not self.can_be_remembered:
+            self._launch(tensors, made())
             return
-        key = facts, tensors[0].get_device(), *[tensor.dtype for tensor in tensors]
+        shared, all_bits = self._shared, 0
+        kinds: list[torch.dtype] = []
+        places: list[int] = []
+        for tensor in tensors:
+            place = address(tensor) if len(places) == shared else tensor.data_ptr()
+            all_bits |= place
+            places.append(place)
+            kinds.append(tensor.dtype)
+        if all_bits % ALIGNED:
+            self._launch(tensors, made())
+            return
+        key = facts, tensors[0].get_device(), *kinds
         ready = self._ready.get(key)
         if ready is None:
             if len(self._ready) == _MOST:
                 self._ready.clear()
             ready = self._ready[key] = self.prepare(tensors, made())
-        ready(*tensors)
+        ready(*places)
 
     def prepare(self, tensors: Sequence[Tensor], launch: Launch) -> Callable[..., None]:
-        """What launches it with tensors of the same kinds, and as much aligned as these are."""
+        """What launches it with the addresses of tensors of the same kinds, as much aligned as these are."""
         grid, integers, constants, options = launch
-        compiled = self._kernel.warmup(*tensors, *integers, **constants, **options, grid=grid)
+        with self._readable(tensors):
+            compiled = self._kernel.warmup(*tensors, *integers, **constants, **options, grid=grid)
         run, others = compiled[grid[0], grid[1], 1], (*integers, *constants.values())
 
-        def ready(*tensors: Tensor) -> None:
-            run(*tensors, *others)
+        def ready(*places: int) -> None:
+            run(*places, *others)
 
         return ready
+
+    def _launch(self, tensors: Sequence[Tensor], launch: Launch) -> None:
+        """Triton's own way."""
+        with self._readable(tensors):
+            self._kernel[launch.grid](*tensors, *launch.integers, **launch.constants, **launch.options)
+
+    def _readable(self, tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
+        return _HERE if self._shared is None else without_lazy_copy(tensors[self._shared])
 
 
 def _can_be_remembered(kernel: Any) -> bool:

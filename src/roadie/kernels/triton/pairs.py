@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: reading and writing the pairs of a tile, and turning them.
+"""Device functions that the kernels share: reading and writing the pairs of a tile, turning them, and their gradients.
 
 Legend: rows ``[ROWS, 1]`` pointers to the first column of each row, P = PAIRS of the tile, H = half a group.
 
@@ -110,3 +110,35 @@ def load_turn(
     direct1, direct2 = load_pairs(direct + offset, everywhere, block, num_pairs, half, PAIRS, SPLIT)
     cross1, cross2 = load_pairs(cross + offset, everywhere, block, num_pairs, half, PAIRS, SPLIT)
     return direct1.to(tl.float32), cross1.to(tl.float32), direct2.to(tl.float32), cross2.to(tl.float32)
+
+
+@triton.jit
+def solved(
+    own1: tl.tensor,
+    own2: tl.tensor,
+    partner1: tl.tensor,
+    partner2: tl.tensor,
+    direct1: tl.tensor,
+    cross1: tl.tensor,
+    direct2: tl.tensor,
+    cross2: tl.tensor,
+    OF_OUTPUT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The gradients of direct1, cross1, direct2 and cross2, from sums over rows of the input, or of the output.
+
+    With M = sum of g input^T a pair, grad_direct is M's diagonal, grad_cross1 = -M12 and grad_cross2 = M21. Sums over the output
+    are M R^T instead, since output = R input; M is then (M R^T) R^-T, in closed form.
+    """
+    of_direct1 = own1
+    of_direct2 = own2
+    of_cross1 = -partner1
+    of_cross2 = partner2
+    if OF_OUTPUT:
+        determinant = direct1 * direct2 + cross1 * cross2
+        is_unused = (own1 == 0) & (own2 == 0) & (partner1 == 0) & (partner2 == 0)
+        determinant = tl.where((determinant == 0) & is_unused, 1.0, determinant)
+        of_direct1 = tl.div_rn(own1 * direct2 + partner1 * cross1, determinant)
+        of_direct2 = tl.div_rn(own2 * direct1 - partner2 * cross2, determinant)
+        of_cross1 = tl.div_rn(own1 * cross2 - partner1 * direct1, determinant)
+        of_cross2 = tl.div_rn(own2 * cross1 + partner2 * direct2, determinant)
+    return of_direct1, of_cross1, of_direct2, of_cross2

@@ -29,7 +29,8 @@ class PreparedLaunches:
         self._turns, self._routed_shape = turns, routed_shape
         self._dtype, self._device, self._width = y.dtype, y.device, turns.direct.shape[1]
         self._launches: dict[tuple[int, bool, bool], Callable[..., None]] = {}
-        self._tensors = tensors_of(turns)
+        self._tensors = tensors_of(turns)  # kept alive, so that they are where they were
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
 
     def __call__(self, y: Tensor, z: Tensor | None = None) -> bool:
         shape = y.shape
@@ -46,14 +47,14 @@ class PreparedLaunches:
         ):
             return False
         z = y if z is None else z
-        is_aligned = (y.data_ptr() | z.data_ptr()) % ALIGNED == 0
-        key = y.numel() // self._width, is_aligned, z is y
+        here, there = y.data_ptr(), z.data_ptr()
+        key = y.numel() // self._width, (here | there) % ALIGNED == 0, z is y
         launch = self._launches.get(key)
         if launch is None:
             if len(self._launches) == _MOST_LAUNCHES:
                 return False
             launch = self._launches[key] = self._launch(y, z)
-        launch(y, z, *self._tensors)
+        launch(here, there, *self._places)
         return True
 
     def _launch(self, y: Tensor, z: Tensor) -> Callable[..., None]:

@@ -20,6 +20,46 @@ from roadie.kernels.triton.launches import Launch, Launches
 from roadie.kernels.triton.pairs import load_pairs, load_turn, store_pairs, turn
 
 
+@triton.jit
+def rotate_rows(
+    x: tl.tensor,
+    out: tl.tensor,
+    direct: tl.tensor,
+    cross: tl.tensor,
+    x_stride: tl.tensor,
+    out_stride: tl.tensor,
+    slot: tl.tensor,
+    begin: tl.tensor,
+    first_row: tl.tensor,
+    num_rows: tl.tensor,
+    block: tl.tensor,
+    num_pairs: tl.tensor,
+    half: tl.tensor,
+    SPLIT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STEPS: tl.constexpr,
+) -> None:
+    """The rows of a program: of the run at row `begin`, from first_row on, as far as num_rows of the run."""
+    is_base = slot < 0
+    used = tl.maximum(slot, 0)
+    direct1, cross1, direct2, cross2 = load_turn(direct, cross, used, block, num_pairs, half, PAIRS, SPLIT)
+    for step in range(STEPS):
+        row_of_run = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = row_of_run < num_rows
+        row = begin + row_of_run
+        x1, x2 = load_pairs(x + row * x_stride, mask, block, num_pairs, half, PAIRS, SPLIT)
+        z1, z2 = turn(x1.to(tl.float32), x2.to(tl.float32), direct1, cross1, direct2, cross2, TRANSPOSED)
+        # Chosen after rounding, so that rows of the base are copied bit for bit, NaN included.
+        z1 = tl.where(is_base, x1, z1.to(x1.dtype))
+        z2 = tl.where(is_base, x2, z2.to(x2.dtype))
+        if IN_PLACE:
+            tl.debug_barrier()
+        store_pairs(out + row * out_stride, mask, z1, z2, block, num_pairs, half, PAIRS, SPLIT)
+
+
 @triton.jit(do_not_specialize=["repeat"])  # or each number of rows would compile it again
 def rotate_kernel(
     x: tl.tensor,
@@ -34,6 +74,7 @@ def rotate_kernel(
     repeat: tl.tensor,
     HALF: tl.constexpr,
     SPLIT: tl.constexpr,
+    LIKELY: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     MIXED: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -41,7 +82,10 @@ def rotate_kernel(
     PAIRS: tl.constexpr,
     STEPS: tl.constexpr,
 ) -> None:
-    """Grid: (runs times row blocks of a run, column blocks). x, out ``[T, D]``; slots ``[B]``; HALF 0: G / 2 from sizes."""
+    """Grid: (runs times row blocks of a run, column blocks). x, out ``[T, D]``; slots ``[B]``.
+
+    HALF: G / 2; 0: from sizes, where LIKELY is the one that rows are read fast with, by wide loads.
+    """
     row_blocks = tl.cdiv(repeat, ROWS * STEPS)
     routed = tl.program_id(0) // row_blocks
     first_row = tl.program_id(0) % row_blocks * (ROWS * STEPS)
@@ -49,27 +93,27 @@ def rotate_kernel(
     slot = tl.full([], 0, tl.int64)
     if MIXED:
         slot = tl.load(slots + routed)
-    is_base = slot < 0
-    used = tl.maximum(slot, 0)
     num_rows = repeat
     if IN_PLACE:
-        num_rows = tl.where(is_base, 0, repeat)
-    half = HALF
-    if HALF == 0:
-        half = tl.load(sizes + used) // 2
-    direct1, cross1, direct2, cross2 = load_turn(direct, cross, used, block, num_pairs, half, PAIRS, SPLIT)
-    for step in range(STEPS):
-        row_of_run = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
-        mask = row_of_run < num_rows
-        row = routed.to(tl.int64) * repeat + row_of_run
-        x1, x2 = load_pairs(x + row * x_stride, mask, block, num_pairs, half, PAIRS, SPLIT)
-        z1, z2 = turn(x1.to(tl.float32), x2.to(tl.float32), direct1, cross1, direct2, cross2, TRANSPOSED)
-        # Chosen after rounding, so that rows of the base are copied bit for bit, NaN included.
-        z1 = tl.where(is_base, x1, z1.to(x1.dtype))
-        z2 = tl.where(is_base, x2, z2.to(x2.dtype))
-        if IN_PLACE:
-            tl.debug_barrier()
-        store_pairs(out + row * out_stride, mask, z1, z2, block, num_pairs, half, PAIRS, SPLIT)
+        num_rows = tl.where(slot < 0, 0, repeat)
+    begin = routed.to(tl.int64) * repeat
+    if HALF > 0:
+        rotate_rows(
+            x, out, direct, cross, x_stride, out_stride, slot, begin, first_row, num_rows, block, num_pairs, HALF,
+            SPLIT, TRANSPOSED, IN_PLACE, ROWS, PAIRS, STEPS,
+        )  # fmt: skip
+    else:
+        half = tl.load(sizes + tl.maximum(slot, 0)) // 2
+        if half == LIKELY:
+            rotate_rows(
+                x, out, direct, cross, x_stride, out_stride, slot, begin, first_row, num_rows, block, num_pairs, LIKELY,
+                SPLIT, TRANSPOSED, IN_PLACE, ROWS, PAIRS, STEPS,
+            )  # fmt: skip
+        else:
+            rotate_rows(
+                x, out, direct, cross, x_stride, out_stride, slot, begin, first_row, num_rows, block, num_pairs, half,
+                SPLIT, TRANSPOSED, IN_PLACE, ROWS, PAIRS, STEPS,
+            )  # fmt: skip
 
 
 launches = Launches(rotate_kernel)
@@ -95,6 +139,7 @@ def launch_of(x: Tensor, out: Tensor, turns: RowRotations, *, transposed: bool =
         {
             "HALF": half,
             "SPLIT": split,
+            "LIKELY": tiles.LIKELY_HALF,
             "TRANSPOSED": transposed,
             "MIXED": turns.slots is not None,
             "IN_PLACE": x.data_ptr() == out.data_ptr(),

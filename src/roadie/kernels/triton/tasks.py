@@ -38,7 +38,28 @@ class Tasks(NamedTuple):
 
 
 def tasks_of(slots: Tensor, repeat: int, num_slots: int, rows_a_task: int) -> Tasks:
-    """The tasks of a routed batch; slots int64 ``[B]``."""
+    """The tasks of a routed batch; slots int64 ``[B]``. Those of all layers that read the same slots are made once.
+
+    Not in a graph that is being captured, whose slots may be others in each replay.
+    """
+    owner = slots if slots._base is None else slots._base  # a batch of [B, T] slots is viewed anew in each layer
+    if owner.is_inference() or (slots.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _tasks_of(slots, repeat, num_slots, rows_a_task)
+    stream = torch.cuda.current_stream(slots.device).cuda_stream if slots.is_cuda else 0
+    key = slots.data_ptr(), slots.shape, stream, slots._version, repeat, num_slots, rows_a_task
+    kept: dict[object, Tasks] = owner.__dict__.setdefault(_KEPT, {})
+    tasks = kept.get(key)
+    if tasks is None:
+        if len(kept) == _MOST:
+            kept.clear()  # what is left is of slots that have been written to
+        tasks = kept[key] = _tasks_of(slots, repeat, num_slots, rows_a_task)
+    return tasks
+
+
+_KEPT, _MOST = "_roadie_tasks", 16  # of a tensor of slots
+
+
+def _tasks_of(slots: Tensor, repeat: int, num_slots: int, rows_a_task: int) -> Tasks:
     ordered, order = torch.sort(slots, stable=True)
     groups = torch.arange(-1, num_slots + 1, device=slots.device)
     bounds = torch.searchsorted(ordered, groups)

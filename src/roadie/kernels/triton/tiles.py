@@ -20,6 +20,7 @@ MOST_PAIRS = 256  # of one row in a tile: a warp's 32 threads, 8 pairs each
 MOST_ROWS = 4
 WALK = 4  # tiles of rows, one after the other
 ENOUGH_PROGRAMS = 2048  # several for each of the 100 to 200 multiprocessors of a large device
+LIKELY_HALF = 32  # of PEFT's default group size: what slots with group sizes of their own most often have
 # A program loads the members of small groups together and parts them in registers; below a vector of 16 bytes, two loads
 # of half a group each would move a fraction of it. Only powers of two can be parted; others are found by index, where the
 # second load finds the cache lines of the first.
