@@ -91,9 +91,9 @@ def plant(mistake: ModuleType, original: ModuleType, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_a_planted_mistake_is_caught(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module, before, after, check, shape = MISTAKES[name]
-    b = cases.batch(**SHAPES[shape])
     with small_tiles():
-        check(TritonImplementation(), b)
+        check(TritonImplementation(), cases.batch(**SHAPES[shape]))
         plant(changed(module, before, after, tmp_path), module, monkeypatch)
+        b = cases.batch(**SHAPES[shape])  # nothing is known of its slots
         with pytest.raises(AssertionError):
             check(TritonImplementation(), b)

@@ -285,3 +285,20 @@ def test_what_cannot_be_wished_for(rows: list[Any], error: type[Exception], matc
     with pytest.raises(error, match=match):
         _logits(model, adapter_names=rows)
     assert torch.equal(_logits(model, adapter_names=["a"] * 4), before)
+
+
+@torch.no_grad()
+def test_rows_of_a_block_follow_adapters_that_others_have_put_in_anew() -> None:
+    """An inner block puts the changed adapter into another slot of the bank; the outer one must not go on with the old slot."""
+    model = _model("a", "b").requires_grad_(False)
+    names = ["a", "b", "b", "a"]
+    with roadie.rows(model, names):
+        before = _logits(model)
+        next(layer for layer in model.modules() if hasattr(layer, "road_theta")).road_theta["a"] += 0.5
+        with roadie.rows(model, names[::-1]):
+            _logits(model)
+        after = _logits(model)
+    with roadie.rows(model, names):
+        wanted = _logits(model)
+    assert torch.equal(after, wanted)
+    assert not torch.equal(after, before)

@@ -72,11 +72,12 @@ class LayerRotation:
             rotated = self._again(last, y, is_fresh)
             if rotated is not None:
                 return rotated
-        if self.table.has_none(choice.host):
+        if not choice.is_static and self.table.has_none(choice.host):
             self._last = _Last(choice.mark, table, None)
             return y
         slots = self.table.routed(choice.placed(y, self._site))
-        self._last = _Last(choice.mark, table, slots)
+        if not choice.is_static or slots is choice.slots:
+            self._last = _Last(choice.mark, table, slots)
         return rotate_checked(y, table, slots, Keep.INPUT, is_fresh())
 
     def _again(self, last: _Last, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor | None:

@@ -31,7 +31,9 @@ from roadie.bank.families import Family
 from roadie.bank.live import live_adapter
 from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
+from roadie.bank.static import Graphs, StaticChoice, static_slots
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
+from roadie.kernels import Chain
 from roadie.rotation import Rotation
 from roadie.sites.layout import Calls
 from roadie.sites.rows import Choice, Mark, Routing
@@ -49,6 +51,11 @@ class AdapterBank:
     somebody has others.
 
     One thread may admit, replace and evict while others run the model. `close` (or a with block) takes the bank off the model.
+
+    storage_version: how often tables have become others: the bank grew, or an adapter came in with a group size, a number of
+    stages or a layer that none had before. Graphs that were captured before (CUDA graphs) go on reading the old tables, which
+    stay as long as their static slots do: capture them again before adapters that came later are asked for. graphs: over which
+    static slots they may have been captured.
     """
 
     def __init__(
@@ -80,9 +87,10 @@ class AdapterBank:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._routing: Routing[Choice] = Routing()
-        self._writes = 0
+        self.writes = 0
         self._last: tuple[Hashable, Tensor, Mark] = None, torch.empty(0), Mark()
         self.storage_version = 0
+        self.graphs = Graphs()
         if hold is None:
             serve(model, self.rows)
 
@@ -173,6 +181,11 @@ class AdapterBank:
         return self._book.num_slots - self._spare
 
     @property
+    def total_slots(self) -> int:
+        """How many rows a table has: one more than fit, so that a full bank can replace."""
+        return self._book.num_slots
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tables."""
         return sum(rotation.table.nbytes for rotation in self._attached.values())
@@ -183,8 +196,7 @@ class AdapterBank:
         return self.nbytes // self._book.num_slots
 
     def grow(self, slots: int) -> None:
-        """Make room for `slots` adapters in all. The tables move: `storage_version` counts it, and graphs that were captured
-        before (CUDA graphs) go on reading the old tables; capture them again."""
+        """Make room for `slots` adapters in all. The tables move: see `storage_version`."""
         with self._lock:
             if slots <= self.num_slots:
                 raise ConfigError(
@@ -194,6 +206,12 @@ class AdapterBank:
                 rotation.table.grow(slots + self._spare)
             self._book.grow(slots + self._spare)
             self.storage_version += 1
+            self.graphs.tell(f"the bank has grown to {slots} slots")
+
+    @property
+    def tables(self) -> list[Chain]:
+        """Those of all sites, as they are now."""
+        return [held.table.current for held in self._attached.values()]
 
     def slots(self, names: Sequence[Wish]) -> Tensor:
         """The slot of each row's wish: int64 ``[B]`` on the CPU, -1 for the base model. Blends are made where they are new.
@@ -226,13 +244,18 @@ class AdapterBank:
             slots._roadie_leases = leases  # type: ignore[attr-defined]
             return slots
 
-    def rows(self, slots: Tensor | Sequence[Wish], *, expansion: int = 1) -> AbstractContextManager[Any]:
+    def rows(
+        self, slots: Tensor | Sequence[Wish], *, expansion: int = 1, static: bool = False
+    ) -> AbstractContextManager[Any]:
         """Within the block, row b of every batch uses ``slots[b]``.
 
         slots: integers ``[B]``, or ``[B, T]`` for a slot a token (a packed batch is ``[1, T]``), or a sequence of B wishes.
-        expansion: how many consecutive rows generation makes of one (beams, returned sequences).
+        expansion: how many consecutive rows generation makes of one (beams, returned sequences). static: see `roadie.rows`; hold
+        what `slots` gave for as long as the static tensor has these values.
         Raises `RoutingError` for what is none of these, or out of range.
         """
+        if static:
+            return self._routing.chosen(StaticChoice(self, static_slots(slots), expansion), self.model)
         if not isinstance(slots, Tensor):
             slots = self.slots(slots)
         # Layers remember where a batch lay; the leases hang on the tensor that was given, and end with the choice.
@@ -250,7 +273,7 @@ class AdapterBank:
 
     def mark(self, slots: Tensor, expansion: int, calls: Calls, device: torch.device) -> Mark:
         """That of the last rows, if they had these slots, on the CPU, and nothing was written since; else a new one."""
-        kind = self._writes, expansion, device, frozenset(calls.tokens)
+        kind = self.writes, expansion, device, frozenset(calls.tokens)
         before, as_before, mark = self._last
         if kind != before or slots.shape != as_before.shape or not torch.equal(slots, as_before):
             mark = Mark()
@@ -367,7 +390,8 @@ class AdapterBank:
         return evicted is not None
 
     def _write(self, slots: Sequence[int], made: Mapping[str, Sequence[SiteChains]]) -> None:
-        self._writes += 1
+        self.writes += 1
+        before = self._layout()
         for path in made:
             if path not in self._attached:
                 self._attach(path)
@@ -379,6 +403,13 @@ class AdapterBank:
                 others = [slot for index, slot in enumerate(slots) if not _has(parts, index)]
                 if others:
                     held.table.clear(others)
+        if self._layout() != before:
+            self.storage_version += 1
+            self.graphs.tell("an adapter came in with a group size, a number of stages or a layer that none had before")
+
+    def _layout(self) -> tuple[int, int]:
+        """Another one when a table has become another."""
+        return len(self._attached), sum([held.table.version for held in self._attached.values()])
 
     def _attach(self, path: str) -> None:
         module = self._modules[path]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from roadie.errors import ConfigError, RoutingError
 
-RowsInForce = Callable[[Any], AbstractContextManager[Any]]  # of slots, or of what each row wishes for
+RowsInForce = Callable[..., AbstractContextManager[Any]]  # of slots, or of what each row wishes for; static
 
 _servers: WeakKeyDictionary[nn.Module, RowsInForce] = WeakKeyDictionary()
-_of_tuner: list[Callable[[nn.Module, Any], AbstractContextManager[Any]]] = []
+_of_tuner: list[Callable[..., AbstractContextManager[Any]]] = []
 
 
 def serve(model: nn.Module, rows_of_bank: RowsInForce) -> None:
@@ -32,12 +32,12 @@ def stop_serving(model: nn.Module) -> None:
     _servers.pop(model, None)
 
 
-def announce(rows_of_tuner: Callable[[nn.Module, Any], AbstractContextManager[Any]]) -> None:
+def announce(rows_of_tuner: Callable[..., AbstractContextManager[Any]]) -> None:
     """How the rows of models with RoAd layers are put in force."""
     _of_tuner[:] = [rows_of_tuner]
 
 
-def rows(model: nn.Module, slots: Tensor | Sequence[Any]) -> AbstractContextManager[Any]:
+def rows(model: nn.Module, slots: Tensor | Sequence[Any], *, static: bool = False) -> AbstractContextManager[Any]:
     """Within the block, row b of every batch uses adapter ``slots[b]``.
 
     model: one that an `AdapterBank` serves, or a PeftModel or any model with RoAd layers inside, compiled or not. slots: an
@@ -48,13 +48,19 @@ def rows(model: nn.Module, slots: Tensor | Sequence[Any]) -> AbstractContextMana
     The choice is the calling thread's (or task's) own: others may run the model meanwhile, with other rows or with none.
     Works in training too: each row's gradient goes to its own adapter. In a PeftModel trainable adapters that no row uses get a
     gradient of zero: the table holds all adapters, so that a compiled model stays one program whatever the rows choose.
+    static: `slots`, an int64 tensor on the model's device, is never copied, and no call asks the device for its values: each
+    reads it where it lies, so that it may be written to between calls, and a CUDA graph that was captured in the block rotates
+    by what it holds at each replay, also after the block. Call the model once in the block before the capture. Values out of
+    range are noticed in debug mode only (``python -X dev``, or ROADIE_DEBUG=1), where the device checks them. In a PeftModel a
+    graph goes on rotating by the adapters as they were when the model was last called in such a block.
+
     Raises `RoutingError` for unknown adapters, slots out of range, or a model that nobody serves.
     """
     rows_of_bank = _servers.get(model)
     if rows_of_bank is not None:
-        return rows_of_bank(slots)
+        return rows_of_bank(slots, static=static)
     for of_tuner in _of_tuner:
-        return of_tuner(model, slots)
+        return of_tuner(model, slots, static=static)
     raise RoutingError(
         f"got a {type(model).__name__} without adapters; wanted one that an AdapterBank serves, or one with RoAd layers; "
         "make a bank for it, or adapt it with get_peft_model"

@@ -10,6 +10,8 @@ Legend: B rows of the batch, T tokens of a row, D features, S slots; slot -1 is 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -46,7 +48,8 @@ class Choice:
     makes of one; model: whose rows they are; device: where the slots are read, if not where they are; held: what lives as long
     as something may read them; calls: of the model while the choice is in force, where another choice shares them; is_compiled:
     whether a part of the model is, None where that is to be looked up; mark: of an earlier choice, where slots and numbers of
-    tokens are the same. Raises `RoutingError` for what are no slots.
+    tokens are the same. is_static: the slots are read where they lie in every call, and may be others each time: nobody asks the
+    device for them. Raises `RoutingError` for what are no slots, or none that can be static.
     """
 
     def __init__(
@@ -60,25 +63,47 @@ class Choice:
         calls: layout.Calls | None = None,
         is_compiled: bool | None = None,
         mark: Mark | None = None,
+        is_static: bool = False,
     ) -> None:
         if slots.is_floating_point() or slots.dtype == torch.bool or slots.dim() == 0:
             raise RoutingError(
                 f"got slots of {slots.dtype} {tuple(slots.shape)}; wanted an integer tensor [B] or [B, T]"
             )
+        if is_static and (
+            slots.dtype != torch.int64 or not slots.is_contiguous() or device not in (None, slots.device)
+        ):
+            raise RoutingError(
+                f"got static slots of {slots.dtype} with strides {slots.stride()} on {slots.device}; wanted contiguous ones of "
+                f"torch.int64 on {device or slots.device}, where they are read: nothing may be copied"
+            )
         slots = slots.to(torch.int64)
         self.slots = slots if device is None else moved(slots, device)
+        self.is_static = is_static
+        self._marks: dict[frozenset[int], Mark] = {}
         self.expansion, self.held, self.mark = expansion, held, mark or Mark()
         self.calls = layout.Calls(slots.shape[0], expansion, model, is_compiled) if calls is None else calls
-        if slots.device.type == "cpu":
+        if slots.device.type == "cpu" and not is_static:
             self.host = slots
 
     @cached_property
     def host(self) -> Tensor:
-        """The slots on the CPU, so that looking at them does not wait for a device."""
+        """The slots on the CPU, so that looking at them does not wait for a device. Raises `RoutingError` for static ones."""
+        if self.is_static:
+            raise RoutingError(
+                "got static slots in a model that chooses by their values on the CPU (modules_to_save, trainable tokens); wanted "
+                "adapters that only rotate; pass slots, or names, that are not static"
+            )
         return self.slots.cpu()
 
     def check(self, num_slots: int) -> None:
-        """Raise `RoutingError` unless the slots are from -1 to num_slots - 1."""
+        """Raise `RoutingError` unless the slots are from -1 to num_slots - 1.
+
+        Those of static slots are checked on their device, in debug mode: Python's development mode, or where ROADIE_DEBUG is set.
+        """
+        if self.is_static:
+            if is_debugging():
+                torch._assert_async(((self.slots >= -1) & (self.slots < num_slots)).all())
+            return
         lowest, highest = map(int, self.host.aminmax()) if self.host.numel() else (-1, -1)
         if lowest < -1 or highest >= num_slots:
             raise RoutingError(
@@ -89,6 +114,8 @@ class Choice:
         """The model, or the one inside, is called with these arguments now, in eager mode."""
         self.calls.note(layout.plain(model), args, kwargs)
         self.calls.look(model)
+        if self.is_static:  # of others the values say which mark they have
+            self.mark = self._marks.setdefault(frozenset(self.calls.tokens), Mark())
 
     def ends(self, model: nn.Module) -> None:
         """A call of the model is over; not called where it has raised."""
@@ -110,7 +137,9 @@ class Choice:
             if len(by_shape) == _MOST_SHAPES:
                 by_shape.clear()
             with torch.inference_mode(False):  # other calls of the block may be trained, and keep it for backward
-                found = by_shape[key] = self._find(y, of_slot)
+                found = self._find(y, of_slot)
+            if not self.is_static or found[0] is self.slots:
+                by_shape[key] = found
         slots, is_in_doubt = found
         if is_in_doubt and (site, lead) not in checked:
             self.calls.check(y, site, self.slots)
@@ -142,6 +171,11 @@ class Choice:
         if of_slot is not None:
             found = constant(of_slot, torch.int64, found.device)[found]
         return moved(found, y.device), is_in_doubt
+
+
+def is_debugging() -> bool:
+    """Whether slots that only their device knows are checked there."""
+    return sys.flags.dev_mode or bool(os.environ.get("ROADIE_DEBUG"))
 
 
 _check_in_eager: Callable[[layout.Calls, Tensor, nn.Module, Tensor], None] = torch.compiler.disable(layout.Calls.check)

@@ -25,7 +25,8 @@ class SlotTable:
     to differ; rows are written in place, and only rows that nobody reads.
 
     is_sparse: few slots may have a rotation here; rows of the others pass bit for bit, as those of the base model do. is_fixed:
-    the tables stay where they are, also where group sizes differ, since graphs may be captured over them.
+    the tables stay where they are, also where group sizes differ, since graphs may be captured over them. version: how often
+    `current` was replaced, after which such graphs do not rotate as the slots say.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SlotTable:
         if is_fixed:
             table = table_of(table.direct, table.cross, _sizes(table.direct, ANY_SIZE))
         self.current: Chain = (table,)
+        self.version = 0
         self._is_empty = True
         self._holders = Holders(num_slots, device) if is_sparse else None
 
@@ -101,6 +103,7 @@ class SlotTable:
         first, *others = self.current
         grown = [_grown(first, num_slots, ANY_SIZE), *(_grown(table, num_slots, NO_ROTATION) for table in others)]
         self.current = tuple(grown)
+        self.version += 1
         if self._holders is not None:
             self._holders.grow(num_slots)
 
@@ -109,6 +112,7 @@ class SlotTable:
         direct = self.current[0].direct
         more = num_rotations - len(self.current)
         shape = direct.shape[1], direct.shape[0], direct.dtype, direct.device
+        self.version += 1
         self.current = (*self.current, *(_identity_table(*shape, _sizes(direct, NO_ROTATION)) for _ in range(more)))
 
     def _set_group_sizes(self, stage: int, slots: Sequence[int], group_size: int) -> None:
@@ -129,6 +133,7 @@ class SlotTable:
             self._replace_first(table_of(table.direct, table.cross, sizes))
 
     def _replace_first(self, table: RotationTable) -> None:
+        self.version += 1
         self.current = (table, *self.current[1:])
 
 

@@ -117,9 +117,11 @@ class Residents:
         """Where the parameters of an adapter are."""
         return [(store, name) for theta, alpha, *_ in self._stores if name in theta for store in (theta, alpha)]
 
-    def are_current(self, names: Iterable[str], bank: AdapterBank | None, additions: int) -> bool:
-        """Whether the parameters of adapters in `bank` are what they were when they were put there."""
-        return self._bank is bank and additions == self._additions and all(map(self._is_current, names))
+    def are_current(self, names: Iterable[str], bank: AdapterBank | None, writes: int, additions: int) -> bool:
+        """Whether adapters are in the slots of `bank` that they were in after so many writes, as their parameters are now."""
+        if self._bank is not bank or bank is None or bank.writes != writes or additions != self._additions:
+            return False
+        return all(map(self._is_current, names))
 
     @property
     def bank(self) -> AdapterBank:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import BASE, Blend, Wish, names_in, parse
 from roadie.bank.servers import announce
+from roadie.bank.static import static_slots
 from roadie.errors import RoutingError
 from roadie.kernels import is_looked_on
 from roadie.sites.rows import Choice, Mark, Routing
@@ -105,10 +106,13 @@ class AdapterChoice(Choice):
         routing: RoadRouting,
         expansion: int,
         is_compiled: bool,
+        is_static: bool = False,
     ) -> None:
         first = next(iter(parts.layers.values()), None)
         device = None if first is None else first.get_base_layer_device()
-        super().__init__(slots, expansion, model=parts.model, device=device, is_compiled=is_compiled)
+        super().__init__(
+            slots, expansion, model=parts.model, device=device, is_compiled=is_compiled, is_static=is_static
+        )
         self.check(len(names))
         self.names, self._parts, self._routing, self._residents = names, parts, routing, routing.residents
         self.blends = [name for name in names if isinstance(name, Blend)]
@@ -117,6 +121,7 @@ class AdapterChoice(Choice):
         self._running: nn.Module | None = None
         self._used: tuple[str, ...] = ()
         self._bank: AdapterBank | None = None
+        self._writes = 0
         self._served: Choice | None = None
         self.in_bank: Choice | None = None
         self.is_refused = False
@@ -147,7 +152,7 @@ class AdapterChoice(Choice):
 
     def _from_bank(self) -> Choice | None:
         additions = self._routing.additions
-        if self._served is not None and self._residents.are_current(self._used, self._bank, additions):
+        if self._served is not None and self._residents.are_current(self._used, self._bank, self._writes, additions):
             return self._served
         wishes = {slot: self.names[slot] for slot in self.host.unique().tolist() if slot >= 0}
         self._used = tuple(dict.fromkeys([name for wish in wishes.values() for name in names_in(wish)]))
@@ -155,9 +160,46 @@ class AdapterChoice(Choice):
         if held is None:
             return None
         self._bank = self._residents.bank
+        self._writes = self._bank.writes
         place = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is -1 too: the base model
         place[list(wishes)] = held
         self._served = self._bank.choice(place[self.host], self.expansion, self.calls, self.slots.device, held)
+        return self._served
+
+
+class StaticChoice(AdapterChoice):
+    """Static slots, where slot k is the k-th of all adapters: the bank has all of them, and each call looks up its slots anew.
+
+    What a graph reads, the bank's tables and the table of slots, lives as long as the caller's slots do.
+    """
+
+    _held: Tensor | None = None
+
+    def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().starts(model, args, kwargs)
+        self.check(len(self.names))
+        if self._running is model and self.in_bank is not None:
+            torch.take(self._kept["place"], self.slots, out=self._kept["slots"])
+
+    def _from_bank(self) -> Choice | None:
+        additions = self._routing.additions
+        if self._held is None or not self._residents.are_current(self.adapters, self._bank, self._writes, additions):
+            self._held = self._residents.admit(self._parts.model, self._parts.layers, list(self.adapters), additions)
+            if self._held is None:
+                return None
+            self._bank = self._residents.bank
+            self._writes = self._bank.writes
+            self._kept = kept = self._bank.graphs.kept(self._bank, self.slots)
+            place = torch.cat((self._held, torch.tensor([-1])))  # the last is also the one at -1: the base model
+            with torch.inference_mode(False):
+                if "place" not in kept:
+                    kept["place"], kept["slots"] = place.to(self.slots.device), torch.empty_like(self.slots)
+                else:  # a graph goes on with the adapters as they are now
+                    kept["place"].copy_(place)
+            kept["held"] = self._held
+            self._served = Choice(kept["slots"], self.expansion, calls=self.calls, is_static=True)
+        assert self._served is not None
+        self._served.mark = self.mark
         return self._served
 
 
@@ -274,13 +316,19 @@ def _has_rows(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("_routing"), RoadRouting)
 
 
-def rows(model: nn.Module, slots: Tensor | Sequence[str]) -> AbstractContextManager[Any]:
+def rows(model: nn.Module, slots: Tensor | Sequence[str], *, static: bool = False) -> AbstractContextManager[Any]:
     """As `roadie.rows`, for a model with RoAd layers inside: slot k is the k-th adapter of ``model.peft_config``.
 
     The table holds all adapters, so that a compiled model stays one program whatever the rows choose. Raises `RoutingError` for
     unknown adapters, slots out of range, or a model with merged adapters.
     """
-    return _chosen(model, slots, are_all=True)
+    if not static:
+        return _chosen(model, slots, are_all=True)
+    routing = shared_routing(model)
+    parts = routing.parts_of(model)
+    routing.check_unmerged(parts)
+    choice = StaticChoice(parts, static_slots(slots), parts.slots(), routing, 1, parts.are_compiled(), is_static=True)
+    return routing.chosen(choice, model)
 
 
 announce(rows)
