@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from roadie.engine.turns import FIRST_TOKENS, MOST_OWED_S, Turns, TurnSettings
+from roadie.engine.turns import FIRST_TOKENS, IDLE_AFTER_S, MOST_OWED_S, Turns, TurnSettings
 from roadie.errors import ConfigError
 
 STEP_S, PASS_S, TOKENS = 0.02, 0.3, 3000
@@ -44,6 +44,22 @@ def test_idleness_earns_and_costs_nothing():
     assert turns.owed_s == 0
     training, sampling = spent(turns, 100.0)
     assert abs(training - 0.25 * (training + sampling)) <= PASS_S + STEP_S
+
+
+def test_a_gap_between_requests_is_not_idleness():
+    now_s = [100.0]
+    turns = Turns(TurnSettings(0.25), lambda: now_s[0])
+    assert not turns.has_just_sampled
+    turns.sampled(STEP_S, training_waits=False)
+    assert turns.has_just_sampled
+    assert turns.pause_s == 0, "nothing was spent"
+    turns.trained(PASS_S, TOKENS, sampling_waits=True)
+    assert turns.pause_s == pytest.approx(IDLE_AFTER_S)
+    now_s[0] += IDLE_AFTER_S / 2
+    assert turns.pause_s == pytest.approx(IDLE_AFTER_S / 2)
+    now_s[0] += IDLE_AFTER_S
+    assert turns.pause_s == 0
+    assert not turns.has_just_sampled
 
 
 def test_no_pass_makes_a_first_token_late_and_the_share_comes_after_that():

@@ -16,6 +16,7 @@ from roadie.engine import AdamSettings, TrainingRow, TrainingSettings
 from roadie.engine.turns import TurnSettings
 from roadie.errors import AdapterBusy, ConfigError, ServingError, ShuttingDown, UnknownAdapter
 from roadie.serving import AdapterState, ContinuousBatchingEngine, EngineSettings, OnDisk, Registry, Unload
+from roadie.serving.http.metrics import Metrics
 
 STEP = AdamSettings(0.05)
 
@@ -113,7 +114,10 @@ def test_requests_are_answered_as_without_training(model, root):
         found = [answer(collector, name) for name in (None, "a0", "a1")]
         assert all(call.result(HANG_S).loss > 0 for call in calls)
         statistics = collector.engine.statistics()
+        shown = Metrics(collector.engine, 8).text(with_names=False).decode()
     assert found == expected
+    assert "roadie_training_share 0.5\n" in shown
+    assert f"roadie_training_passes_total {float(statistics.num_training_passes)}\n" in shown
     assert statistics.num_training_tenants == 3
     assert statistics.num_training_passes >= 30
     assert statistics.num_training_tokens >= 30 * 21

@@ -2,7 +2,9 @@
 
 Where both wait, a second of sampling earns training share / (1 - share) seconds, and a pass of training spends what it takes; it
 is training's turn while it has something to spend. So the shares hold over any time that is long against a pass. Where one of
-them does not wait, the other has all the time, and nothing is earned or spent.
+them does not wait, the other has all the time, and nothing is earned or spent. Who asks, hears the answer and asks again
+leaves gaps: sampling counts as waiting until it has been idle for a moment (`IDLE_AFTER_S`), and training that has spent more
+than it earned holds still for so long.
 
 A pass cannot be interrupted. Where a first token is to come by a time, training has no turn that could make one late, and passes
 are as short as that needs: as many tokens as are computed, at the rate of earlier passes, in what is left of the time after a
@@ -11,6 +13,8 @@ step of sampling. That goes before the share.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from roadie.errors import ConfigError
@@ -19,6 +23,7 @@ FIRST_TOKENS = 256
 """Of the first pass where a first token has a latest time: nobody knows yet how long a token takes."""
 MOST_OWED_S = 5.0
 """What training can have to spend: what it could not have for the sake of first tokens does not come all at once."""
+IDLE_AFTER_S = 0.1
 _RECENT = 0.2  # how much the last pass, or step, counts in a mean
 
 
@@ -45,11 +50,22 @@ class TurnSettings:
 class Turns:
     """See the module; of one thread. owed_s: what training has to spend."""
 
-    def __init__(self, settings: TurnSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: TurnSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings, self._clock = settings, clock
+        self._sampled_s = -IDLE_AFTER_S
         self.owed_s = 0.0
         self._step_s = 0.0
         self._tokens_per_s: float | None = None
+
+    @property
+    def has_just_sampled(self) -> bool:
+        """Whether sampling counts as waiting though no request runs."""
+        return self._clock() < self._sampled_s + IDLE_AFTER_S
+
+    @property
+    def pause_s(self) -> float:
+        """How long training is to hold still where no request runs."""
+        return max(0.0, self._sampled_s + IDLE_AFTER_S - self._clock()) if self.owed_s < 0 else 0.0
 
     def is_trainings(self, waited_s: float | None) -> bool:
         """Whose turn it is, where both wait; waited_s: for a first token, of who has waited longest; None where nobody does."""
@@ -73,6 +89,7 @@ class Turns:
 
     def sampled(self, seconds: float, *, training_waits: bool) -> None:
         """A step of sampling has taken so long."""
+        self._sampled_s = self._clock()
         self._step_s = max(seconds, self._step_s + _RECENT * (seconds - self._step_s))
         share = self.settings.training_share
         if training_waits and share < 1:

@@ -47,6 +47,8 @@ def summed(parts: Sequence[Statistics]) -> Statistics:
         found = [getattr(part, field.name) for part in parts]
         if field.name.endswith("_by_tenant"):
             values[field.name] = dict(sum((Counter(each) for each in found), Counter()))
+        elif field.name.endswith("_share"):
+            values[field.name] = max(found, default=0.0)
         else:
             values[field.name] = sum(found)
     return Statistics(**values)

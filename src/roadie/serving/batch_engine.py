@@ -318,8 +318,11 @@ class ContinuousBatchingEngine:
     def _settle(self) -> bool:
         """Who leaves and who starts; waits while there is nothing to do. Whether to go on."""
         with self._changed:
-            while not (self._running or self._has_news or self._is_stopping or (self._beside and self._beside.waits)):
-                self._changed.wait()
+            while not (self._running or self._has_news or self._is_stopping):
+                pause_s = None if self._beside is None else self._beside.pause_s
+                if pause_s == 0:
+                    break
+                self._changed.wait(pause_s)
             self._has_news = False
             if self._is_stopping:
                 return False
@@ -452,7 +455,7 @@ class ContinuousBatchingEngine:
             self._outputs = [
                 (active, output)
                 for active, output in self._outputs
-                if output.finish is None or not self._is_active(active)
+                if output.finish is None or self._active.get(active.id) is not active
             ]
             for active in list(self._active.values()):
                 self._fail(active, reason)
@@ -467,9 +470,6 @@ class ContinuousBatchingEngine:
         self._bank.close()
         with self._changed:
             self._changed.notify_all()
-
-    def _is_active(self, active: ActiveRequest) -> bool:
-        return self._active.get(active.id) is active
 
     def _fail(self, active: ActiveRequest, reason: Exception) -> None:
         last = active.last(FinishReason.FAILED, reason)

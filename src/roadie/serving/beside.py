@@ -44,9 +44,11 @@ class TrainingBeside:
             self._notify()
 
     @property
-    def waits(self) -> bool:
-        """Whether anything is to be done."""
-        return not self.engine.is_idle
+    def pause_s(self) -> float | None:
+        """How long to wait for requests, where none runs, before it is training's turn; None where nothing is to be done."""
+        if self.engine.is_idle:
+            return None
+        return self._turns.pause_s
 
     def work(
         self, active: Mapping[str, ActiveRequest], running: bool, lent: Callable[[], AbstractContextManager[None]]
@@ -58,20 +60,21 @@ class TrainingBeside:
         if self.engine.is_idle:
             return False
         self.engine.do_chores()
-        waited_s = self._longest_wait_s(active)
-        if self.engine.is_idle or (running and not self._turns.is_trainings(waited_s)):
+        waited_s, turns = self._longest_wait_s(active), self._turns
+        if self.engine.is_idle or (not turns.is_trainings(waited_s) if running else turns.pause_s):
             return False
+        samples = running or turns.has_just_sampled
         begin, before = time.perf_counter(), self.engine.figures.num_tokens
         with lent():
-            self.engine.work(self._turns.max_tokens(waited_s))
+            self.engine.work(turns.max_tokens(waited_s))
         seconds = time.perf_counter() - begin
         self._seconds += seconds
-        self._turns.trained(seconds, self.engine.figures.num_tokens - before, sampling_waits=running)
+        turns.trained(seconds, self.engine.figures.num_tokens - before, sampling_waits=samples)
         return True
 
     def sampled(self, seconds: float) -> None:
         """A step of sampling has taken so long."""
-        self._turns.sampled(seconds, training_waits=self.waits)
+        self._turns.sampled(seconds, training_waits=not self.engine.is_idle)
 
     def _longest_wait_s(self, active: Mapping[str, ActiveRequest]) -> float | None:
         if self._turns.settings.latest_first_token_s is None:
