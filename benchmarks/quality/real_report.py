@@ -119,19 +119,26 @@ def planned(task: str) -> dict[str, tuple[int, ...]]:
 
 def _losses(tasks: Tasks, results: Mapping[str, Sequence[Result]], steps: Mapping[str, Any]) -> str:
     shown = [task for task, found in results.items() if found]
-    rows = [["no adapter", "-", "-", _step(steps, BASE), *(f"{_base(tasks[task])['loss']:.4f}" for task in shown)]]
+    timed = shown[0]
+    rows = [
+        ["no adapter", "-", "-", _step(steps, BASE), "-", "-", *(f"{_base(tasks[task])['loss']:.4f}" for task in shown)]
+    ]
     for name in _methods(results):
         one = next(result for found in results.values() for result in found if result.method == name)
         losses = {task: _of(results[task], name) for task in shown}
         cells = [spread(result.losses, 4) if result else "-" for result in losses.values()]
-        row = [name, f"{one.parameters:,}", f"{one.kept_bytes / 1000:,.0f}", _step(steps, SERVED_AS.get(name)), *cells]
-        rows.append(row)
+        training = _of(results[timed], name)
+        took = [f"{training.processor_s:.0f}", f"{training.peak_bytes / 1e6:.0f}"] if training else ["-", "-"]
+        costs = [f"{one.parameters:,}", f"{one.kept_bytes / 1000:,.0f}", _step(steps, SERVED_AS.get(name)), *took]
+        rows.append([name, *costs, *cells])
     words = (
         "Test loss; what is trained, what a server keeps of it for a tenant (float32), and the time of a step of decoding 32 "
         "rows with 32 different adapters, in times of the base model's own on one thread (LoRA by batched products; a dash: no "
-        "batch of many adapters was measured)."
+        f"batch of many adapters was measured). Training on {timed}: seconds of one core that others used too, and how far the "
+        "process rose above the model."
     )
-    return paragraph(words) + "\n" + markdown(["method", "parameters", "kB a tenant", "step, 32 tenants", *shown], rows)
+    heads = ["method", "parameters", "kB a tenant", "step, 32 tenants", "s", "peak, MB"]
+    return paragraph(words) + "\n" + markdown([*heads, *shown], rows)
 
 
 def _accuracies(tasks: Tasks, results: Mapping[str, Sequence[Result]]) -> str:

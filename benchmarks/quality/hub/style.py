@@ -14,7 +14,8 @@ import random
 from collections.abc import Iterator
 
 Row = dict[str, str]
-PARTS = {"train": 0.7, "validation": 0.1, "test": 0.2}
+PARTS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
+"""Which share of the shuffled facts is whose: from, to."""
 
 # By kind: how the subject is named in the answer, and ways to ask for it.
 KINDS = {
@@ -73,14 +74,8 @@ def rows(part: str) -> list[Row]:
     """The rows of "train", "validation" or "test": question and answer; the same on every machine."""
     facts = list(_facts())
     random.Random(0).shuffle(facts)
-    ends, share = {}, 0.0
-    for name, own in PARTS.items():
-        start, share = share, share + own
-        ends[name] = (round(start * len(facts)), round(share * len(facts)))
-    start_of, end_of = ends[part]
-    return [
-        {"question": question, "answer": answer} for fact in facts[start_of:end_of] for question, answer in asked(*fact)
-    ]
+    start, end = (round(share * len(facts)) for share in PARTS[part])
+    return [{"question": question, "answer": answer} for fact in facts[start:end] for question, answer in asked(*fact)]
 
 
 def _facts() -> Iterator[tuple[str, str, str]]:
