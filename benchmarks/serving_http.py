@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from tests.patience import until
 from tests.serving.http import test_hostile, test_process
-from tests.serving.http.harness import ADMIN_KEY, until
+from tests.serving.http.harness import ADMIN_KEY
 from tests.serving.http.test_process import Process, served
 
 from benchmarks import machine
