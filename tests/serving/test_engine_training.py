@@ -12,11 +12,12 @@ from tests.patience import HANG_S, until
 from tests.serving.harness import SMALL, Collector, prompt, serving
 
 from roadie import checkpoint
-from roadie.engine import AdamSettings, TrainingRow, TrainingSettings
+from roadie.engine import AdamSettings, TrainingEngine, TrainingRow, TrainingSettings
 from roadie.engine.turns import TurnSettings
 from roadie.errors import AdapterBusy, ConfigError, ServingError, ShuttingDown, UnknownAdapter
 from roadie.serving import AdapterState, ContinuousBatchingEngine, EngineSettings, OnDisk, Registry, Unload
 from roadie.serving.http.metrics import Metrics
+from roadie.testing import tiny_llama
 
 STEP = AdamSettings(0.05)
 
@@ -87,6 +88,26 @@ def test_sampler_and_trainer_agree_on_logprobs_in_mixed_batches(model, root):
     assert len(errors) == 60
     assert sorted(errors)[30] <= 1e-5
     assert max(errors) <= 1e-4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_step_beside_a_server_is_a_step_without(attention, root):
+    alone = TrainingEngine(tiny_llama())
+    alone.create("t", config(0))
+    rows = [row(1, 9), row(2, 5)]
+    expected = [alone.forward_backward("t", rows, "cross_entropy"), alone.optim_step("t", STEP)]
+    alone.run()
+    model = tiny_llama().eval()
+    model.set_attn_implementation(attention)
+    with training(model, root) as collector:
+        running = collector.submit(prompt(7, 20), "a0", max_tokens=10)
+        tenants = collector.engine.training
+        tenants.create("t", config(0))
+        found = [tenants.forward_backward("t", rows, "cross_entropy"), tenants.optim_step("t", STEP)]
+        assert found[0].result(HANG_S).loss == pytest.approx(expected[0].result().loss, rel=1e-6)
+        assert found[1].result(HANG_S).gradient_norm == pytest.approx(expected[1].result().gradient_norm, rel=1e-5)
+        collector.wait(running)
+    assert model.config._attn_implementation == attention
 
 
 def test_a_running_request_keeps_the_weights_it_started_with(model, root):
