@@ -6,9 +6,10 @@
     python -m benchmarks.host_cost --quick            a few calls of each, to see that everything runs
 
 Prints, for a layer of each rival: the time of a call, how many Python functions run and how many of them are the adapter
-library's, how many operations of torch that call no others, and on a GPU how many kernels. Then what a step of a small Llama
-takes above the frozen one's, a layer, with rows of several adapters. Then roadie's parts: the functions and operations that take
-most time. Times of parts are those under a profiler, which makes short functions look longer than they are: compare them with
+library's, how many operations of torch that call no others, and on a GPU how many kernels. Then the same in a small Llama, a
+layer of it, where what is done once for all layers counts once; and what a step of decoding takes with rows of several
+adapters. Then roadie's parts: the functions and operations that take most time.
+Times of parts are those under a profiler, which makes short functions look longer than they are: compare them with
 each other.
 """
 
@@ -29,13 +30,25 @@ from typing import Any
 
 import peft
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import roadie
 from benchmarks import stand_in
 from benchmarks.harness import Budget, Run, measure, threads
-from benchmarks.rivals import FROZEN, PRECISIONS, RIVALS, ROADIE, adapted_layers, layer_of, random_weight
+from benchmarks.rivals import (
+    FROZEN,
+    PRECISIONS,
+    RIVALS,
+    ROADIE,
+    adapt,
+    adapted_layers,
+    layer_of,
+    random_weight,
+    sharing_copy,
+    trained,
+)
 from benchmarks.statistics import summarise
 from benchmarks.tables import markdown
 from benchmarks.workloads import adapters, layer
@@ -115,6 +128,9 @@ def told(setting: Setting, parts: int) -> Iterator[str]:
     yield f"## One layer, {setting.width} wide, one token, {setting.precision}, {setting.device}\n"
     of_layer = {mode: layer_runs(mode, setting) for mode in MODES}
     yield markdown(_LAYER_HEADER, [row for mode, runs in of_layer.items() for row in layer_rows(mode, runs, setting)])
+    yield f"## A call of a model of {setting.layers} decoder layers, 4 tokens, a layer of it\n"
+    for mode in MODES:
+        yield markdown(["what", "rival", "us (quartiles)", "us a layer above frozen"], list(whole_rows(mode, setting)))
     yield f"## A step of decoding, {setting.rows} rows of as many adapters, {setting.layers} decoder layers\n"
     with model_steps(setting) as (steps, layers):
         yield markdown(_MODEL_HEADER, list(model_rows(steps, layers, setting)))
@@ -158,11 +174,44 @@ def layer_rows(mode: str, runs: Mapping[str, Run], setting: Setting) -> Iterator
         yield [mode, name, _us(times[name]), f"{1e3 * above:+.1f}", *cells, kernels]
 
 
+def whole_runs(mode: str, setting: Setting) -> dict[str, Run]:
+    """As `layer_runs`, of a small Llama: what an adapter does once for all layers counts once."""
+    base = _small_llama(setting)
+    runs: dict[str, Run] = {}
+    for name in RIVALS:
+        model = adapt(sharing_copy(base), name, TARGETS, PRECISIONS[setting.precision])
+        parameters = trained(model)
+        embedded = torch.randn(1, 4, setting.width, generator=torch.Generator().manual_seed(0)).to(
+            next(base.parameters())
+        )
+        for parameter in parameters:
+            parameter.requires_grad_(mode != FORWARD_FROZEN)
+        runs[name] = _trained_once(model, embedded, parameters) if mode == TRAINING else _run_once(model, embedded)
+    return runs
+
+
+def _trained_once(model: Any, embedded: Tensor, parameters: Sequence[Tensor]) -> Run:
+    wanted = [embedded.requires_grad_(), *parameters]
+    return lambda: torch.autograd.grad(model(inputs_embeds=embedded).logits.float().sum(), wanted)
+
+
+def _run_once(model: Any, embedded: Tensor) -> Run:
+    def once() -> Any:
+        with torch.no_grad():
+            return model(inputs_embeds=embedded).logits
+
+    return once
+
+
+def _small_llama(setting: Setting) -> Any:
+    size = ModelSize(setting.width, setting.layers, max(1, setting.width // 32), 2 * setting.width, vocabulary=256)
+    return llama(size, PRECISIONS[setting.precision].base, setting.tensors_on)
+
+
 @contextmanager
 def model_steps(setting: Setting) -> Iterator[tuple[dict[str, Run], int]]:
     """A step of decoding of each rival, each row in an adapter of its own, and how many adapted layers it goes through."""
-    size = ModelSize(setting.width, setting.layers, max(1, setting.width // 32), 2 * setting.width, vocabulary=256)
-    base = llama(size, PRECISIONS[setting.precision].base, setting.tensors_on)
+    base = _small_llama(setting)
     models = adapters.models(base, setting.rows)
     adapters.assign(models[adapters.BMM_LORA], torch.arange(setting.rows, device=setting.tensors_on))
     case = WholeCase(DECODE, setting.precision, setting.rows, 16, 1, setting.rows)
@@ -171,6 +220,14 @@ def model_steps(setting: Setting) -> Iterator[tuple[dict[str, Run], int]]:
     with roadie.rows(in_force, [f"a{row}" for row in range(setting.rows)]):
         steps[ROWS_ONCE] = once(FROZEN, in_force, case)
         yield steps, len(adapted_layers(in_force))
+
+
+def whole_rows(mode: str, setting: Setting) -> Iterator[list[str]]:
+    """The lines of one mode, of a model."""
+    times = summarise(measure(whole_runs(mode, setting), setting.budget), FROZEN, None)
+    for name in RIVALS:
+        above = 1e3 * (times[name]["median_ms"] - times[FROZEN]["median_ms"]) / (7 * setting.layers)
+        yield [mode, name, _us(times[name]), f"{above:+.1f}"]
 
 
 def model_rows(steps: Mapping[str, Run], layers: int, setting: Setting) -> Iterator[list[str]]:

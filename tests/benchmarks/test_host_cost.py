@@ -66,6 +66,17 @@ def test_every_rival_has_a_layer_in_every_mode(mode: str) -> None:
         assert (len(given) > 1) == (mode == host_cost.TRAINING and name != FROZEN)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_every_rival_has_a_model_in_every_mode(mode: str) -> None:
+    runs = host_cost.whole_runs(mode, FEW)
+    assert tuple(runs) == RIVALS
+    for name, run in runs.items():
+        given = run()
+        logits = given[0] if isinstance(given, tuple) else given
+        assert (isinstance(given, tuple) and len(given) > 1) == (mode == host_cost.TRAINING and name != FROZEN)
+        assert bool(logits.isfinite().all())
+
+
 def test_rows_that_are_in_force_around_all_steps_are_those_that_are_named_in_each() -> None:
     with host_cost.model_steps(FEW) as (steps, layers):
         assert set(steps) == {FROZEN, ROADIE, PEFT_ROAD, PEFT_LORA, BMM_LORA, ROWS_ONCE}

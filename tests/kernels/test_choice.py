@@ -239,3 +239,21 @@ def check_reference_takes_over(why: str) -> None:
     with using("eager"):
         wanted = rotate(x, table, None)
     assert_same_bits(rotate(x, table, None), wanted, "chosen")
+
+
+@pytest.mark.parametrize("device", ["mps", "hpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_devices_without_kernels_use_plain_operations(device: str, dtype: torch.dtype) -> None:
+    """Apple's, for one."""
+    place = torch.device(device)
+    assert choice.chosen(place, dtype, torch.float32).name == "eager"
+    for name in ("cpu", "triton"):
+        with pytest.raises(KernelError), using(name):
+            choice.chosen(place, dtype, torch.float32)
+
+
+def test_an_amd_device_is_rotated_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls it cuda; compute capabilities are NVIDIA's."""
+    runtime = pytest.importorskip("roadie.kernels.triton.runtime")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert runtime.refusal_of(torch.device("cuda"), torch.bfloat16, torch.float32) is None

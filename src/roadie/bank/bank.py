@@ -32,6 +32,7 @@ from roadie.bank.live import live_adapter
 from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
 from roadie.bank.static import Graphs, StaticChoice, static_slots
+from roadie.bank.streams import Streams
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
 from roadie.kernels import Chain
 from roadie.rotation import Rotation
@@ -90,7 +91,7 @@ class AdapterBank:
         self.writes = 0
         self._last: tuple[Hashable, Tensor, Mark] = None, torch.empty(0), Mark()
         self.storage_version = 0
-        self.graphs = Graphs()
+        self.graphs, self.streams = Graphs(), Streams()
         if hold is None:
             serve(model, self.rows)
 
@@ -231,12 +232,14 @@ class AdapterBank:
             parts.update(dict.fromkeys([name for blend in blends for name in blend.names]))
             # Names before blends, and each held as soon as it is found: making a blend may let others go.
             of_wish: dict[str | Blend | None, int] = {name: self._slot_of(name) for name in parts}
-            leases = [self._book.lease([*of_wish.values()])]
+            ended = self.streams.readers()
+            leases = [self._book.lease([*of_wish.values()], ended)]
             if blends:
-                leases.append(self._book.lease([of_wish[wish] for wish in wanted if wish in of_wish]))
+                leases.append(self._book.lease([of_wish[wish] for wish in wanted if wish in of_wish], ended))
             for blend in blends:
                 of_wish[blend] = slot = self._slot_of(blend)
-                leases.append(self._book.lease((slot,)))
+                leases.append(self._book.lease((slot,), ended))
+            self.streams.before_reading()
             if blends:
                 leases.pop(0).close()  # a blend, once made, does not read its parts
             of_wish[None] = -1
@@ -345,7 +348,9 @@ class AdapterBank:
             for name in names:
                 slots.append(self._slot_to_write(name, names[: len(slots)]))
             with torch.no_grad():
+                self.streams.before_writing(self._book.reads_of(slots))
                 self._write(slots, made)
+                self.streams.wrote()
         except BaseException:
             for slot in slots:
                 self._book.give_back(slot)
@@ -415,6 +420,7 @@ class AdapterBank:
         module = self._modules[path]
         width, device = out_features_of(module), self._device_of(path)
         table = SlotTable(width, self._book.num_slots, self.dtype, device, is_sparse=is_input(path))
+        self.streams.add(device)
         self._attached[path] = rotation = LayerRotation(table, self._routing, self._hold.linear(module), path)
         self._detach.callback(self._hold.attach(module, rotation))
 
@@ -472,6 +478,7 @@ class _BankChoice(Choice):
 
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().starts(model, args, kwargs)
+        self._bank.streams.before_reading()
         self.mark = self._bank.mark(self.host, self.expansion, self.calls, self.slots.device)
 
 

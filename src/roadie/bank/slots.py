@@ -12,19 +12,22 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+Returned: TypeAlias = "deque[tuple[tuple[int, ...], list[Any]]]"
 
 
 class SlotLease:
-    """Slots that must not change hands while this is open."""
+    """Slots that must not change hands while this is open. ended: called when it is closed; gives events of a device."""
 
-    def __init__(self, slots: Sequence[int], returned: deque[tuple[int, ...]]) -> None:
-        self._slots, self._returned = tuple(slots), returned
+    def __init__(self, slots: Sequence[int], returned: Returned, ended: Callable[[], list[Any]] | None = None) -> None:
+        self._slots, self._returned, self._ended = tuple(slots), returned, ended
 
     def close(self) -> None:
         """Give the slots back; only once, and from any thread."""
         slots, self._slots = self._slots, ()
         if slots:
-            self._returned.append(slots)
+            self._returned.append((slots, [] if self._ended is None else self._ended()))
 
     __del__ = close
 
@@ -38,7 +41,8 @@ class SlotBook:
         self._free = deque(range(num_slots))
         self._leases = [0] * num_slots
         self._retired: set[int] = set()
-        self._returned: deque[tuple[int, ...]] = deque()
+        self._returned: Returned = deque()
+        self._read: dict[int, list[Any]] = {}
 
     @property
     def num_slots(self) -> int:
@@ -61,11 +65,15 @@ class SlotBook:
             self._slot_of.move_to_end(name)
         return slot
 
-    def lease(self, slots: Sequence[int]) -> SlotLease:
-        """Keep slots from changing hands until the lease is closed, or forgotten."""
+    def lease(self, slots: Sequence[int], ended: Callable[[], list[Any]] | None = None) -> SlotLease:
+        """Keep slots from changing hands until the lease is closed, or forgotten; see `SlotLease`."""
         for slot in slots:
             self._leases[slot] += 1
-        return SlotLease(slots, self._returned)
+        return SlotLease(slots, self._returned, ended)
+
+    def reads_of(self, slots: Sequence[int]) -> list[Any]:
+        """The events at which those ended that have read slots which nobody reads any more; asked for once."""
+        return [event for slot in slots for event in self._read.pop(slot, ())]
 
     def take(self) -> int | None:
         """A slot to write into; None where none is free."""
@@ -120,8 +128,11 @@ class SlotBook:
     def _settle(self) -> None:
         """Take back what was returned, and free what retired and nobody reads any more."""
         while self._returned:
-            for slot in self._returned.popleft():
+            slots, events = self._returned.popleft()
+            for slot in slots:
                 self._leases[slot] -= 1
+                if events:
+                    self._read[slot] = [*[event for event in self._read.get(slot, ()) if not event.query()], *events]
         done = [slot for slot in self._retired if not self._leases[slot]]
         self._retired.difference_update(done)
         self._free.extend(done)

@@ -13,6 +13,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from roadie.bank.streams import Streams
 from roadie.errors import RoutingError
 from roadie.kernels import Chain
 from roadie.sites.rows import Choice
@@ -26,6 +27,7 @@ class Bank(Protocol):
 
     model: nn.Module
     graphs: Graphs
+    streams: Streams
     storage_version: int
     writes: int
 
@@ -72,6 +74,7 @@ class StaticChoice(Choice):
 
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().starts(model, args, kwargs)
+        self._bank.streams.before_reading()
         self.check(self._bank.total_slots)
         if self._writes != self._bank.writes:
             self._writes = self._bank.writes

@@ -143,6 +143,7 @@ class AdapterChoice(Choice):
             if self.in_bank is None:
                 self._routing.look(model)
             else:
+                self._residents.bank.streams.before_reading()
                 self._routing.by.set(None if is_looked_on() else self.in_bank.mark)
 
     def ends(self, model: nn.Module) -> None:
