@@ -11,7 +11,7 @@ from tests.engine.tenants import KINDS, LOSSES, config, engine, filled, gradient
 from torch.nn.functional import log_softmax
 
 import roadie
-from roadie.engine import AdamSettings, TrainingRow
+from roadie.engine import AdamSettings, TrainingRow, optimiser
 from roadie.engine.losses import Loss, Terms, token_losses
 from roadie.errors import ConfigError, NotFinite, QueueFull, ShuttingDown, UnknownTenant
 from roadie.testing import tiny_llama
@@ -259,6 +259,38 @@ def test_rows_that_make_the_model_raise_fail_alone(monkeypatch):
     assert all(math.isfinite(futures[name].result().loss) for name in "ac")
     assert not any(one.any() for one in gradients(made, "b"))
     assert all(one.any() for name in "ac" for one in gradients(made, name))
+
+
+def test_a_step_or_a_beginning_that_raises_is_told_and_others_go_on(monkeypatch):
+    made = engine()
+    for name, kind in (("a", 0), ("b", 1)):
+        made.create(name, config(kind))
+    made.run()
+    step, join = optimiser.step, made.bank.join
+
+    def no_step(family, *arguments):
+        if "b" in family.names:
+            raise MemoryError("no room for b")
+        return step(family, *arguments)
+
+    def no_join(newcomers):
+        join(newcomers)
+        raise MemoryError("no room for more")
+
+    monkeypatch.setattr(optimiser, "step", no_step)
+    calls = [made.forward_backward(name, [row(1, 6)], "cross_entropy") for name in "ab"]
+    steps = [made.optim_step(name, STEP) for name in "ab"]
+    made.run()
+    assert all(call.result().loss > 0 for call in calls)
+    assert steps[0].result().step == 1
+    assert isinstance(steps[1].exception(), MemoryError)
+    monkeypatch.setattr(made.bank, "join", no_join)
+    late, waiting = made.create("c", config(0)), made.forward_backward("c", [row(1, 6)], "cross_entropy")
+    made.run()
+    assert isinstance(late.exception(), MemoryError)
+    assert isinstance(waiting.exception(), MemoryError)
+    assert made.tenants == ("a", "b")
+    assert sorted(made.bank.names) == ["a", "b"]
 
 
 def test_a_flood_waits_for_itself():

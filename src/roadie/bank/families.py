@@ -68,10 +68,11 @@ class Family:
 
     def add(self, names: Sequence[str]) -> None:
         """Append adapters, as the identity, with moments of zero."""
-        self.names.extend(names)
-        self.stacks = [_mapped(stack, lambda tensor: _appended(tensor, len(names))) for stack in self.stacks]
-        for stack in self.stacks:
+        stacks = [_mapped(stack, lambda tensor: _appended(tensor, len(names))) for stack in self.stacks]
+        for stack in stacks:
             stack.parameters[:, 1, -len(names) :] = 1.0
+        self.stacks = stacks  # where there is no memory for them, nothing has changed
+        self.names.extend(names)
 
     def keep(self, names: Collection[str]) -> None:
         """Leave only the adapters `names`, in the order they have."""

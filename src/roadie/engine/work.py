@@ -77,7 +77,11 @@ class Worker:
                 self._lines.forget(leave.tenant)
         if not joins:
             return bool(leaves)
-        self.bank.join({join.tenant: join.layers for join in joins})
+        try:
+            self.bank.join({join.tenant: join.layers for join in joins})
+        except Exception as error:  # no memory
+            self._refuse(joins, error)
+            return True
         for join in joins:
             try:
                 if join.state is not None:
@@ -85,10 +89,15 @@ class Worker:
                     family.put(join.tenant, join.state.stacks(family))
                 self._lines.done(join)
             except RoadieError as error:
-                self.bank.keep_only([name for name in self.bank.names if name != join.tenant])
-                self._fail(join, error)
-                self._lines.forget(join.tenant, error)
+                self._refuse([join], error)
         return True
+
+    def _refuse(self, joins: Sequence[Join], error: Exception) -> None:
+        gone = {join.tenant for join in joins}
+        self.bank.keep_only([name for name in self.bank.names if name not in gone])
+        for join in joins:
+            self._fail(join, error)
+            self._lines.forget(join.tenant, error)
 
     def _do_tasks(self) -> bool:
         tasks = self._lines.first(Task)
@@ -205,7 +214,12 @@ class Worker:
             family = self.bank.family_of(each.tenant)
             by_family.setdefault(id(family), (family, []))[1].append(each)
         for family, of_family in by_family.values():
-            self._step_family(family, of_family)
+            try:
+                self._step_family(family, of_family)
+            except Exception as error:  # no memory, or a device that fails: whoever trains elsewhere goes on
+                _log.exception("a step of the optimiser failed")
+                for each in filter(self._lines.is_first, of_family):
+                    self._fail(each, error)
         return bool(steps)
 
     def _step_family(self, family: Family, steps: Sequence[Step]) -> None:
