@@ -90,7 +90,7 @@ def _of_model(model: str, tasks: Tasks, steps: Mapping[str, Any]) -> Iterator[st
     if any(results.values()):
         yield _losses(tasks, results, steps)
         yield _accuracies(tasks, results)
-        yield from _verdicts(results, steps)
+    yield from _verdicts(results, steps)
     unfinished = {
         task: [name for name in planned(task) if name not in {one.method for one in results[task]}] for task in tasks
     }
@@ -212,7 +212,7 @@ def _took(everything: Tasks) -> str:
     hours = sum(run["processor_s"] for run in runs) / 3600
     commits = sorted({run["commit"] for run in runs})
     return paragraph(
-        f"{len(runs)} runs, {hours:.1f} hours of processor time for their trainings, without measuring, at the commits "
+        f"{len(runs)} runs so far, {hours:.1f} hours of processor time for their trainings, without measuring, at the commits "
         f"{', '.join(commits)}; products of float32 matrices may be in bfloat16 where the processor has instructions for it."
     )
 
