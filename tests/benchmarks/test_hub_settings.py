@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -148,13 +149,23 @@ def test_the_commands_of_the_guide_are_understood(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 6
-    for command in commands:
-        python, dash_m, module, *arguments = shlex.split(command)
-        assert (python, dash_m, module) == ("python", "-m", "benchmarks.quality")
+    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    runs = [words[3:] for words in commands if words[:4] == ["python", "-m", "benchmarks.quality", "run"]]
+    assert len(runs) == 6
+    for arguments in runs:
         assert main([*arguments, "--check"]) == 0
         assert "seeds" in capsys.readouterr().out
+    others = [words for words in commands if words[3:] not in runs]
+    assert {tuple(words[:3]) for words in others} == {
+        ("python", "-m", "benchmarks.models"),
+        ("python", "-m", "benchmarks.quality"),
+    }
+    for _, _, module, *arguments in others:
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(module if module.endswith("models") else f"{module}.__main__").main(
+                [*arguments, "--help"]
+            )
+        assert ended.value.code == 0
 
 
 def test_the_configuration_of_the_guide_is_valid(tmp_path: Path) -> None:
