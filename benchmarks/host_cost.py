@@ -66,6 +66,7 @@ READS = ("cpu", "item", "nonzero", "numpy", "tolist", "unique")  # what asks a t
 FORWARD_FROZEN, FORWARD_TRAINED, TRAINING = "forward, adapter frozen", "forward, adapter trainable", layer.TRAINING
 MODES = (FORWARD_FROZEN, FORWARD_TRAINED, TRAINING)
 ROWS_ONCE = "roadie, rows() around all steps"
+BANK_ROWS_ONCE = "roadie, a bank's rows() around all steps"
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,15 @@ def model_steps(setting: Setting) -> Iterator[tuple[dict[str, Run], int]]:
     case = WholeCase(DECODE, setting.precision, setting.rows, 16, 1, setting.rows)
     steps = {name: once(FROZEN if name == adapters.BMM_LORA else name, model, case) for name, model in models.items()}
     in_force = adapters.with_adapters(base, ROADIE, TARGETS, setting.rows)
-    with roadie.rows(in_force, [f"a{row}" for row in range(setting.rows)]):
-        steps[ROWS_ONCE] = once(FROZEN, in_force, case)
-        yield steps, len(adapted_layers(in_force))
+    names = [f"a{row}" for row in range(setting.rows)]
+    plain = sharing_copy(base)
+    with roadie.AdapterBank(plain, slots=setting.rows) as bank:
+        for name in names:
+            bank.admit(name, (in_force, name))
+        with roadie.rows(in_force, names), roadie.rows(plain, names):
+            steps[ROWS_ONCE] = once(FROZEN, in_force, case)
+            steps[BANK_ROWS_ONCE] = once(FROZEN, plain, case)
+            yield steps, len(adapted_layers(in_force))
 
 
 def whole_rows(mode: str, setting: Setting) -> Iterator[list[str]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from benchmarks import host_cost
 from benchmarks.harness import Budget
-from benchmarks.host_cost import MODES, ROWS_ONCE, Setting
+from benchmarks.host_cost import BANK_ROWS_ONCE, MODES, ROWS_ONCE, Setting
 from benchmarks.rivals import FROZEN, PEFT_LORA, PEFT_ROAD, RIVALS, ROADIE
 from benchmarks.workloads.adapters import BMM_LORA
 
@@ -79,10 +79,11 @@ def test_every_rival_has_a_model_in_every_mode(mode: str) -> None:
 
 def test_rows_that_are_in_force_around_all_steps_are_those_that_are_named_in_each() -> None:
     with host_cost.model_steps(FEW) as (steps, layers):
-        assert set(steps) == {FROZEN, ROADIE, PEFT_ROAD, PEFT_LORA, BMM_LORA, ROWS_ONCE}
+        assert set(steps) == {FROZEN, ROADIE, PEFT_ROAD, PEFT_LORA, BMM_LORA, ROWS_ONCE, BANK_ROWS_ONCE}
         assert layers == 7
-        named, in_force, frozen = (steps[name]() for name in (ROADIE, ROWS_ONCE, FROZEN))
+        named, in_force, banked, frozen = (steps[name]() for name in (ROADIE, ROWS_ONCE, BANK_ROWS_ONCE, FROZEN))
     assert named.shape == in_force.shape == (2, 1, 256)
+    assert relative_error(banked, named) < 1e-5
     assert relative_error(in_force, named) < 1e-5
     assert relative_error(in_force, frozen) > 1e-3
 
