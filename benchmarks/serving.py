@@ -2,7 +2,8 @@
 
     correct      500 requests at once over 100 adapters of the embedded model: every greedy token against its adapter alone
     churn        the same, as a stream, while adapters are loaded, replaced and unloaded at random (2 minutes)
-    throughput   a Llama of 160M parameters, 64 requests in flight: base only, 1 adapter, 64 adapters; PEFT's LoRA beside it
+    throughput   a Llama of 160M parameters, 64 requests in flight: base only, 1, 16 and 64 adapters; PEFT's LoRA beside it
+    --model DIR  the same of a real model, without PEFT
     first_token  time to first token on that model while adapters are being loaded, against quiet
     fairness     adapters outnumber slots 4 to 1 and a tenant sends 90 % of the traffic: the others' waits, and a plot
 
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,13 +272,20 @@ SIZE = ModelSize()
 ROWS, PROMPT, NEW = 64, 16, 24
 
 
-def throughput(rounds: int = 5, rounds_of_peft: int = 5) -> list[Entry]:
-    """Generated tokens a second of 64 requests in flight, the three loads in turn; new prompts in every run."""
-    model = llama(SIZE, torch.float32).eval()
+def throughput(rounds: int = 5, rounds_of_peft: int = 5, folder: Path | None = None) -> list[Entry]:
+    """Generated tokens a second of 64 requests in flight, the loads in turn; new prompts in every run.
+
+    folder: of a real model, in place of a random Llama of 160M parameters.
+    """
+    if folder is None:
+        model: Any = llama(SIZE, torch.float32).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     adapters = {f"a{seed}": random_adapter(model, seed, group_size=64) for seed in range(ROWS)}
     loads: dict[str, list[AdapterWish]] = {
         "base": [None] * ROWS,
         "1 adapter": ["a0"] * ROWS,
+        "16 adapters": [f"a{row % 16}" for row in range(ROWS)],
         "64 adapters": [f"a{row}" for row in range(ROWS)],
     }
     rates: dict[str, list[float]] = {name: [] for name in loads}
@@ -291,8 +300,14 @@ def throughput(rounds: int = 5, rounds_of_peft: int = 5) -> list[Entry]:
                 rates[name].append(_rate(clients, loads[name], seed=1 + len(clients.submitted_s), max_tokens=NEW))
                 print(f"{name}: {rates[name][-1]:.1f} tokens/s", flush=True)
     entry = {
-        "what": "throughput",
-        "case": {"in_flight": ROWS, "prompt": PROMPT, "new": NEW, "model": "Llama 160M", "dtype": "float32"},
+        "what": "throughput" if folder is None else f"throughput of {folder.name}",
+        "case": {
+            "in_flight": ROWS,
+            "prompt": PROMPT,
+            "new": NEW,
+            "model": "Llama 160M" if folder is None else folder.name,
+            "dtype": "float32",
+        },
         "tokens_a_second": {name: _spread(values) for name, values in rates.items()},
         "to_base": {name: median_ratio(values, rates["base"]) for name, values in rates.items() if name != "base"},
         "64_to_1_adapter": median_ratio(rates["64 adapters"], rates["1 adapter"]),
@@ -532,14 +547,17 @@ def main() -> None:
     """Run the parts that were asked for, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="which parts (all)")
+    parser.add_argument("--model", type=Path, help="folder of a real model, for throughput alone")
+    options = parser.parse_args()
     path = machine.ROOT / "benchmarks" / "results" / machine.machine_name() / "serving.json"
     kept = json.loads(path.read_text())["entries"] if path.exists() else []
-    for name in parser.parse_args().parts:
+    for name in ["throughput"] if options.model else options.parts:
         run, count = PARTS[name]
+        run = partial(throughput, rounds_of_peft=0, folder=options.model) if options.model else run
         with threads(count or torch.get_num_threads()):
             entries = [{**entry, **machine.commit(), "date": machine.now()} for entry in run()]
         print(json.dumps(entries, indent=1), flush=True)
-        kept = [entry for entry in kept if entry["what"] != name] + entries
+        kept = [entry for entry in kept if entry["what"] not in [made["what"] for made in entries]] + entries
         if name == "fairness":
             draw_fairness(entries[0], machine.ROOT / "docs" / "images" / "serving-fairness.png")
         _write(path, kept)

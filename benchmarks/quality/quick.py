@@ -29,7 +29,8 @@ def repeat() -> int:
 
 REAL_TASK, REAL_METHOD = "style", "road_1"
 """What needs no data but our own."""
-# Products of bfloat16 where a processor has them, and none elsewhere: more than another order of sums.
+# Products of bfloat16 where a processor has them, and none elsewhere: more than another order of sums. A guess until a second
+# processor has repeated the row.
 REAL_TOLERANCE = 2e-2
 
 

@@ -66,10 +66,11 @@ def rotate_tile(num_routed: int, repeat: int, num_pairs: int) -> Tile:
 def backward_tile(num_rows: int, num_pairs: int) -> Tile:
     """For sums over `num_rows` rows: a task is rows * steps of them, and leaves one row of partial sums.
 
-    More rows a task, less scratch; fewer, more programs. Four sums a pair take registers, hence half the pairs of `rotate`.
+    More rows a task, less scratch; fewer, more programs: 256 rows of 4096 outputs are 512 of them. Few rows are one task, which
+    needs no second launch. Four sums a pair take registers, hence half the pairs of `rotate`.
     """
     pairs = _pairs(num_pairs) // 2
-    steps = 8 if num_rows <= 1024 else 16 if num_rows <= 8192 else 32
+    steps = 2 if 8 * MOST_ROWS < num_rows <= 256 else 8 if num_rows <= 1024 else 16 if num_rows <= 8192 else 32
     return Tile(MOST_ROWS, pairs, steps, _warps(MOST_ROWS * pairs))
 
 
