@@ -546,12 +546,12 @@ def draw_fairness(entry: Entry, file: Path) -> None:
 def main() -> None:
     """Run the parts that were asked for, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="which parts (all)")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[], help="which parts (all)")
     parser.add_argument("--model", type=Path, help="folder of a real model, for throughput alone")
     options = parser.parse_args()
     path = machine.ROOT / "benchmarks" / "results" / machine.machine_name() / "serving.json"
     kept = json.loads(path.read_text())["entries"] if path.exists() else []
-    for name in ["throughput"] if options.model else options.parts:
+    for name in ["throughput"] if options.model else options.parts or PARTS:
         run, count = PARTS[name]
         run = partial(throughput, rounds_of_peft=0, folder=options.model) if options.model else run
         with threads(count or torch.get_num_threads()):
