@@ -7,7 +7,8 @@ the gradients of direct and cross of the sums, where these are wanted.
 
 Scratch: ``[M, 2, D]`` float32 with M <= T / N + min(B, S + 1) tasks of N = ROWS * STEPS rows (`tasks`): in bytes at most own
 and partner together, and a row of each for the base, and 8 / N of a float32 batch's (all of it for N = 8, up to 256 rows; a
-quarter for N = 32, up to 1024; 1/8 for N = 64; 1/16 for N = 128, from 8193 rows). One task of one slot needs neither scratch nor a second kernel.
+quarter for N = 32, up to 1024; 1/8 for N = 64; 1/16 for N = 128, from 8193 rows). One task of one slot needs neither scratch
+nor a second kernel.
 
 Legend: T rows, B runs of `repeat` rows, S slots, M tasks, D out features, P pairs of a tile.
 """
