@@ -87,16 +87,16 @@ def nobody_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Host:
     """A model with three adapters, in a bank or as a PeftModel: what rows of them give, and rows by static slots."""
 
-    def __init__(self, kind: str, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float64, net: type[nn.Module] = Net) -> None:
         self.bank: AdapterBank | None = None
         if kind == "bank":
-            self.model: Any = Net().to(dtype)
+            self.model: Any = net().to(dtype)
             self.bank = AdapterBank(self.model, slots=4, dtype=dtype)
             for seed, name in enumerate(NAMES):
                 self.bank.admit(name, random_adapter(self.model, seed=seed, group_size=4))
         else:
             config = roadie.RoadConfig(target_modules=r"layers\.\d+", group_size=4)
-            self.model = roadie.get_peft_model(Net(), config, adapter_name="a")
+            self.model = roadie.get_peft_model(net(), config, adapter_name="a")
             for name in NAMES[1:]:
                 self.model.add_adapter(name, config)
             randomise(self.model, seed=1).to(dtype).requires_grad_(False)
@@ -346,3 +346,26 @@ def test_whole_modules_cannot_be_chosen_by_static_slots() -> None:
     static = torch.zeros(2, dtype=torch.int64)
     with roadie.rows(model, static, static=True), pytest.raises(RoutingError, match="not static"):
         model(_x(2))
+
+
+class Flat(Net):
+    """Its layers see all tokens flat, row by row."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids.flatten(0, 1)).view_as(input_ids)
+
+
+@pytest.mark.parametrize("kind", ["bank", "peft"])
+@torch.no_grad()
+def test_layers_that_see_tokens_flat_do_not_rotate_by_the_rows_before(kind: str) -> None:
+    """What they remember of other rows, for as many tokens, is not what the static slots say."""
+    host = Host(kind, torch.float32, Flat)
+    x, held = _x(4, 3).float(), [host.slots(names) for names in BATCHES]
+    wanted = [host.wanted(names, x) for names in BATCHES]
+    for names, slots, expected in zip(BATCHES, held[1:] + held[:1], wanted[1:] + wanted[:1], strict=True):
+        with roadie.rows(host.model, names):
+            for _ in range(3):
+                host.model(x)
+        with host.static(slots.clone()):
+            for _ in range(3):
+                assert torch.equal(host.model(x), expected)

@@ -76,8 +76,9 @@ class LayerRotation:
             self._last = _Last(choice.mark, table, None)
             return y
         slots = self.table.routed(choice.placed(y, self._site))
-        if not choice.is_static or slots is choice.slots:
-            self._last = _Last(choice.mark, table, slots)
+        # Slots that were worked out of static ones are those of this call alone.
+        is_kept = not choice.is_static or slots is choice.slots
+        self._last = _Last(choice.mark, table, slots) if is_kept else None
         return rotate_checked(y, table, slots, Keep.INPUT, is_fresh())
 
     def _again(self, last: _Last, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor | None:

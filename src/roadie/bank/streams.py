@@ -20,10 +20,8 @@ class Streams:
 
     def __init__(self) -> None:
         self.devices: set[torch.device] = set()
-        self._last: tuple[list[Any], set[Any]] = (
-            [],
-            set(),
-        )  # where the last writes end, and the streams that come after them
+        # Where the last writes end, and the streams that come after them.
+        self._last: tuple[list[Any], set[Any]] = [], set()
 
     def add(self, device: torch.device) -> None:
         """There are tables on this device, too."""

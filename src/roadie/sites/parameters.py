@@ -71,7 +71,7 @@ class Plan:
     def chains(self) -> list[Chain | None]:
         """The tables ``[S, D]`` of the slots of each site, one for each stage; None where all are the identity.
 
-        Differentiable. Each table is memory of its own, or a part of one that nobody writes to.
+        Differentiable. Each table is memory of its own, or a part of one; those of `kept` alone are ever written to again.
         """
         parameters = self._parameters()
         return self._chains(_apply(self, *parameters) if self._wants_gradient() else self.vectors(parameters))

@@ -132,6 +132,7 @@ class Residents:
     def clear(self) -> None:
         """Forget everything."""
         if self._bank is not None:
+            self._bank.graphs.tell("the layers of the model are others, or elsewhere")
             self._bank.close()
         self._bank = None
         self._seen.clear()

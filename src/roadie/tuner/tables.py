@@ -168,7 +168,9 @@ class Kept:
             return None
         if stamp is not None:
             return tables if stamp.holds() else None
-        return None if torch.is_grad_enabled() or not tables.layout.are_here() else self.make(tables.layout)
+        if torch.is_grad_enabled() or not (tables.layout.are_here() and tables.layout.is_whole()):
+            return None
+        return self.make(tables.layout)
 
     def make(self, layout: Layout) -> Tables:
         """New ones, without gradient, or those that are kept with the values of now.

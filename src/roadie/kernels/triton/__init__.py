@@ -1,8 +1,9 @@
 """Rotations on GPUs, written in Triton; imported only when they are used, so that roadie works without Triton.
 
-`rotation` has the kernel for R x and R^T x, `backward` those for R^T g with the sums over rows, `gradient` the one that
-makes the gradients of the table from these sums, `matmul` a matrix product that rotates its result before it is written;
-`tiles` cuts the work into programs, `pairs` reads and writes pairs, `tasks` sorts the rows of a mixed batch.
+`rotation` has the kernel for R x and R^T x, `backward` those for R^T g with the sums over rows and the gradients of the table,
+`gradient` the one that makes these of sums that are there already, `matmul` a matrix product that rotates its result before it
+is written; `launches` remembers how kernels are launched, `tiles` cuts the work into programs, `pairs` reads and writes pairs,
+`tasks` sorts the rows of a mixed batch.
 
 **On CPUs** the kernels run in Triton's interpreter, for tests, where TRITON_INTERPRET=1 was set before triton was
 imported. It truncates where it should round to half precision: only its float32 results are those of a GPU.
