@@ -6,7 +6,9 @@ refuses, and does it again.
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -299,6 +301,18 @@ def test_what_graphs_read_goes_with_the_slots(host: Host) -> None:
         host.wanted(BATCHES[1], _x(4))
     gc.collect()
     assert kept() is None
+
+
+@torch.no_grad()
+def test_slots_can_be_copied_and_saved(host: Host) -> None:
+    """Nothing of what graphs read is a part of them."""
+    static, file = host.slots(BATCHES[0]).clone(), io.BytesIO()
+    with host.static(static):
+        host.model(_x(4))
+        torch.save(static, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file), static)
+        assert torch.equal(copy.deepcopy(static), static)
 
 
 @torch.no_grad()

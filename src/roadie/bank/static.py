@@ -1,7 +1,7 @@
 """Slots that are read where they lie, as graphs that are captured once and replayed ask for (CUDA graphs).
 
 A graph reads memory that it was captured over: the caller's tensor of slots, and a bank's tables. It knows nothing of leases, and
-cannot be told that a table has moved. So what it may read hangs on the tensor of slots and lives as long, and where tables become
+cannot be told that a table has moved. So what it may read lives as long as the tensor of slots does, and where tables become
 others while such tensors are there, that is said.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from roadie.bank.streams import Streams
 from roadie.errors import RoutingError
 from roadie.kernels import Chain
+from roadie.kernels.constants import kept_beside
 from roadie.sites.rows import Choice
 
 _logger = logging.getLogger("roadie")
-_KEPT = "_roadie_kept"  # of a tensor of slots
 
 
 class Bank(Protocol):
@@ -46,7 +46,7 @@ class Graphs:
 
     def kept(self, bank: Bank, slots: Tensor) -> dict[str, Any]:
         """What lives as long as `slots`: the tables as they are now, and what the caller adds."""
-        of_all = slots.__dict__.setdefault(_KEPT, {})
+        of_all = kept_beside(slots)
         key = bank, bank.storage_version
         if key not in of_all:
             of_all[key] = {"tables": bank.tables}

@@ -1,8 +1,10 @@
-"""Integers that a device needs and the host knows, without waiting for the device."""
+"""Integers that a device needs and the host knows, without waiting for the device; and what is kept beside a tensor of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -35,3 +37,15 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+_beside: dict[int, tuple[ref[Tensor], dict[Any, Any]]] = {}
+
+
+def kept_beside(tensor: Tensor) -> dict[Any, Any]:
+    """What lives as long as a tensor does without being part of it: a copy, or a file, of the tensor has nothing of it."""
+    place = id(tensor)
+    found = _beside.get(place)
+    if found is None:
+        found = _beside[place] = ref(tensor, lambda _: _beside.pop(place, None)), {}
+    return found[1]

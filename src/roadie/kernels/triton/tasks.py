@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from roadie.kernels.constants import kept_beside
+
 
 class Tasks(NamedTuple):
     """order ``[B]``: the runs, sorted by slot; bounds ``[S + 2]``: the first run of each group in that order, and B;
@@ -47,7 +49,7 @@ def tasks_of(slots: Tensor, repeat: int, num_slots: int, rows_a_task: int) -> Ta
         return _tasks_of(slots, repeat, num_slots, rows_a_task)
     stream = torch.cuda.current_stream(slots.device).cuda_stream if slots.is_cuda else 0
     key = slots.data_ptr(), slots.shape, stream, slots._version, repeat, num_slots, rows_a_task
-    kept: dict[object, Tasks] = owner.__dict__.setdefault(_KEPT, {})
+    kept: dict[object, Tasks] = kept_beside(owner).setdefault(Tasks, {})
     tasks = kept.get(key)
     if tasks is None:
         if len(kept) == _MOST:
@@ -56,7 +58,7 @@ def tasks_of(slots: Tensor, repeat: int, num_slots: int, rows_a_task: int) -> Ta
     return tasks
 
 
-_KEPT, _MOST = "_roadie_tasks", 16  # of a tensor of slots
+_MOST = 16  # of a tensor of slots
 
 
 def _tasks_of(slots: Tensor, repeat: int, num_slots: int, rows_a_task: int) -> Tasks:
