@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -87,3 +88,25 @@ def test_the_input_of_the_last_layer_is_rotated_too(model: Any, adapters: Any, r
     save_all({"head": head}, root)
     assert last_layer_sites(model) == {"lm_head", "lm_head.road_input"}
     check(model, root, {"head": ("head", head), "plain": ("a1", adapters["a1"]), "none": (None, None)})
+
+
+def test_a_step_that_began_before_the_last_layer_was_adapted_ends_as_it_began(model: Any, root: Path) -> None:
+    """Adapters are loaded in a thread of their own: it asks for all logits while the model computes, and waits."""
+    asked: list[Thread] = []
+    with serving(model, root, SETTINGS) as collector:
+        batch = collector.engine._batch
+
+        def ask(*_: Any) -> None:
+            if not asked:
+                asked.append(Thread(target=batch.keep_all_logits))
+                asked[0].start()
+                while not batch._keeps_all and not batch._computing.locked():
+                    pass  # it has asked, or it waits for the step to end
+
+        handle = model.register_forward_pre_hook(ask)
+        request_id = collector.submit(prompt(0, 9), None, max_tokens=4)
+        collector.wait()
+        handle.remove()
+        asked[0].join()
+        assert batch._keeps_all
+        assert collector.last(request_id).finish is FinishReason.LENGTH, collector.last(request_id)

@@ -13,6 +13,7 @@ from tests.tuner.test_residents import IDS, _model
 from torch import Tensor, nn
 
 import roadie
+from roadie.kernels import eager
 from roadie.sites import rows
 
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "__bool__", "__int__", "__float__", "__index__"}
@@ -47,6 +48,7 @@ def test_slots_are_not_read_where_the_layers_are(monkeypatch: pytest.MonkeyPatch
         return tensor.clone().as_subclass(OnDevice)
 
     monkeypatch.setattr(rows, "moved", moved)
+    monkeypatch.setattr(eager, "_check_slots", lambda *_: -1)  # the reference checks what is on a CPU
     for names, expected in ((ROWS, wanted), (ROWS[::-1], others)) * 2:
         assert torch.equal(model(input_ids=IDS, adapter_names=names).logits, expected)
     assert watched

@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ class ContinuousBatch:
     def __init__(self, model: Any, bank: AdapterBank, settings: EngineSettings, choose: Choose, score: Score) -> None:
         check_contract(settings.allow_unknown_version)
         self._model, self._bank, self._choose, self._score = model, bank, choose, score
+        self._computing = threading.Lock()
         self._keeps_all = "logits_to_keep" not in inspect.signature(model.forward).parameters
         self._was_training, self._attention = bool(model.training), model.config._attn_implementation
         self._manager = model.init_continuous_batching(_greedy(), continuous_batching_config=_config(settings))
@@ -221,13 +223,18 @@ class ContinuousBatch:
     def _logits(self, last: Tensor, scored: Sequence[int], inputs: dict[str, Any]) -> Tensor:
         """``[K, V]``, of these rows of the step."""
         rows = torch.cat([last, last.new_tensor(scored)]) if scored else last
-        kept = {} if self._keeps_all else {"logits_to_keep": rows}
-        logits: Tensor = self._model(**inputs, **kept).logits
-        return logits[0, rows] if self._keeps_all else logits[0]
+        with self._computing:
+            keeps_all = self._keeps_all
+            logits: Tensor = self._model(**inputs, **({} if keeps_all else {"logits_to_keep": rows})).logits
+        return logits[0, rows] if keeps_all else logits[0]
 
     def keep_all_logits(self) -> None:
-        """Let the model compute the logits of every token: for adapters of its last layer, which need a slot a token."""
-        self._keeps_all = True
+        """Let the model compute the logits of every token: for adapters of its last layer, which need a slot a token.
+
+        From any thread; not before a step that began without is over, so that its last layer is not adapted meanwhile.
+        """
+        with self._computing:
+            self._keeps_all = True
 
     def cached_tokens(self, request_id: str) -> int:
         """How many tokens of a prompt were found in the cache."""
