@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from tests.serving.http.fake_engine import FakeEngine
 from roadie import embedded
 from roadie.serving.engine import Engine
 from roadie.serving.http.app import make_service
+from roadie.serving.http.extensions import Extension
 from roadie.serving.http.keys import Caller, Keys, hash_key
 from roadie.serving.http.server import Server, bind
 from roadie.serving.http.service import Service
@@ -69,13 +70,14 @@ def running(
     settings: HttpSettings | None = None,
     keys: Keys | None = None,
     tokenizer: Any = None,
+    extensions: Sequence[Extension] = (),
 ) -> Iterator[Running]:
     """A server over an engine (a fake one where none is given), stopped in good order afterwards."""
     engine = engine if engine is not None else FakeEngine()
     bound = bind("127.0.0.1", 0)
     tokenizer = tokenizer if tokenizer is not None else embedded.load_tokenizer()
-    service = make_service(engine, tokenizer, settings or HttpSettings(), keys)
-    engine.start()
+    service = make_service(engine, tokenizer, settings or HttpSettings(), keys, extensions)
+    service.start()
     ready = threading.Event()
     server = Server(service, on_ready=ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -87,8 +89,7 @@ def running(
     finally:
         server.end()
         thread.join(HANG_S)
-        engine.stop()
-        service.prompts.close()
+        service.stop()
         assert not thread.is_alive(), "the server did not end"
 
 

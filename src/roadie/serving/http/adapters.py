@@ -37,7 +37,7 @@ async def one_model(model: str, request: Request) -> Any:
         return _base_model(service)
     if name_problem(model) is not None:
         raise HTTPException(404)
-    if service.engine.has_adapter(model) and request.state.caller.may_use(model):
+    if service.engine.has_adapter(model) and service.names.may_use(request.state.caller, model):
         return _adapter_model(service, model)
     raise unknown_model(model)
 
@@ -58,8 +58,9 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 def visible(service: Service, request: Request) -> list[AdapterStatus]:
     """The adapters that a caller may use; those that have a name of the base model cannot be asked for."""
-    caller, base = request.state.caller, service.names.base
-    return [status for status in service.engine.adapters() if caller.may_use(status.name) and status.name not in base]
+    caller, names = request.state.caller, service.names
+    found = [status for status in service.engine.adapters() if status.name not in names.base]
+    return [status for status in found if names.may_use(caller, status.name)]
 
 
 def as_json(status: AdapterStatus, caller: Caller) -> dict[str, Any]:

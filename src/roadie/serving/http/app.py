@@ -6,6 +6,7 @@ app = make_app(service)          # any ASGI server runs it; `server.serve` is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp
 
 from roadie.serving.engine import Engine
 from roadie.serving.http import adapters, chat, completions, failures, openapi, operations
+from roadie.serving.http.extensions import Extension, who_may_use
 from roadie.serving.http.gate import Gate
 from roadie.serving.http.keys import Keys
 from roadie.serving.http.metrics import Metrics
@@ -25,17 +27,24 @@ from roadie.serving.http.service import Service
 from roadie.serving.http.settings import HttpSettings
 
 
-def make_service(engine: Engine, tokenizer: Any, settings: HttpSettings, keys: Keys | None) -> Service:
+def make_service(
+    engine: Engine,
+    tokenizer: Any,
+    settings: HttpSettings,
+    keys: Keys | None,
+    extensions: Sequence[Extension] = (),
+) -> Service:
     """What the routes share. keys: None: everybody may generate, nobody administer."""
     metrics = Metrics(engine, settings.max_labelled_adapters)
     names = dict.fromkeys((settings.model_name, BASE, *settings.model_aliases))
     return Service(
         engine=engine,
         prompts=Prompts(tokenizer, settings.max_prompt_chars),
-        names=ModelNames(tuple(names), engine.has_adapter),
+        names=ModelNames(tuple(names), engine.has_adapter, who_may_use(extensions)),
         settings=settings,
         metrics=metrics,
-        gate=Gate(settings, keys, metrics),
+        gate=Gate(settings, keys, metrics, {path: route for each in extensions for path, route in each.routes.items()}),
+        extensions=tuple(extensions),
     )
 
 
@@ -44,9 +53,10 @@ def make_app(service: Service) -> ASGIApp:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     failures.install(app)
-    for part in (completions, chat, adapters, operations):
-        app.include_router(part.router)
-    document = openapi.document(app, has_keys=service.gate.keys is not None)
+    own = (completions.router, chat.router, adapters.router, operations.router)
+    for router in (*own, *(each.router for each in service.extensions)):
+        app.include_router(router)
+    document = openapi.document(app, service.gate.routes, has_keys=service.gate.keys is not None)
 
     @app.get("/openapi.json", include_in_schema=False)
     async def give_document(request: Request) -> Response:
@@ -60,5 +70,5 @@ def _for_pages_elsewhere(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
     if not origins:
         return app
     told = ["X-Request-Id", "Retry-After"]
-    methods = ["GET", "POST"]
+    methods = ["GET", "POST", "DELETE"]
     return CORSMiddleware(app, origins, allow_methods=methods, allow_headers=["*"], expose_headers=told)

@@ -14,11 +14,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 import uuid
 from collections import Counter
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +33,7 @@ from roadie.serving.http.settings import HttpSettings
 
 _log = logging.getLogger("roadie.serving.http")
 MAX_DISCARDED_BYTES = 64 << 20
+Coming = TypeVar("Coming")
 
 
 class Right(Enum):
@@ -42,10 +46,18 @@ class Right(Enum):
 
 @dataclass(frozen=True)
 class Route:
-    """How the gate treats a path."""
+    """How the gate treats a path.
+
+    kinds: of bodies that are taken beside JSON. max_body_bytes: None: the server's. is_streamed: the route reads the body as it
+    comes; it is counted here, and may take as long as some of it comes in time. errors: that no other route answers with.
+    """
 
     right: Right = Right.KEY
     generates: bool = False
+    kinds: tuple[str, ...] = ()
+    max_body_bytes: int | None = None
+    is_streamed: bool = False
+    errors: tuple[int, ...] = ()
 
 
 ROUTES = {
@@ -78,18 +90,40 @@ _SAFE_HEADERS = [
 ]
 
 
-def route_of(path: str) -> str:
-    """The route of a path; `UNKNOWN` where there is none."""
-    if path in ROUTES:
-        return path
-    return "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
+class Routes:
+    """Which route a path is of; a part of a path in braces stands for anything, without slashes but at the models' own."""
+
+    def __init__(self, routes: Mapping[str, Route]) -> None:
+        self._routes = routes
+        patterns = {path: re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)) for path in routes if "{" in path}
+        patterns["/v1/models/{model}"] = "/v1/models/.*"
+        self._patterns = [(re.compile(pattern, re.DOTALL), path) for path, pattern in patterns.items()]
+
+    def __getitem__(self, path: str) -> Route:
+        return self._routes[path]
+
+    def of(self, path: str) -> str:
+        """The route of a path; `UNKNOWN` where there is none."""
+        if path in self._routes:
+            return path
+        return next((name for pattern, name in self._patterns if pattern.fullmatch(path)), UNKNOWN)
+
+    def treatment(self, path: str) -> Route:
+        """How a path is treated."""
+        return self._routes.get(self.of(path), Route(Right.NONE))
 
 
 class Gate:
-    """The application behind it sees only what may come in. keys: None where everybody may generate and nobody administer."""
+    """The application behind it sees only what may come in. keys: None where everybody may generate and nobody administer.
 
-    def __init__(self, settings: HttpSettings, keys: Keys | None, metrics: Metrics) -> None:
+    routes: beside `ROUTES`.
+    """
+
+    def __init__(
+        self, settings: HttpSettings, keys: Keys | None, metrics: Metrics, routes: Mapping[str, Route] | None = None
+    ) -> None:
         self.settings, self.keys, self._metrics = settings, keys, metrics
+        self.routes = Routes({**ROUTES, **(routes or {})})
         self.is_open = True  # whether new requests to generate are taken
         self._inside: Counter[str] = Counter()
         self._left = asyncio.Event()
@@ -141,32 +175,27 @@ class Gate:
 
     def _count(self, scope: Scope, status: int, request_id: str) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "(other)"
-        route, caller = route_of(scope["path"]), scope["state"].get("caller", ANONYMOUS)
+        route, caller = self.routes.of(scope["path"]), scope["state"].get("caller", ANONYMOUS)
         self._metrics.http_requests.labels(route, method, str(status)).inc()
         seconds = time.monotonic() - scope["state"]["arrived_s"]
         _log.info("%s %s %s %s %s %.3f s", request_id, caller.name, method, route, status or "gone", seconds)
 
     async def _admit(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            route = ROUTES.get(route_of(scope["path"]), Route(Right.NONE))
+            route = self.routes.treatment(scope["path"])
             headers = Headers(scope=scope)
             self._check_host(headers)
             caller = scope["state"]["caller"] = self._caller(headers, route.right)
             if not (route.generates and scope["method"] == "POST"):
-                await app(_head_as_get(scope), await self._body(scope, headers, receive), send)
+                await app(_head_as_get(scope), await self._body(scope, route, headers, receive), send)
                 return
             self._check_room(caller)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await self._generate(app, caller, scope, headers, receive, send)
-
-    async def _generate(
-        self, app: ASGIApp, caller: Caller, scope: Scope, headers: Headers, receive: Receive, send: Send
-    ) -> None:
         self._inside[caller.name] += 1
         try:
-            await app(scope, await self._body(scope, headers, receive), send)
+            await app(scope, await self._body(scope, route, headers, receive), send)
         except ApiError as error:
             await error.response()(scope, receive, send)
         finally:
@@ -219,10 +248,14 @@ class Gate:
 
     # The body.
 
-    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+    async def _body(self, scope: Scope, route: Route, headers: Headers, receive: Receive) -> Receive:
         """What the application is to read from: the whole body, then whether the client hangs up."""
-        body = await self._read(headers, receive)
-        if body and scope["method"] == "POST" and not _is_json(headers):
+        limit = route.max_body_bytes or self.settings.max_body_bytes
+        if route.is_streamed and scope["method"] == "POST":
+            self._check_length(headers, limit)
+            return _counted(receive, limit, self.settings.body_timeout_s)
+        body = await self._read(headers, receive, limit)
+        if body and scope["method"] == "POST" and not (_is_json(headers) or _kind(headers) in route.kinds):
             raise ApiError(
                 415, "got a body that is not said to be JSON; wanted Content-Type: application/json", "not_json"
             )
@@ -237,16 +270,14 @@ class Gate:
 
         return replay
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        limit, length = self.settings.max_body_bytes, headers.get("content-length", "0")
-        waits = "expect" in headers  # for leave to send its body
+    def _check_length(self, headers: Headers, limit: int) -> None:
+        length, waits = headers.get("content-length", "0"), "expect" in headers  # for leave to send its body
         if length.isdecimal() and int(length[:20]) > limit + (0 if waits else MAX_DISCARDED_BYTES):
             raise _too_long(limit)
-        try:
-            return await asyncio.wait_for(_whole_body(receive, limit), self.settings.body_timeout_s)
-        except asyncio.TimeoutError:
-            message = f"the body did not come within {self.settings.body_timeout_s:g} s; send it faster"
-            raise ApiError(408, message, "too_slow", headers={"connection": "close"}) from None
+
+    async def _read(self, headers: Headers, receive: Receive, limit: int) -> bytes:
+        self._check_length(headers, limit)
+        return await _in_time(_whole_body(receive, limit), self.settings.body_timeout_s)
 
 
 def _head_as_get(scope: Scope) -> Scope:
@@ -254,8 +285,12 @@ def _head_as_get(scope: Scope) -> Scope:
     return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
+def _kind(headers: Headers) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _is_json(headers: Headers) -> bool:
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _kind(headers)
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
@@ -265,14 +300,47 @@ def _too_long(limit: int) -> ApiError:
     )
 
 
+async def _in_time(coming: Coroutine[Any, Any, Coming], seconds: float) -> Coming:
+    try:
+        return await asyncio.wait_for(coming, seconds)
+    except asyncio.TimeoutError:
+        message = f"the body did not come within {seconds:g} s; send it faster"
+        raise ApiError(408, message, "too_slow", headers={"connection": "close"}) from None
+
+
+def _counted(receive: Receive, limit: int, seconds: float) -> Receive:
+    """A body as it comes, each part of it in time; one that is too long ends as in `_whole_body`."""
+    size, is_more = 0, True
+
+    async def counted() -> Message:
+        nonlocal size, is_more
+        if not is_more:
+            return await receive()
+        message = await _in_time(_part(receive), seconds)
+        size, is_more = size + len(message.get("body", b"")), message.get("more_body", False)
+        if size > limit:
+            if is_more:
+                with contextlib.suppress(ApiError):
+                    await _in_time(_whole_body(receive, 0), seconds)
+            raise _too_long(limit)
+        return message
+
+    return counted
+
+
+async def _part(receive: Receive) -> Message:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ApiError(400, "the client hung up", "gone")
+    return message
+
+
 async def _whole_body(receive: Receive, limit: int) -> bytes:
     """The body. One that is too long is read on for a while, and not kept, so that who sends before reading sees the answer."""
     parts: list[bytes] = []
     size, is_more = 0, True
     while is_more and size <= limit + MAX_DISCARDED_BYTES:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client hung up", "gone")
+        message = await _part(receive)
         part, is_more = message.get("body", b""), message.get("more_body", False)
         size += len(part)
         if size <= limit:

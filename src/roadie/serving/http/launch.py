@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from roadie import embedded
+from roadie.engine import TrainingSettings
 from roadie.errors import ConfigError
 from roadie.serving.batch_engine import ContinuousBatchingEngine
 from roadie.serving.engine import EngineSettings
 from roadie.serving.http.adapters import left_out_of
 from roadie.serving.http.app import make_service
+from roadie.serving.http.extensions import Extension
 from roadie.serving.http.keys import read_keys
 from roadie.serving.http.server import LOOPBACK, bind, serve
 from roadie.serving.http.settings import HttpSettings
@@ -66,12 +68,24 @@ class Folders:
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything but the model."""
+    """Everything but the model. training: where tenants train beside the requests."""
 
     endpoint: Endpoint = field(default_factory=Endpoint)
     folders: Folders = field(default_factory=Folders)
     engine: EngineSettings = field(default_factory=EngineSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
+    training: TrainingSettings | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What extensions of a server stand on; names: of the base model. The engine has not been started."""
+
+    engine: ContinuousBatchingEngine
+    model: Any
+    tokenizer: Any
+    registry: Registry
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,7 @@ def run(
     *,
     is_embedded: bool,
     on_started: Callable[[Started], None] = lambda started: None,
+    extend: Callable[[Ground], Sequence[Extension]] = lambda ground: (),
 ) -> bool:
     """Serve until a signal ends it; whether every accepted request was answered. load: the model and its tokenizer.
 
@@ -99,9 +114,11 @@ def run(
     bound = bind(endpoint.host, endpoint.port)
     with contextlib.closing(bound), open_registry(launch, is_embedded=is_embedded) as registry:
         model, tokenizer = load()
-        engine = ContinuousBatchingEngine(model, tokenizer, registry, launch.engine, _names(launch.http))
-        service = make_service(engine, tokenizer, _with_hosts(launch.http, endpoint), keys)
-        engine.start()
+        names = _names(launch.http)
+        engine = ContinuousBatchingEngine(model, tokenizer, registry, launch.engine, names, launch.training)
+        extensions = extend(Ground(engine, model, tokenizer, registry, names))
+        service = make_service(engine, tokenizer, _with_hosts(launch.http, endpoint), keys, extensions)
+        service.start()
         _say_what_is_left_out(left_out_of(service))
         started = Started(
             _url(endpoint.host, bound.getsockname()[1]),

@@ -32,16 +32,20 @@ MAX_MODEL_CHARS = 4096
 
 @dataclass(frozen=True)
 class ModelNames:
-    """What the base model of a server answers to, its own name first; has_adapter: whether one is called exactly so."""
+    """What the base model of a server answers to, its own name first; has_adapter: whether one is called exactly so.
+
+    may_use: whether a caller may use, and see, an adapter.
+    """
 
     base: tuple[str, ...]
     has_adapter: Callable[[str], bool] = lambda name: False
+    may_use: Callable[[Caller, str], bool] = Caller.may_use
 
     def wish(self, model: str, adapters: Mapping[str, float] | None, caller: Caller) -> AdapterWish:
         """What to ask the engine for. Raises `ApiError`: 404 where a caller may not use an adapter, 400 for bad weights."""
         wish = self._wish(model, adapters, caller)
         names = () if wish is None else (wish,) if isinstance(wish, str) else tuple(wish)
-        if not all(name_problem(name) is None and caller.may_use(name) for name in names):
+        if not all(name_problem(name) is None and self.may_use(caller, name) for name in names):
             raise unknown_model(shown(model, adapters))
         return wish
 
@@ -66,7 +70,7 @@ class ModelNames:
         """Whether a name that could be read otherwise is that of an adapter, which this caller may use."""
         if name in self.base or not ("=" in name or ":" in name):
             return False
-        return name_problem(name) is None and caller.may_use(name) and self.has_adapter(name)
+        return name_problem(name) is None and self.may_use(caller, name) and self.has_adapter(name)
 
     def _without_base(self, model: str) -> str | None:
         """What follows the base model's name; None where nothing does."""

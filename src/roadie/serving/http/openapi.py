@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from roadie.serving.http.answers import ChatChunk, Completion, Error
-from roadie.serving.http.gate import ROUTES, Right, Route
+from roadie.serving.http.gate import Right, Route, Routes
 from roadie.version import __version__
 
 _MEANING = {
@@ -37,8 +37,8 @@ _DESCRIPTION = (
 )
 
 
-def document(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
-    """The document of a server."""
+def document(app: FastAPI, routes: Routes, *, has_keys: bool) -> dict[str, Any]:
+    """The document of a server; routes: as its gate has them."""
     found = get_openapi(title="roadie", version=__version__, description=_DESCRIPTION, routes=app.routes)
     schemas = found["components"]["schemas"]
     for model in (Error, ChatChunk):
@@ -47,7 +47,7 @@ def document(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
         schemas.pop(name, None)
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
-            _complete(path, method, operation, has_keys)
+            _complete(path, method, operation, routes[path], has_keys)
     if has_keys:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return found
@@ -60,8 +60,8 @@ def _add_schema(schemas: dict[str, Any], model: Any) -> None:
     schemas.setdefault(model.__name__, schema)
 
 
-def _complete(path: str, method: str, operation: dict[str, Any], has_keys: bool) -> None:
-    route, responses = ROUTES[path], operation["responses"]
+def _complete(path: str, method: str, operation: dict[str, Any], route: Route, has_keys: bool) -> None:
+    responses = operation["responses"]
     responses.pop("422", None)
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
@@ -77,7 +77,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], has_keys: bool)
 
 
 def _errors(path: str, method: str, route: Route, has_keys: bool) -> set[int]:
-    errors = {400, 403, 408, 413, 500}
+    errors = {400, 403, 408, 413, 500, *route.errors}
     if has_keys and route.right is not Right.NONE:
         errors |= {401}
     if method == "post":

@@ -63,8 +63,7 @@ def serve(
     try:
         server.run(sockets=[bound])
     finally:
-        service.engine.stop()
-        service.prompts.close()
+        service.stop()
     return server.has_answered_all
 
 

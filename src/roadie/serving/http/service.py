@@ -11,6 +11,7 @@ from fastapi import Request
 
 from roadie.errors import UnknownAdapter
 from roadie.serving.engine import AdapterWish, Engine, GenerationRequest, Sampling, Scoring
+from roadie.serving.http.extensions import Extension
 from roadie.serving.http.failures import ApiError, unknown_model
 from roadie.serving.http.flow import Flow
 from roadie.serving.http.gate import Gate
@@ -32,7 +33,21 @@ class Service:
     settings: HttpSettings
     metrics: Metrics
     gate: Gate
+    extensions: Sequence[Extension] = ()
     started_s: int = field(default_factory=lambda: int(time.time()))
+
+    def start(self) -> None:
+        """The engine, and what stands on it."""
+        self.engine.start()
+        for each in self.extensions:
+            each.start()
+
+    def stop(self) -> None:
+        """What stands on the engine, and the engine."""
+        for each in self.extensions:
+            each.stop()
+        self.engine.stop()
+        self.prompts.close()
 
     def flow(
         self,
