@@ -44,6 +44,13 @@ def serve(
     state: Annotated[
         Path | None, typer.Option(help="File that remembers what was loaded and pinned.", show_default="in --adapters")
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Let tenants train adapters, too; they are served when they are done.")
+    ] = False,
+    train_state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of what tenants train, with --train.", show_default=False),
+    ] = None,
     slots: Annotated[int, typer.Option(help="Adapters and blends in memory at once.")] = 64,
     cache_blocks: Annotated[int, typer.Option(help="Key-value cache, in blocks of 16 tokens.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward, at most.")] = 512,
@@ -98,18 +105,21 @@ def serve(
       roadie serve
       roadie api-key me --admin --file keys.yaml
       roadie serve --model meta-llama/Llama-3.2-1B --adapters adapters --port 8000 --api-keys keys.yaml
+      roadie serve --model meta-llama/Llama-3.2-1B --train --train-state state --api-keys keys.yaml
 
     SIGTERM ends it when all that was accepted has been answered; SIGHUP reads the keys again. All of it: docs/serving.md.
     """
     from roadie.cli.quiet import quiet_libraries
 
     _check_installed()
+    _check_training(train, train_state)
     with quiet_libraries():
         from roadie import embedded
         from roadie.serving.engine import EngineSettings
         from roadie.serving.http.launch import Endpoint, Folders, Launch, run
         from roadie.serving.http.settings import HttpSettings
         from roadie.serving.places import recorded_bases
+        from roadie.train_service.launch import extensions, with_training
         from roadie.training.models import ModelSource, best_device, load_model, load_tokenizer
 
         endpoint = Endpoint(host, port, api_keys, anonymous)
@@ -148,7 +158,10 @@ def serve(
         def load() -> tuple[Any, Any]:
             return load_model(source).to(best_device()), load_tokenizer(source)
 
-        has_answered_all = run(launch, load, is_embedded=is_embedded, on_started=_announce)
+        if train_state is not None:
+            launch = with_training(launch, train_state)
+        extend = extensions(train_state) if train_state is not None else lambda ground: ()
+        has_answered_all = run(launch, load, is_embedded=is_embedded, on_started=_announce, extend=extend)
     if not has_answered_all:
         raise typer.Exit(LOST_SOME)
 
@@ -161,6 +174,14 @@ def _check_installed() -> None:
     missing = [library for library in ("fastapi", "prometheus_client", "uvicorn") if find_spec(library) is None]
     if missing:
         raise ConfigError(f"got no {', '.join(missing)}; wanted what a server needs; run: pip install 'roadie[serve]'")
+
+
+def _check_training(train: bool, state: Path | None) -> None:
+    from roadie.errors import ConfigError
+
+    if train != (state is not None):
+        got, missing = ("--train", "--train-state DIR") if train else ("--train-state", "--train")
+        raise ConfigError(f"got {got} alone; wanted {missing} with it")
 
 
 def _name_of(place: str) -> str:

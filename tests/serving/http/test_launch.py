@@ -57,6 +57,8 @@ def test_the_verb_says_what_is_wrong() -> None:
         (["--slots", "0"], "num_slots"),
         (["--max-tokens", "0"], "max_tokens"),
         (["--adapters", "/nowhere"], "folder"),
+        (["--train"], "--train-state"),
+        (["--train-state", "/nowhere"], "--train with it"),
     ):
         done = invoke(app, ["serve", "--port", "0", *options])
         assert done.exit_code == 2, done.output
