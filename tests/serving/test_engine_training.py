@@ -62,6 +62,21 @@ def test_answers_are_those_of_the_newest_weights(model, root):
         assert [answer(collector, f"v{number}") for number in range(3)] == answers
 
 
+def test_an_adapter_that_nobody_trains_here_is_given(model, root):
+    with training(model, root) as collector:
+        collector.engine.training.create("t", config(0))
+        learn(collector, "t", 0)
+        wanted = answer(collector, "t")
+        adapter = collector.engine.training.state("t").result(HANG_S).adapter
+        for _ in range(2):  # the second time it replaces the first
+            assert collector.engine.give_adapter("again", adapter).result(HANG_S).state is AdapterState.RESIDENT
+        assert answer(collector, "again") == wanted
+        assert "again" not in collector.engine._registry.entries
+        collector.engine.unload_adapter("again").result(HANG_S)
+        with pytest.raises(UnknownAdapter):
+            answer(collector, "again")
+
+
 def test_sampler_and_trainer_agree_on_logprobs_in_mixed_batches(model, root):
     kinds = range(5)
     with training(model, root) as collector:

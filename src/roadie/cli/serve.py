@@ -209,6 +209,7 @@ def api_key(
     ] = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="It may use the base model alone.")] = False,
     admin: Annotated[bool, typer.Option("--admin", help="It may load, unload and pin adapters.")] = False,
+    prefix: Annotated[str, typer.Option(help="What the key begins with; Tinker's clients want tml-.")] = "rk-",
     stdin: Annotated[
         bool, typer.Option("--stdin", help="Hash the key on standard input instead of making one.")
     ] = False,
@@ -220,6 +221,7 @@ def api_key(
       roadie api-key operator --admin --file keys.yaml
       roadie api-key alice --adapter legal --adapter "team-*" --file keys.yaml
       roadie api-key bob < key.txt --stdin          # prints the entry for the file
+      roadie api-key carol --prefix tml- --file keys.yaml
     """
     import sys
 
@@ -230,7 +232,7 @@ def api_key(
 
     if base_only and adapter:
         raise ConfigError("got --base-only and --adapter; wanted one of them")
-    key = sys.stdin.readline().strip() if stdin else make_key()
+    key = sys.stdin.readline().strip() if stdin else make_key(prefix)
     entry = entry_of(name, key, [] if base_only else adapter, is_admin=admin)
     if file is None:
         typer.echo(yaml.safe_dump([entry], sort_keys=False).rstrip(), err=not stdin)

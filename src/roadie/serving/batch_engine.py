@@ -24,18 +24,13 @@ from typing import Any
 
 from torch import Tensor
 
+from roadie.adapter import Adapter
 from roadie.bank import AdapterBank
 from roadie.engine import TrainingEngine, TrainingSettings
-from roadie.errors import (
-    ConfigError,
-    EngineFailed,
-    QueueFull,
-    ServingError,
-    ShuttingDown,
-)
+from roadie.errors import ConfigError, EngineFailed, QueueFull, ServingError, ShuttingDown
 from roadie.serving.active import ActiveRequest
 from roadie.serving.belongings import Base, OwnChat
-from roadie.serving.beside import TrainingBeside, required
+from roadie.serving.beside import TrainingBeside, give, required
 from roadie.serving.continuous_batching import ContinuousBatch, Packed, check_contract
 from roadie.serving.engine import (
     AdapterStatus,
@@ -225,6 +220,11 @@ class ContinuousBatchingEngine:
         """
         self._check_started()
         return required(self._beside).publish(tenant, name or tenant, self._residency, self._bank)
+
+    def give_adapter(self, name: str, adapter: Adapter) -> Future[AdapterStatus]:
+        """As `publish`, of an adapter that nobody trains here."""
+        self._check_started()
+        return give(name, adapter, self._residency, self._bank)
 
     # Adapters.
 

@@ -10,12 +10,14 @@ from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any
 
+from roadie.adapter import Adapter
 from roadie.bank import AdapterBank
 from roadie.engine import TrainingEngine, TrainingSettings
 from roadie.engine.turns import Turns, TurnSettings
 from roadie.errors import ServingError
 from roadie.serving.active import ActiveRequest
 from roadie.serving.engine import AdapterStatus
+from roadie.serving.registry import content_hash
 from roadie.serving.residency import Residency
 
 
@@ -106,6 +108,11 @@ class TrainingBeside:
             "training_share": self._turns.settings.training_share,
             "training_owed_s": self._turns.owed_s,
         }
+
+
+def give(name: str, adapter: Adapter, residency: Residency, bank: AdapterBank) -> Future[AdapterStatus]:
+    """See `ContinuousBatchingEngine.give_adapter`."""
+    return residency.run(lambda: residency.hand_over(name, bank.prepare(name, adapter), content_hash(adapter)))
 
 
 def required(beside: TrainingBeside | None) -> TrainingBeside:

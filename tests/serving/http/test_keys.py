@@ -127,3 +127,23 @@ def test_keys_are_read_again_and_stay_where_they_cannot_be(tmp_path: Path, caplo
         server.server.renew_keys()
         assert server.http(USER_KEY).get("/v1/models").status_code == 401
         assert server.http(ADMIN_KEY).get("/v1/models").status_code == 200
+
+
+def test_a_key_may_begin_as_a_client_wants_it(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    done = CliRunner().invoke(app, ["api-key", "alice", "--prefix", "tml-", "--file", str(file)])
+    key = done.stdout.strip()
+    assert key.startswith("tml-")
+    assert read_keys(file).caller(key) == Caller("alice")
+
+
+def test_a_key_may_come_in_a_header_of_its_own() -> None:
+    with running(keys=KEYS) as server:
+        http = server.http()
+        assert http.get("/v1/models", headers={"x-api-key": USER_KEY}).status_code == 200
+        for headers in (
+            {"x-api-key": "wrong"},
+            {"x-api-key": USER_KEY, "authorization": "Bearer wrong"},
+            {"x-api-key": ""},
+        ):
+            assert http.get("/v1/models", headers=headers).status_code == 401

@@ -230,9 +230,8 @@ class Gate:
 
     def _known(self, headers: Headers) -> Caller | None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip() or self.keys is None:
-            return None
-        return self.keys.caller(key.strip())
+        key = (key if scheme.lower() == "bearer" else headers.get("x-api-key", "")).strip()
+        return self.keys.caller(key) if key and self.keys is not None else None
 
     def _check_room(self, caller: Caller) -> None:
         if not self.is_open:

@@ -76,9 +76,9 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def make_key() -> str:
-    """A new key of 256 random bits."""
-    return PREFIX + secrets.token_urlsafe(32)
+def make_key(prefix: str = PREFIX) -> str:
+    """A new key of 256 random bits; prefix: for clients that take only keys that begin so."""
+    return prefix + secrets.token_urlsafe(32)
 
 
 def check_key(key: str) -> None:
