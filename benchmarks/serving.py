@@ -3,7 +3,7 @@
     correct      500 requests at once over 100 adapters of the embedded model: every greedy token against its adapter alone
     churn        the same, as a stream, while adapters are loaded, replaced and unloaded at random (2 minutes)
     throughput   a Llama of 160M parameters, 64 requests in flight: base only, 1, 16 and 64 adapters; PEFT's LoRA beside it
-    --model DIR  the same of a real model, without PEFT
+    --model DIR  the same of a real model, without PEFT; --table-dtype bfloat16: with adapters' vectors in bfloat16
     first_token  time to first token on that model while adapters are being loaded, against quiet
     fairness     adapters outnumber slots 4 to 1 and a tenant sends 90 % of the traffic: the others' waits, and a plot
 
@@ -272,10 +272,12 @@ SIZE = ModelSize()
 ROWS, PROMPT, NEW = 64, 16, 24
 
 
-def throughput(rounds: int = 5, rounds_of_peft: int = 5, folder: Path | None = None) -> list[Entry]:
+def throughput(
+    rounds: int = 5, rounds_of_peft: int = 5, folder: Path | None = None, table_dtype: str = "float32"
+) -> list[Entry]:
     """Generated tokens a second of 64 requests in flight, the loads in turn; new prompts in every run.
 
-    folder: of a real model, in place of a random Llama of 160M parameters.
+    folder: of a real model, in place of a random Llama of 160M parameters. table_dtype: of the adapters' vectors.
     """
     if folder is None:
         model: Any = llama(SIZE, torch.float32).eval()
@@ -289,7 +291,10 @@ def throughput(rounds: int = 5, rounds_of_peft: int = 5, folder: Path | None = N
         "64 adapters": [f"a{row}" for row in range(ROWS)],
     }
     rates: dict[str, list[float]] = {name: [] for name in loads}
-    settings = EngineSettings(num_slots=ROWS, num_blocks=256, max_batch_tokens=512, max_running=ROWS)
+    settings = EngineSettings(
+        num_slots=ROWS, table_dtype=table_dtype, num_blocks=256, max_batch_tokens=512, max_running=ROWS
+    )
+    tables = "" if table_dtype == "float32" else f", tables in {table_dtype}"
     with serving(model, adapters, settings) as (clients, _):
         for name in loads["64 adapters"]:
             clients.engine.load_adapter(str(name)).result()
@@ -300,13 +305,14 @@ def throughput(rounds: int = 5, rounds_of_peft: int = 5, folder: Path | None = N
                 rates[name].append(_rate(clients, loads[name], seed=1 + len(clients.submitted_s), max_tokens=NEW))
                 print(f"{name}: {rates[name][-1]:.1f} tokens/s", flush=True)
     entry = {
-        "what": "throughput" if folder is None else f"throughput of {folder.name}",
+        "what": ("throughput" if folder is None else f"throughput of {folder.name}") + tables,
         "case": {
             "in_flight": ROWS,
             "prompt": PROMPT,
             "new": NEW,
             "model": "Llama 160M" if folder is None else folder.name,
             "dtype": "float32",
+            "tables": table_dtype,
         },
         "tokens_a_second": {name: _spread(values) for name, values in rates.items()},
         "to_base": {name: median_ratio(values, rates["base"]) for name, values in rates.items() if name != "base"},
@@ -548,12 +554,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[], help="which parts (all)")
     parser.add_argument("--model", type=Path, help="folder of a real model, for throughput alone")
+    parser.add_argument("--table-dtype", default="float32", help="of the adapters' vectors, with --model")
     options = parser.parse_args()
     path = machine.ROOT / "benchmarks" / "results" / machine.machine_name() / "serving.json"
     kept = json.loads(path.read_text())["entries"] if path.exists() else []
     for name in ["throughput"] if options.model else options.parts or PARTS:
         run, count = PARTS[name]
-        run = partial(throughput, rounds_of_peft=0, folder=options.model) if options.model else run
+        if options.model:
+            run = partial(throughput, rounds_of_peft=0, folder=options.model, table_dtype=options.table_dtype)
         with threads(count or torch.get_num_threads()):
             entries = [{**entry, **machine.commit(), "date": machine.now()} for entry in run()]
         print(json.dumps(entries, indent=1), flush=True)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from roadie.errors import KernelError
 from roadie.kernels import RowRotations, cpu
+from roadie.kernels.contract import table_dtypes
 from roadie.kernels.cpu import CpuImplementation
 from roadie.kernels.eager import EagerImplementation
 from roadie.testing.accuracy import assert_same_bits
 
 CPU, EAGER = CpuImplementation(), EagerImplementation()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TYPES = [(dtype, table) for dtype in DTYPES for table in dict.fromkeys((torch.float32, dtype))]
+TYPES = [(dtype, table) for dtype in DTYPES for table in table_dtypes(dtype)]
 GROUP_SIZES = (2, 4, 6, 8, 10, 16, 32, 48, 64, 96, 128)
 # Below this a float32 is subnormal; bfloat16 has the same range. AVX512_BF16 gives such results as zeros.
 SMALLEST_NORMAL = 2.0**-126

@@ -125,6 +125,13 @@ def test_it_turns_as_the_reference_does_bit_for_bit(shape: str) -> None:
     cases.check_same_bits(TRITON, EAGER, cases.batch(**SHAPES[shape]))
 
 
+@pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float16], ids=str)
+@needs_loops_in_the_interpreter
+def test_tables_of_half_the_bytes_turn_rows_of_float32(table_dtype: torch.dtype) -> None:
+    for shape in ("one rotation", "rows", "sizes"):
+        cases.check_same_bits(TRITON, EAGER, cases.batch(**SHAPES[shape], table_dtype=table_dtype))
+
+
 def check_gradient(implementation: Implementation, b: cases.Batch) -> None:
     """From sums to gradients as the reference does, bit for bit but for the sign of zeros."""
     for of_output in (False, True):

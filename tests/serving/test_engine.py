@@ -35,9 +35,16 @@ WISHES = [None, "a0", "a1", "a2", {"a0": 0.5, "a1": 0.5}, {"a2": 1.5}, {"a1": -1
 WISHES[4] = {"a0": 0.5, "a3": 0.25}  # of one group size, as blends have to be
 
 
-def alone(model: Any, adapters: dict[str, Adapter], wish: Any, prompt_ids: list[int], num_tokens: int) -> list[int]:
+def alone(
+    model: Any,
+    adapters: dict[str, Adapter],
+    wish: Any,
+    prompt_ids: list[int],
+    num_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> list[int]:
     """What transformers' `generate` gives for one row in a batch of its own."""
-    with AdapterBank(copy.deepcopy(model), 8) as bank:
+    with AdapterBank(copy.deepcopy(model), 8, dtype=dtype) as bank:
         for name in [wish] if isinstance(wish, str) else wish or ():
             bank.admit(name, adapters[name])
         with bank.rows([wish]):
@@ -68,6 +75,26 @@ def test_greedy_tokens_are_those_of_generate_with_that_adapter_alone(model: Any,
         collector.tokens(one) != alone(model, adapters, wish, ids, 12) for one, (ids, wish) in list(asked.items())[:8]
     )
     assert differing <= verdict.num_ties
+
+
+def test_tables_may_take_half_the_memory(model: Any, adapters: dict[str, Adapter], root: Path) -> None:
+    """Tokens are those of vectors that were rounded once, which the base's are not, and logprobs tell them from others."""
+    wishes = (None, "a0", "a1", {"a0": 0.5}, "a0", "a1", "a2", "a3")
+    tokens: dict[str, list[list[int]]] = {}
+    logprobs: dict[str, list[float]] = {}
+    for dtype in ("float32", "bfloat16"):
+        with serving(model, root, EngineSettings(num_slots=8, table_dtype=dtype, page_size=8, num_blocks=128)) as one:
+            ids = [one.submit(prompt(place, 9), wish, max_tokens=12, logprobs=0) for place, wish in enumerate(wishes)]
+            one.wait()
+        tokens[dtype] = [one.tokens(each) for each in ids]
+        logprobs[dtype] = [one.outputs[each][0].logprobs[0].logprob for each in ids]
+    for place, wish in enumerate(wishes):
+        assert tokens["bfloat16"][place] == alone(model, adapters, wish, prompt(place, 9), 12, torch.bfloat16)
+    is_other = [abs(a - b) > 1e-4 for a, b in zip(logprobs["float32"], logprobs["bfloat16"], strict=True)]
+    assert not is_other[0]
+    assert sum(is_other) > 4
+    with pytest.raises(ConfigError, match="got table_dtype='int8'; wanted one of float32, bfloat16, float16"):
+        EngineSettings(table_dtype="int8")
 
 
 def test_adapters_change_what_is_said(model: Any, root: Path) -> None:

@@ -45,8 +45,9 @@ class AdapterBank:
     """Adapters in numbered slots, for one model whose rows choose among them; see the module.
 
     model: any module with linear layers, whose paths are those of the adapters; kept as `model`. slots: how many adapters (and
-    blends) fit at once. dtype: of the tables, kept as `dtype`: float32, or the model's activation dtype for half the memory, at
-    one rounding of direct and cross (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element).
+    blends) fit at once. dtype: of the tables, kept as `dtype`: float32, or bfloat16 or float16 for half the memory, at one
+    rounding of direct and cross (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element); a model in
+    one of these takes no tables in the other.
     wait_s: how long `replace` and `admit` wait for a slot that is being read. hold: how the bank gets at the layers; by forward
     hooks, unless layers rotate their own output. check_name: raises for names that are not allowed; PEFT's rules, unless
     somebody has others.

@@ -52,6 +52,9 @@ def serve(
         typer.Option(metavar="DIR", help="Folder of what tenants train, with --train.", show_default=False),
     ] = None,
     slots: Annotated[int, typer.Option(help="Adapters and blends in memory at once.")] = 64,
+    table_dtype: Annotated[
+        str, typer.Option(help="Of their vectors: float32, or bfloat16 or float16 for half the memory.")
+    ] = "float32",
     cache_blocks: Annotated[int, typer.Option(help="Key-value cache, in blocks of 16 tokens.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward, at most.")] = 512,
     context_tokens: Annotated[
@@ -131,6 +134,7 @@ def serve(
             Folders(adapters, tuple(allow_from or ()), state),
             EngineSettings(
                 num_slots=slots,
+                table_dtype=table_dtype,
                 num_blocks=cache_blocks,
                 max_batch_tokens=batch_tokens,
                 max_running=max_running,

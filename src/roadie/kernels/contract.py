@@ -41,7 +41,7 @@ looking on (`roadie.kernels.is_looked_on`), which is for the caller to know.
 class RowRotations(NamedTuple):
     """A table of rotations, and which of them each row uses.
 
-    direct, cross: ``[S, D]``, contiguous, float32 or the dtype of x; slots: int64 ``[B]``, from -1 to S - 1, on the device
+    direct, cross: ``[S, D]``, contiguous, of `table_dtypes`; slots: int64 ``[B]``, from -1 to S - 1, on the device
     of x, or None where every row uses slot 0; repeat: T / B, how many consecutive rows share a slot;
     sizes: int32 ``[S]``, the group size of each slot, or None where all have `group_size`.
     """
@@ -52,6 +52,13 @@ class RowRotations(NamedTuple):
     repeat: int
     sizes: Tensor | None
     group_size: int
+
+
+def table_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes of tables that kernels take for rows of `dtype`; they compute in float32."""
+    if dtype == torch.float32:
+        return (torch.float32, torch.bfloat16, torch.float16)
+    return (torch.float32, dtype)
 
 
 def without_gaps(turns: RowRotations, dtype: torch.dtype) -> RowRotations:

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from roadie.adapter import Adapter
@@ -105,7 +106,8 @@ class ContinuousBatchingEngine:
         """See `Engine.start`."""
         if self._thread is not None:
             raise ServingError("got an engine that was started before; wanted a new one")
-        self._bank = AdapterBank(self._model, self.settings.num_slots, wait_s=0.0, check_name=check_served_name)
+        slots, dtype = self.settings.num_slots, getattr(torch, self.settings.table_dtype)
+        self._bank = AdapterBank(self._model, slots, dtype=dtype, wait_s=0.0, check_name=check_served_name)
         try:
             self._batch = ContinuousBatch(self._model, self._bank, self.settings, self._choose, self._score)
         except BaseException:

@@ -29,6 +29,7 @@ from roadie.serving.places import LeftOut
 AdapterWish: TypeAlias = "str | Mapping[str, float] | None"
 """An adapter's name, weights by name (a blend, or the strength of one), or None for the base model."""
 
+TABLE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
@@ -233,13 +234,15 @@ class AdapterStatus:
 class EngineSettings:
     """How an engine is sized. Raises `ConfigError` for values that cannot work.
 
-    num_slots: adapters and blends in memory at once. num_blocks, page_size: the key-value cache, in blocks of page_size tokens.
-    max_batch_tokens: of one step; longer prompts take several. max_running: requests in a step. max_context_tokens: None: the
-    model's. allow_unknown_version: run with a transformers that this release was not tested with. turns: how time is shared with
-    training, where there is any.
+    num_slots: adapters and blends in memory at once. table_dtype: of their vectors there, by its name in torch: float32, or
+    bfloat16 or float16 for half the memory, rounded once (see `roadie.AdapterBank`). num_blocks, page_size: the key-value cache,
+    in blocks of page_size tokens. max_batch_tokens: of one step; longer prompts take several. max_running: requests in a step.
+    max_context_tokens: None: the model's. allow_unknown_version: run with a transformers that this release was not tested with.
+    turns: how time is shared with training, where there is any.
     """
 
     num_slots: int = 64
+    table_dtype: str = "float32"
     page_size: int = 16
     num_blocks: int = 1024
     max_batch_tokens: int = 512
@@ -259,6 +262,8 @@ class EngineSettings:
             _within(name, getattr(self, name), 1, 2**31 - 1)
         for name in ("max_queued_per_tenant", "max_running_per_tenant", "max_adapter_bytes"):
             _within(name, getattr(self, name), 1, 2**62)
+        if self.table_dtype not in TABLE_DTYPES:
+            raise ConfigError(f"got table_dtype={self.table_dtype!r}; wanted one of {', '.join(TABLE_DTYPES)}")
         if self.max_batch_tokens < self.max_running:
             raise ConfigError(
                 f"got max_batch_tokens={self.max_batch_tokens} for max_running={self.max_running}; wanted a token a request"

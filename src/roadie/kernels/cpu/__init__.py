@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from roadie.errors import KernelError
-from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations
+from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations, table_dtypes
 from roadie.kernels.keeping import address
 
 LIBRARY = Path(__file__).with_name("_rotate.so")
@@ -51,7 +51,7 @@ class CpuImplementation(Implementation):
             return f"it computes on the CPU, and the tensors are on {device.type}"
         if dtype not in TYPES:
             return f"it knows float32, bfloat16 and float16, and got {dtype}"
-        if table_dtype not in (torch.float32, dtype):
+        if table_dtype not in table_dtypes(dtype):
             return f"it wants tables in float32 or {dtype}, and got {table_dtype}"
         return loaded().problem
 

@@ -33,7 +33,7 @@ typedef struct {
     float *partner;         /* [slots, width], backward only, or NULL */
     int64_t rows, width, x_stride, kept_stride, z_stride, repeat, num_slots, group_size;
     int64_t type;           /* of x, kept and z */
-    int64_t table_type;     /* of direct and cross: FLOAT32, or that of x */
+    int64_t table_type;     /* of direct and cross: FLOAT32, or that of x; any where that is FLOAT32 */
     int64_t threads;
 } Job;
 

@@ -37,7 +37,7 @@ static const Spans *spans(void) {
     return &spans_default;
 }
 
-enum { SHORT = 16, TASK_ROWS = 128, TASK_COLUMNS = 1024, BLOCK = 1024 };
+enum { SHORT = 16, TASK_ROWS = 128, TASK_COLUMNS = 1024, BLOCK = 1024, AHEAD = 2, MOST_LINES = 64 };
 enum { DONE = 0, OUT_OF_MEMORY = 1, UNKNOWN_TYPE = 2, UNKNOWN_SLOT = 3, ODD_GROUP = 4 };
 
 /* Rows of one slot, and columns, that backward treats at a time: the rows are number `first` to `first + count` of the
@@ -56,7 +56,16 @@ static inline int64_t row_of(const Job *job, const Task *task, int64_t i) {
     return task->entries ? task->entries[number / job->repeat] * job->repeat + number % job->repeat : number;
 }
 
-static int is_narrow(const Job *job) { return job->table_type != FLOAT32; }
+/* Tables are float32, or of the type of the rows; of either type where rows are float32. */
+static int is_known(const Job *job) {
+    if (job->type < FLOAT32 || job->type > FLOAT16 || job->table_type < FLOAT32 || job->table_type > FLOAT16) return 0;
+    return job->table_type == FLOAT32 || job->type == FLOAT32 || job->table_type == job->type;
+}
+
+static TurnSpan *turn_of(const Job *job, const Spans *loops) {
+    if (job->type == FLOAT32) return loops->turn_wide[job->table_type];
+    return loops->turn[job->type][job->table_type != FLOAT32];
+}
 
 static int64_t bytes_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
 
@@ -89,7 +98,7 @@ static void turn_row(const Job *job, TurnSpan *turn, int64_t row, int64_t start,
  * at a time in float32, and these in float64, so that no sum of float32 has many terms. */
 static void back_task(const Job *job, const Spans *loops, const Task *task, float *part, float *brief, double *total) {
     int64_t start = task->start, end = task->end, width = end - start;
-    TurnSpan *turn = loops->turn[job->type][is_narrow(job)];
+    TurnSpan *turn = turn_of(job, loops);
     if (part) memset(total, 0, (size_t)(2 * width) * sizeof(double));
     for (int64_t from = 0; from < task->count; from += SHORT) {
         int64_t to = from + SHORT < task->count ? from + SHORT : task->count;
@@ -109,8 +118,7 @@ static void back_task(const Job *job, const Spans *loops, const Task *task, floa
 
 /* What would read or write beyond the tensors is refused: the cost is a glance at every routed row. */
 static int check(const Job *job) {
-    if (job->type < FLOAT32 || job->type > FLOAT16) return UNKNOWN_TYPE;
-    if (job->table_type != FLOAT32 && job->table_type != job->type) return UNKNOWN_TYPE;
+    if (!is_known(job)) return UNKNOWN_TYPE;
     if (!job->sizes && (job->group_size < 2 || job->group_size % 2 || job->width % job->group_size)) return ODD_GROUP;
     for (int64_t entry = 0; entry < (job->slots ? job->rows / job->repeat : 1); entry++) {
         int64_t slot = job->slots ? job->slots[entry] : 0;
@@ -133,26 +141,29 @@ static void prefer_huge_pages(const Job *job) {
 #endif
 }
 
-/* A row with a slot of its own reads its table from memory: the first lines are begun while the row before is rotated. */
+/* A row with a slot of its own reads its table from memory, in pieces too short for the processor to foresee: the table of
+ * the row after next is begun while this one is rotated, up to where a long one is foreseen. */
 static void begin_row(const Job *job, int64_t row) {
-    int64_t slot = job->slots && row < job->rows ? slot_of(job, row) : -1;
-    if (slot < 0) return;
+    if (!job->slots || row + AHEAD >= job->rows) return;
+    int64_t slot = slot_of(job, row + AHEAD), lines = job->width * bytes_of(job->table_type) / LINE;
+    if (slot < 0 || slot == slot_of(job, row)) return;
+    if (lines > MOST_LINES) lines = MOST_LINES;
     const char *direct = row_at(job->direct, slot, job->width, job->table_type);
     const char *cross = row_at(job->cross, slot, job->width, job->table_type);
-    for (int line = 0; line < 8; line++) PREFETCH(direct + line * LINE), PREFETCH(cross + line * LINE);
+    for (int64_t line = 0; line < lines; line++) PREFETCH(direct + line * LINE), PREFETCH(cross + line * LINE);
 }
 
 int roadie_rotate(const Job *job) {
     int status = check(job);
     if (status) return status;
-    TurnSpan *turn = spans()->turn[job->type][is_narrow(job)];
+    TurnSpan *turn = turn_of(job, spans());
     prefer_huge_pages(job);
     int64_t pieces = job->threads < job->rows ? job->threads : job->rows;
     int64_t piece;
 #pragma omp parallel for num_threads((int)pieces) schedule(static) if (pieces > 1)
     for (piece = 0; piece < pieces; piece++)
         for (int64_t row = job->rows * piece / pieces; row < job->rows * (piece + 1) / pieces; row++) {
-            begin_row(job, row + 1);
+            begin_row(job, row);
             turn_row(job, turn, row, 0, job->width, 0);
         }
     return DONE;
@@ -220,8 +231,7 @@ static int check_stage(const Job *job, const Stage *stage) {
 }
 
 static int check_chain(const Job *job, const Stage *stages, int64_t count) {
-    if (job->type < FLOAT32 || job->type > FLOAT16) return UNKNOWN_TYPE;
-    if (job->table_type != FLOAT32 && job->table_type != job->type) return UNKNOWN_TYPE;
+    if (!is_known(job)) return UNKNOWN_TYPE;
     for (int64_t entry = 0; job->slots && entry < job->rows / job->repeat; entry++)
         if (job->slots[entry] < -1 || job->slots[entry] >= job->num_slots) return UNKNOWN_SLOT;
     int status = DONE;

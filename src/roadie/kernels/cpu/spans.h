@@ -11,7 +11,7 @@ typedef void SumSpan(const void *gradient, const void *kept, float *own, float *
 
 typedef void ConvertSpan(const void *from, void *to, int64_t count);
 
-/* By type of activations (float32, bfloat16, float16) and whether the tables are of that type too, or float32. */
+/* By type of activations (float32, bfloat16, float16). turn: of 16 bits, and whether the tables are of that type too. */
 typedef struct {
     TurnSpan *turn[3][2];
     SumSpan *sum[3];

@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from roadie.kernels.contract import table_dtypes
 from roadie.kernels.triton.rotation import rotate_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,7 +20,7 @@ def refusal_of(device: torch.device, dtype: torch.dtype, table_dtype: torch.dtyp
     """Why kernels cannot work on such tensors on `device`, or None where they can."""
     if dtype not in DTYPES:
         return f"it computes in float32, for float32, bfloat16 and float16, and got {dtype}; float64 would lose digits"
-    if table_dtype not in (torch.float32, dtype):
+    if table_dtype not in table_dtypes(dtype):
         return f"it takes tables in float32 or in the dtype of the activations, {dtype}, and got {table_dtype}"
     return _refusal_of_device(device, dtype)
 
