@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -47,6 +48,24 @@ def test_a_port_that_is_taken_and_keys_that_are_none_are_told_before_the_model_i
     for port in (-1, 65536):
         with pytest.raises(ConfigError, match="wanted an address"):
             bind("127.0.0.1", port)
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    """asyncio sets TCP_NODELAY where a socket says that it is TCP; without it a kept connection waits 40 ms for each answer."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def look(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        bound = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(look, sock=bound):
+            with socket.create_connection(bound.getsockname()):
+                return await found
+
+    assert asyncio.run(accepted())
 
 
 def test_the_verb_says_what_is_wrong() -> None:

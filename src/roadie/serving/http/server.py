@@ -35,7 +35,9 @@ _WANTED_FILES = 65536
 def bind(host: str, port: int) -> socket.socket:
     """A socket that is bound, and does not listen yet; port 0: any free one. Raises `ConfigError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(
+        family, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )  # said, so that asyncio sees it and sets TCP_NODELAY
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
