@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA or HIP device", allow_module_level=True)
 
 from tests.kernels import cases
-from tests.kernels.test_triton import CHECKS, SHAPES, check_gradient
+from tests.kernels.test_triton import CHECKS, SHAPES, check_both_at_once
 from tests.kernels.test_triton_matmul import LAYERS, layer, reach_of, truth_of
 
 from roadie.kernels.contract import Implementation, RowRotations
@@ -76,10 +76,21 @@ class Elsewhere(Implementation):
             if here is not None:
                 here.copy_(result)
 
-    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
-        there = moved(own), moved(partner)
-        TRITON.gradient(*there, on_gpu(turns), of_output)
-        own.copy_(there[0]), partner.copy_(there[1])
+    def gradients(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        grad_x: Tensor | None,
+        turns: RowRotations,
+        own: Tensor,
+        partner: Tensor,
+        of_output: bool,
+    ) -> None:
+        there = [None if tensor is None else moved(tensor) for tensor in (grad, kept, grad_x, own, partner)]
+        TRITON.gradients(*there[:3], on_gpu(turns), *there[3:], of_output)
+        for here, result in zip((grad_x, own, partner), there[2:], strict=True):
+            if here is not None:
+                here.copy_(result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,8 +107,8 @@ def test_it_turns_as_the_reference_does_bit_for_bit(shape: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sums_become_gradients_as_in_the_reference(shape: str) -> None:
-    check_gradient(Elsewhere(), cases.batch(**SHAPES[shape]))
+def test_gradients_are_made_in_the_launches_that_sum(shape: str) -> None:
+    check_both_at_once(Elsewhere(), cases.batch(**SHAPES[shape]))
 
 
 @settings(max_examples=30)

@@ -75,6 +75,6 @@ def results(dtype: torch.dtype, size: int) -> tuple[torch.Tensor, ...]:
     b = cases.batch(40, size * 5, size, num_slots=3, slots=[2, -1, 0, 1] * 5, repeat=2, dtype=dtype, padding=3)
     cases.check_same_bits(CPU, EAGER, b)
     _, own, partner = turned_back = cases.turned_back(CPU, b)
-    direct, cross = own.clone(), partner.clone()
-    CPU.gradient(direct, cross, b.turns, True)
+    direct, cross = torch.empty_like(own), torch.empty_like(partner)
+    CPU.gradients(b.gradient, b.kept, None, b.turns, direct, cross, True)
     return cases.turned(CPU, b), *turned_back, direct, cross

@@ -270,7 +270,7 @@ def test_scratch_memory_is_never_read_before_it_is_written(root: Path) -> None:
 def test_the_size_of_a_slot_that_no_row_uses_is_looked_at_too(size: int) -> None:
     b = cases.batch(2, 8, (2, size), num_slots=2)
     with pytest.raises(KernelError, match="group size"):
-        CPU.gradient(torch.zeros(2, 8), torch.zeros(2, 8), b.turns, False)
+        CPU.gradients(b.gradient, b.kept, None, b.turns, torch.zeros(2, 8), torch.zeros(2, 8), False)
 
 
 @pytest.mark.skipif(cpu.loaded().callable is None, reason="torch does not tell C what its tensors are")

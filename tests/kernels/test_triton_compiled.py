@@ -84,13 +84,6 @@ def reduction_of(target: tuple[Any, ...]) -> str:
     return compiled(backward.reduce_kernel, "fp32", target, constants, enable_fp_fusion=False)
 
 
-def gradient_of(target: tuple[Any, ...]) -> str:
-    from roadie.kernels.triton import gradient
-
-    constants = {"HALF": 32, "SPLIT": 0, "OF_OUTPUT": True, "PAIRS": gradient.PAIRS}
-    return compiled(gradient.gradient_kernel, "fp32", target, constants, num_warps=1, enable_fp_fusion=False)
-
-
 def product_of(dtype: str, target: tuple[Any, ...], *, mixed: bool = True) -> str:
     import torch
 
@@ -123,7 +116,6 @@ def all_of_them() -> dict[str, str]:
         "backward, mixed": backward_of("fp16", AMPERE, 0, mixed=True),
         "backward, neighbours": backward_of("fp32", AMPERE, 2),
         "reduction": reduction_of(HOPPER),
-        "gradient": gradient_of(HOPPER),
         "product": product_of("bf16", HOPPER),
         "product, float32": product_of("fp32", AMPERE, mixed=False),
         "MI300": rotation_of("bf16", MI300, 64),
@@ -159,7 +151,7 @@ def test_memory_is_moved_in_16_bytes(assembly: dict[str, str], name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["in place", "float32", "neighbours", "halves of three", "sizes", "backward", "gradient"]
+    "name", ["in place", "float32", "neighbours", "halves of three", "sizes", "backward", "reduction"]
 )
 def test_products_and_sums_are_rounded_each_by_itself(assembly: dict[str, str], name: str) -> None:
     assert "fma.rn" not in assembly[name].replace("fma.rn.bf16", "")

@@ -83,7 +83,7 @@ def _compare(prepared: Any, rotate: Any, turns: Any, y: torch.Tensor, z: torch.T
 def _check_gradients() -> None:
     """Of one slot in one task, of one in many, and of rows of many slots; of an input that is kept, and of an output."""
     from roadie.kernels.contract import RowRotations
-    from roadie.kernels.triton import backward, gradient
+    from roadie.kernels.triton import backward
 
     D, S = 64, 3
     sizes = torch.tensor([8, 16, 64], dtype=torch.int32)
@@ -102,9 +102,6 @@ def _check_gradients() -> None:
                         lambda arguments=arguments: backward.backward_with_sums(*arguments)
                     )
                     assert len(launched) == (1 if rows == 1 else 2)
-                for of_output in (True, False):
-                    arguments = *sums, turns, of_output
-                    _the_same_by_both_ways(lambda arguments=arguments: gradient.sums_to_gradients(*arguments))
 
 
 def _the_same_by_both_ways(run: Callable[[], None]) -> list[Any]:

@@ -11,7 +11,7 @@ For each row t of a batch, with its slot s, and each pair (i, k) of outputs, k =
     partner_si = sum over the slot's rows of g_i * kept_k, and of g_k * kept_i for the element k
 
 `own` and `partner` are what the gradients of direct and cross are made of, whether the rotation's input or its output was
-kept (`roadie.kernels.gradient`). Rows of slot -1 are the base: z = x, grad_x = g, no sums.
+kept (`Implementation.gradients`). Rows of slot -1 are the base: z = x, grad_x = g, no sums.
 
 **Precision.** Arithmetic in float32 (float64 where x is float64), each product and each sum rounded by itself in `rotate`;
 one rounding to the dtype of the result. Sums over rows are in float32 or wider, in an order that depends on the shapes
@@ -130,6 +130,7 @@ class Implementation(ABC):
         written, also for slots that no row uses. kept is None where own and partner are.
         """
 
+    @abstractmethod
     def gradients(
         self,
         grad: Tensor,
@@ -140,13 +141,7 @@ class Implementation(ABC):
         partner: Tensor,
         of_output: bool,
     ) -> None:
-        """`backward`, and `gradient` of its sums."""
-        self.backward(grad, kept, grad_x, turns, own, partner)
-        self.gradient(own, partner, turns, of_output)
-
-    @abstractmethod
-    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
-        """Turn the sums ``[S, D]`` into the gradients of direct and cross, in place.
+        """`backward`, with the gradients of direct and cross in place of the sums own and partner.
 
         With M = sum of g input^T a pair: grad_direct is M's diagonal, grad_cross_i = -M_ik, grad_cross_k = M_ki. of_output: the
         sums are over the rotation's output, sum of g output^T = M R^T, and M comes from solving for it; a singular R

@@ -105,12 +105,27 @@ class EagerImplementation(Implementation):
             if grad_x is not None:
                 piece.of(grad_x).copy_(piece.chosen.turned_back(piece.of(grad)))
 
-    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
-        """From sums to gradients of direct and cross, in place; see the contract."""
-        size = turns.group_size if turns.sizes is None else turns.sizes.unsqueeze(-1)
-        of_table = of_kept_output if of_output else of_kept_input
-        grad_direct, grad_cross = of_table(own, partner, turns.direct, turns.cross, size)
-        own.copy_(grad_direct), partner.copy_(grad_cross)
+    def gradients(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        grad_x: Tensor | None,
+        turns: RowRotations,
+        own: Tensor,
+        partner: Tensor,
+        of_output: bool,
+    ) -> None:
+        """`backward`, and gradients of the sums; see the contract."""
+        self.backward(grad, kept, grad_x, turns, own, partner)
+        solve(own, partner, turns, of_output)
+
+
+def solve(own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
+    """Turn the sums ``[S, D]`` into the gradients of direct and cross, in place; see the contract."""
+    size = turns.group_size if turns.sizes is None else turns.sizes.unsqueeze(-1)
+    of_table = of_kept_output if of_output else of_kept_input
+    grad_direct, grad_cross = of_table(own, partner, turns.direct, turns.cross, size)
+    own.copy_(grad_direct), partner.copy_(grad_cross)
 
 
 def of_kept_input(

@@ -381,9 +381,8 @@ class ContinuousBatchingEngine:
             self._totals.num_steps += 1
             seconds = time.perf_counter() - begin
             self._totals.seconds_computing += seconds
-            for active in [
-                active for active, output in self._outputs if output.finish is not None and active.id in self._running
-            ]:
+            ended = [active for active, output in self._outputs if output.finish is not None]
+            for active in [active for active in ended if active.id in self._running]:
                 self._leave(active, None)
         if self._beside:
             self._beside.sampled(seconds)
@@ -477,9 +476,7 @@ class ContinuousBatchingEngine:
         last = active.last(FinishReason.FAILED, reason)
         try:
             self._leave(active, last)
-        except (
-            Exception
-        ):  # where a step has failed, the batch may be broken; whoever waits is to hear of it all the same
+        except Exception:  # where a step has failed, the batch may be broken; whoever waits is to hear of it
             self._active.pop(active.id, None)
             self._outputs.append((active, last))
 

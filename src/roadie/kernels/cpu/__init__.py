@@ -35,7 +35,7 @@ _FAILURES = {
 }
 
 
-ROTATE, BACKWARD, GRADIENT, _, GRADIENTS, _ = range(6)  # the operations of job.h; one more: of what kept the output
+ROTATE, BACKWARD, GRADIENTS, _ = range(4)  # the operations of job.h; one more: of what kept the output
 Place = tuple[int, int]
 """Address and stride between rows of what was kept: whoever asks a tensor itself for its address moves it (`address`)."""
 
@@ -113,13 +113,9 @@ class CpuImplementation(Implementation):
         partner: Tensor,
         of_output: bool,
     ) -> None:
-        """`backward` and `gradient` in one call; see the contract."""
+        """`backward` and its sums' gradients in one call; see the contract."""
         threads = 1 if 3 * grad.nbytes < 2 * BYTES_A_THREAD else threads_for(3 * grad.nbytes)
         _run(GRADIENTS + of_output, grad, _place_of(kept), grad_x, turns, own, partner, threads)
-
-    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
-        """From sums to gradients of direct and cross, in place; see the contract."""
-        _run(GRADIENT + of_output, own, None, None, turns._replace(slots=None), own, partner, 1)
 
 
 def _run(*given: Any) -> None:

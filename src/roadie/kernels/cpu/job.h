@@ -44,8 +44,8 @@ typedef struct {
     int64_t group_size;
 } Stage;
 
-/* What a job can be; GRADIENTS is BACKWARD, and then GRADIENT of its sums. */
-enum { ROTATE, BACKWARD, GRADIENT, GRADIENT_OF_OUTPUT, GRADIENTS, GRADIENTS_OF_OUTPUT };
+/* What a job can be; GRADIENTS is BACKWARD, and then the gradients of its sums. */
+enum { ROTATE, BACKWARD, GRADIENTS, GRADIENTS_OF_OUTPUT };
 
 int roadie_rotate(const Job *job);
 EXPORT int roadie_run(int64_t operation, const Job *job);

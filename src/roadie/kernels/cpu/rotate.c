@@ -406,25 +406,21 @@ static void gradient_of_pair(const Job *job, int64_t slot, int64_t i, int64_t k,
 
 /* Turns the sums own and partner into the gradients of direct and cross, in place. */
 static int gradient(const Job *job, int of_output) {
-    int status = check(job);
-    for (int64_t slot = 0; !status && slot < job->num_slots; slot++) {
+    for (int64_t slot = 0; slot < job->num_slots; slot++) {
         int64_t group = group_of(job, slot), half = group / 2;
         if (group < 2 || group % 2 || job->width % group) return ODD_GROUP; /* of a slot that no row uses */
         for (int64_t start = 0; start < job->width; start += group)
             for (int64_t j = start; j < start + half; j++) gradient_of_pair(job, slot, j, j + half, of_output);
     }
-    return status;
+    return DONE;
 }
 
 /* One of the operations; gives a status. */
 EXPORT int roadie_run(int64_t operation, const Job *job) {
-    int status = DONE;
     if (operation == ROTATE) return roadie_rotate(job);
-    if (operation != GRADIENT && operation != GRADIENT_OF_OUTPUT) status = backward(job);
+    int status = backward(job);
     if (status || operation == BACKWARD) return status;
-    Job of_sums = *job;
-    of_sums.type = job->table_type; /* the sums are float32, whatever the tables are */
-    return gradient(&of_sums, operation == GRADIENT_OF_OUTPUT || operation == GRADIENTS_OF_OUTPUT);
+    return gradient(job, operation == GRADIENTS_OF_OUTPUT);
 }
 
 /* So that the caller can see that both sides mean the same by a Job. */

@@ -80,7 +80,7 @@ class TritonImplementation(Implementation):
         partner: Tensor,
         of_output: bool,
     ) -> None:
-        """`backward` and `gradient` in the same launches; see the contract."""
+        """`backward` and its sums' gradients in the same launches; see the contract."""
         self._backward(grad, kept, grad_x, turns, own, partner, 1 + of_output)
 
     def _backward(
@@ -101,11 +101,3 @@ class TritonImplementation(Implementation):
             return
         with launches.current_device(grad.device):
             backward.backward_with_sums(grad, kept, grad_x, turns, own, partner, solve)
-
-    def gradient(self, own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
-        """From sums to gradients of direct and cross, in place; see the contract."""
-        from roadie.kernels.triton import gradient, launches
-
-        if own.numel():
-            with launches.current_device(own.device):
-                gradient.sums_to_gradients(own, partner, turns, of_output)
