@@ -93,3 +93,7 @@ def _multiplies_int8_exactly() -> bool:
 needs_exact_products_of_int8 = pytest.mark.skipif(
     not _multiplies_int8_exactly(), reason="torch's products of int8 overflow on this processor, which has no VNNI"
 )
+
+needs_grammars = pytest.mark.skipif(
+    installed("llguidance") is None, reason="answers are kept to constraints where llguidance is installed"
+)

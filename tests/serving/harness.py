@@ -25,6 +25,7 @@ from roadie.serving import (
     Sampling,
     Scoring,
 )
+from roadie.serving.grammars import Constraint
 from roadie.testing import random_adapter
 
 KINDS = (("road_1", 16), ("road_2", 8), ("road_4", 4))
@@ -48,13 +49,16 @@ class Collector:
         *,
         tenant: str = "default",
         scoring: Scoring | None = None,
+        constraint: Constraint | None = None,
         **rules: Any,
     ) -> str:
         request_id = f"r{next(self._ids)}"
         sampling = Sampling(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **rules})
         self.outputs[request_id] = []
         try:
-            request = GenerationRequest(request_id, tuple(prompt_ids), adapter, sampling, tenant, scoring=scoring)
+            request = GenerationRequest(
+                request_id, tuple(prompt_ids), adapter, sampling, tenant, scoring=scoring, constraint=constraint
+            )
             self.engine.submit(request, self._take)
         except Exception:
             del self.outputs[request_id]

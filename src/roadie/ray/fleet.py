@@ -48,6 +48,7 @@ from roadie.serving.engine import (
     Statistics,
     Unload,
 )
+from roadie.serving.grammars import Constraint
 from roadie.serving.http.failures import unknown_model
 from roadie.serving.places import LeftOut
 from roadie.serving.validation import check_request, key_of
@@ -159,6 +160,9 @@ class Fleet:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # Requests.
+
+    def prepare(self, constraint: Constraint) -> None:
+        """See `Engine.prepare`: each replica does so before it submits a request."""
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """See `Engine.submit`. What a replica refuses, and names that nobody has heard of, are errors of the last output."""

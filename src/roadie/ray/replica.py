@@ -210,6 +210,9 @@ async def submitted(engine: Engine, asked: ReplicaRequest) -> AsyncIterator[asyn
         if not loop.is_closed():
             loop.call_soon_threadsafe(arrived.put_nowait, output)
 
+    constraint = asked.request.constraint
+    if constraint is not None:
+        await asyncio.to_thread(engine.prepare, constraint)
     engine.submit(asked.request, take)
     try:
         yield arrived

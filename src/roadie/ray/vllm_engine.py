@@ -35,6 +35,7 @@ from roadie.serving.engine import (
     Unload,
     Usage,
 )
+from roadie.serving.grammars import Constraint
 from roadie.serving.places import LeftOut
 from roadie.serving.validation import check_request, key_of
 from roadie.training.models import ModelSource
@@ -136,6 +137,12 @@ class VllmEngine:
         return self._limits
 
     # Requests.
+
+    def prepare(self, constraint: Constraint) -> None:
+        """See `Engine.prepare`."""
+        raise ConfigError(
+            "got a constraint for replicas with vLLM, which keep answers to none; wanted a request without"
+        )
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """See `Engine.submit`."""

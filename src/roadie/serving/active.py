@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from roadie.serving.engine import FinishReason, GenerationRequest, OnOutput, Output, TokenLogprob, Usage
+from roadie.serving.grammars import Progress
 from roadie.serving.leases import Key, Lease, names_of
 from roadie.serving.sampling import Chosen, RowSampler
 from roadie.serving.scoring import PromptScorer
@@ -18,7 +19,13 @@ class ActiveRequest:
     """One request from its submission to its last output; the engine's loop is its only writer."""
 
     def __init__(
-        self, request: GenerationRequest, key: Key, on_output: OnOutput, tokenizer: Any, eos_ids: Collection[int]
+        self,
+        request: GenerationRequest,
+        key: Key,
+        on_output: OnOutput,
+        tokenizer: Any,
+        eos_ids: Collection[int],
+        progress: Progress | None = None,
     ) -> None:
         rules = request.sampling
         self.request, self.key, self.on_output = request, key, on_output
@@ -29,7 +36,8 @@ class ActiveRequest:
         self.finish: FinishReason | None = None
         self.submitted_s, self.started_s = time.monotonic(), 0.0
         self._ends = frozenset(rules.stop_token_ids) | (frozenset() if rules.ignore_eos else frozenset(eos_ids))
-        self.sampler = RowSampler(rules, request.prompt_ids, self._ends)
+        self.sampler = RowSampler(rules, request.prompt_ids, self._ends, progress)
+        self._progress = progress
         self.scorer = PromptScorer(request.prompt_ids, request.scoring, reads_all=rules.max_tokens > 0)
         self._text = (
             None
@@ -88,14 +96,22 @@ class ActiveRequest:
         scores = self.scorer.logprobs if self.num_generated == 0 else ()
         if self.num_remaining == 0:
             return replace(self.last(FinishReason.LENGTH), prompt_logprobs=scores)
+        if self._progress is not None and self._progress.failure is not None:
+            return self.last(FinishReason.FAILED, self._progress.failure)
         self.num_generated += 1
         text = self._shown(chosen.token_id)
-        if self.finish is None and self.num_remaining <= 0:
-            self.finish = FinishReason.LENGTH
-            text += self._text.end() if self._text is not None else ""
+        if self.finish is None:
+            self.finish = self._end_after_token()
+            text += self._text.end() if self._text is not None and self.finish is not None else ""
         logprobs: tuple[TokenLogprob, ...] = () if chosen.logprob is None else (chosen.logprob,)
         usage = self.usage if self.finish is not None else None
         return Output(self.id, (chosen.token_id,), text, logprobs, self.finish, usage, prompt_logprobs=scores)
+
+    def _end_after_token(self) -> FinishReason | None:
+        """Whether a token that ends nothing by itself was the last."""
+        if self._progress is not None and self._progress.is_over:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_remaining <= 0 else None
 
     def _shown(self, token_id: int) -> str:
         if token_id in self._ends:

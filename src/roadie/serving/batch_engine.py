@@ -45,6 +45,7 @@ from roadie.serving.engine import (
     Unload,
 )
 from roadie.serving.fairness import FairQueue
+from roadie.serving.grammars import Constraint, Grammars
 from roadie.serving.leases import Callbacks, Key, Totals
 from roadie.serving.loader import IDLE_AFTER_S
 from roadie.serving.places import LeftOut, check_served_name
@@ -80,6 +81,7 @@ class ContinuousBatchingEngine:
         self._model, self._tokenizer, self._registry = model, tokenizer, registry
         self._limits = limits_of(model, self.settings)
         self._eos_ids = eos_ids_of(model, tokenizer)
+        self._grammars = Grammars(tokenizer, self._limits.vocabulary_size)
         self._base = Base.of(model, tokenizer, names)
         self._changed = threading.Condition(threading.RLock())
         self._waiting: FairQueue[ActiveRequest] = FairQueue(self.settings.tenant_weights)
@@ -156,11 +158,16 @@ class ContinuousBatchingEngine:
 
     # Requests.
 
+    def prepare(self, constraint: Constraint) -> None:
+        """See `Engine.prepare`."""
+        self._grammars.compile(constraint)
+
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """See `Engine.submit`."""
         key = key_of(request, self._limits)
         check_request(request, self._limits, self._tokenizer is not None)
-        active = ActiveRequest(request, key, on_output, self._tokenizer, self._eos_ids)
+        progress = self._grammars.begin(request.constraint)
+        active = ActiveRequest(request, key, on_output, self._tokenizer, self._eos_ids, progress)
         with self._changed:
             self._check_taking()
             if request.request_id in self._active:
@@ -421,21 +428,13 @@ class ContinuousBatchingEngine:
         else:
             self._no_longer_waiting(active)
         del self._active[active.id]
-        self._count_end(active)
+        for name in active.names:
+            self._by_adapter.setdefault(name, Counter())["tokens"] += active.num_generated
+        self._totals.count_end(active.finish)
         if output is not None:
             self._outputs.append((active, output))
         self._unloads.finish(self._active)
         self._notify()  # whoever waits may have been passed by for what this one held
-
-    def _count_end(self, active: ActiveRequest) -> None:
-        for name in active.names:
-            self._by_adapter.setdefault(name, Counter())["tokens"] += active.num_generated
-        if active.finish is FinishReason.CANCELLED:
-            self._totals.num_cancelled += 1
-        elif active.finish is FinishReason.FAILED:
-            self._totals.num_failed += 1
-        else:
-            self._totals.num_finished += 1
 
     def _deliver(self) -> None:
         outputs, self._outputs = self._outputs, []
@@ -476,7 +475,7 @@ class ContinuousBatchingEngine:
         last = active.last(FinishReason.FAILED, reason)
         try:
             self._leave(active, last)
-        except Exception:  # where a step has failed, the batch may be broken; whoever waits is to hear of it
+        except Exception:  # a step has failed, and the batch may be broken; whoever waits is to hear of it
             self._active.pop(active.id, None)
             self._outputs.append((active, last))
 

@@ -24,6 +24,7 @@ from typing import Protocol, TypeAlias
 from roadie.engine.turns import TurnSettings
 from roadie.errors import ConfigError
 from roadie.serving.belongings import OwnChat
+from roadie.serving.grammars import Constraint
 from roadie.serving.places import LeftOut
 
 AdapterWish: TypeAlias = "str | Mapping[str, float] | None"
@@ -38,7 +39,7 @@ MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 class FinishReason(str, Enum):
     """Why a request ended."""
 
-    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    STOP = "stop"  # an end-of-sequence token, a stop token, a stop string, or the end of what the constraint allows
     LENGTH = "length"  # max_tokens, or the end of the context
     CANCELLED = "cancelled"
     FAILED = "failed"  # see Output.error
@@ -153,6 +154,7 @@ class GenerationRequest:
 
     whole: the caller looks at nothing before the end, so that an engine may give all of it as one output. scoring: None: the
     prompt is not scored. Tokens before the first that is scored may come from another request's key-value blocks.
+    constraint: what the text must be; where nothing can follow it ends, as by an end token.
     """
 
     request_id: str
@@ -162,6 +164,7 @@ class GenerationRequest:
     tenant: str = "default"
     whole: bool = False
     scoring: Scoring | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -339,6 +342,9 @@ class Engine(Protocol):
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more requests and wait for the active ones; whether all ended in time. Call `stop` afterwards."""
+
+    def prepare(self, constraint: Constraint) -> None:
+        """Let `submit` find a constraint compiled, which takes up to seconds. Raises `ConfigError` for one that cannot be."""
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """Queue a request. Raises `UnknownAdapter`, `PromptTooLong`, `QueueFull`, `ShuttingDown` or `ConfigError`."""

@@ -1,6 +1,6 @@
 """The next token of each request, by its own rules.
 
-    logits -> + bias -> repetition penalty -> - presence and frequency -> no end yet (min_tokens) -> greedy: argmax
+    logits -> + bias -> repetition penalty -> - presence and frequency -> what may come (min_tokens, grammar) -> greedy: argmax
                                      else: / temperature -> top-k, top-p, min-p -> the token at which the cumulated
                                            probability passes u, uniform in [0, 1) from the request's own generator
 
@@ -24,16 +24,26 @@ import torch
 from torch import Tensor
 
 from roadie.serving.engine import Sampling, TokenLogprob
+from roadie.serving.grammars import Progress
 
 
 class RowSampler:
-    """One request's rules, its generator, and the tokens it has had. ends: the tokens that would end it."""
+    """One request's rules, its generator, and the tokens it has had.
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int] = (), ends: Iterable[int] = ()) -> None:
-        self.sampling = sampling
+    ends: the tokens that would end it. progress: of an answer that is kept to a grammar, after which nothing follows.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_ids: Sequence[int] = (),
+        ends: Iterable[int] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        self.sampling, self.progress = sampling, progress
         self.counts: Counter[int] = Counter()
         self._prompt = dict.fromkeys(prompt_ids) if sampling.repetition_penalty != 1 else {}
-        self._ends = sorted(ends) if sampling.min_tokens else []
+        self._ends = sorted(ends)
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
             seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
@@ -46,17 +56,17 @@ class RowSampler:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether there are biases or penalties, or tokens that may not come yet."""
+        """Whether there are biases or penalties, or tokens that may not come, or not yet."""
         rules = self.sampling
         has_penalty = rules.presence_penalty or rules.frequency_penalty or rules.repetition_penalty != 1
-        return bool(rules.logit_bias or has_penalty or (self._ends and self._is_too_short))
+        return bool(rules.logit_bias or has_penalty or self.progress or (self._ends and self._is_too_short))
 
     @property
     def _is_too_short(self) -> bool:
         return self.counts.total() < self.sampling.min_tokens
 
     def adjust(self, logits_V: Tensor) -> None:
-        """Apply biases and penalties, in place."""
+        """Apply biases and penalties, and leave out what may not follow, in place."""
         rules = self.sampling
         _add(logits_V, rules.logit_bias)
         if rules.repetition_penalty != 1:
@@ -69,8 +79,27 @@ class RowSampler:
                 for token, count in self.counts.items()
             }
             _add(logits_V, penalties)
-        if self._ends and self._is_too_short:
+        if self.progress is not None:
+            logits_V.masked_fill_(~self._allowed(self.progress).to(logits_V.device), -torch.inf)
+        elif self._is_too_short:
             logits_V[self._ends] = -torch.inf
+
+    def _allowed(self, progress: Progress) -> Tensor:
+        """bool ``[V]``: what the grammar allows; an end where the answer may end, unless it is too short and can go on."""
+        allowed_V = progress.allowed()
+        if self._is_too_short:
+            longer_V = allowed_V.clone()
+            longer_V[self._ends] = False
+            return longer_V if longer_V.any() else allowed_V
+        if progress.is_whole:
+            allowed_V[self._ends] = True
+        return allowed_V
+
+    def take(self, token_id: int) -> None:
+        """The token that was chosen."""
+        self.counts[token_id] += 1
+        if self.progress is not None and token_id not in self._ends:
+            self.progress.take(token_id)
 
     def uniform(self) -> float:
         """The next number of this request's generator."""
@@ -95,7 +124,7 @@ def choose(logits_NV: Tensor, rows: Sequence[RowSampler]) -> list[Chosen]:
         for place, token in zip(drawn, picked, strict=True):
             tokens[place] = token
     for row, token in zip(rows, tokens, strict=True):
-        row.counts[token] += 1
+        row.take(token)
     return [
         Chosen(token, _logprob(logits, token, row.sampling.logprobs))
         for logits, token, row in zip(logits_NV, tokens, rows, strict=True)

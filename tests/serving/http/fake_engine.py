@@ -42,6 +42,7 @@ from roadie.serving.engine import (
     Unload,
     Usage,
 )
+from roadie.serving.grammars import Constraint
 from roadie.serving.places import LeftOut
 
 VOCABULARY = 2048
@@ -103,6 +104,13 @@ class FakeEngine:
         while self._jobs and time.monotonic() < give_up_s:
             time.sleep(0.005)
         return not self._jobs
+
+    def prepare(self, constraint: Constraint) -> None:
+        """It keeps to none; one of "slow" takes as long as it is held, and "wrong" is refused."""
+        while constraint.source == "slow" and self.held.is_set():
+            time.sleep(0.001)
+        if constraint.source == "wrong":
+            raise ConfigError("got a constraint that cannot be used")
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         if self.failing is not None:

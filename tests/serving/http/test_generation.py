@@ -347,7 +347,7 @@ def test_what_clients_send_unasked_is_taken(open_server: Running, unasked: dict[
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}], "no tools"),
         ("tool_choice", "required", "no tools"),
-        ("response_format", {"type": "json_object"}, "but plain text"),
+        ("structural_tag", {"type": "structural_tag"}, "but text and JSON"),
         ("modalities", ["text", "audio"], "no outputs but text"),
         ("reasoning_effort", "low", "reasoning"),
     ],

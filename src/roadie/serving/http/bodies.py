@@ -29,12 +29,12 @@ from roadie.serving.http.fields import (
     Off,
     Text,
     TextAlone,
-    Unasked,
     is_list,
     is_text,
     one_of,
     whole_characters,
 )
+from roadie.serving.http.formats import Formats
 from roadie.serving.http.settings import MAX_BLEND, MAX_CHOICES, MAX_STRENGTH
 from roadie.serving.places import MAX_NAME_CHARS, name_problem
 
@@ -72,7 +72,7 @@ class StreamOptions(Body):
     continuous_usage_stats: Annotated[Off, Lacks("usage in every event")] = None
 
 
-class GenerationBody(Unasked):
+class GenerationBody(Formats):
     """What completions and chats have in common."""
 
     model: Annotated[Text, Field(min_length=1, max_length=4096)]

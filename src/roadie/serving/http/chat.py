@@ -39,10 +39,11 @@ async def chat(body: ChatBody, request: Request) -> Response:
     has_template = own is not None or service.prompts.has_template
     stop = () if has_template else PLAIN_STOP
     is_plain = form.opens_answer and not has_template
+    constraint = await service.prepare(body.constraint())
     rules = [body.sampling(max_tokens, body.num_logprobs, choice, stop) for choice in range(num_choices)]
     if own is not None and own.end_token and not body.ignore_eos:
         rules = [_ending_with(service.prompts.id_of(own.end_token), rule) for rule in rules]
-    flow = service.flow(call, [prompt], rules, whole=not body.stream, scoring=body.scoring)
+    flow = service.flow(call, [prompt], rules, whole=not body.stream, scoring=body.scoring, constraint=constraint)
     writer = _Writer(
         call,
         flow,

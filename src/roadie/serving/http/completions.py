@@ -36,8 +36,9 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     prompts = [await service.prompts.encode(text, special=special) for text in texts]
     for prompt in prompts:
         service.check_length(len(prompt), max_tokens)
+    constraint = await service.prepare(body.constraint())
     rules = [body.sampling(max_tokens, body.logprobs, choice) for choice in range(num_choices)]
-    flow = service.flow(call, prompts, rules, whole=not body.stream, scoring=body.scoring)
+    flow = service.flow(call, prompts, rules, whole=not body.stream, scoring=body.scoring, constraint=constraint)
     choices = [
         _choice(index, body, prompts[index // num_choices], texts[index // num_choices], service.prompts)
         for index in range(len(texts) * num_choices)

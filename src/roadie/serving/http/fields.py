@@ -72,15 +72,9 @@ class Body(BaseModel):
     __pydantic_extra__: dict[str, None] = Field(init=False)
 
 
-_BEAMS, _FORMATS, _GUIDED = Lacks("beam search"), Lacks("formats but plain text"), Lacks("guided decoding")
+_BEAMS = Lacks("beam search")
 _PROCESSORS, _TOKEN_IDS = Lacks("logits processors of requests"), Lacks("ids of tokens in answers")
 _TOKEN_LISTS = Lacks("lists of tokens that may or may not come, but logit_bias")
-
-
-class PlainText(Body):
-    """Text is the only format."""
-
-    type: Literal["text"]
 
 
 class Unasked(Body):
@@ -105,20 +99,11 @@ class Unasked(Body):
     bad_words: Annotated[NoItems, _TOKEN_LISTS] = None
     cache_salt: Annotated[None, Lacks("salts of requests: adapters share no prefixes anyway")] = None
     documents: Annotated[NoItems, Lacks("documents beside messages")] = None
-    guided_json: Annotated[None, _GUIDED] = None
-    guided_regex: Annotated[None, _GUIDED] = None
-    guided_choice: Annotated[None, _GUIDED] = None
-    guided_grammar: Annotated[None, _GUIDED] = None
-    guided_decoding_backend: Annotated[None, _GUIDED] = None
-    guided_whitespace_pattern: Annotated[None, _GUIDED] = None
     kv_transfer_params: Annotated[None, Lacks("transfer of caches")] = None
     logits_processors: Annotated[NoItems, _PROCESSORS] = None
     mm_processor_kwargs: Annotated[NoEntries, Lacks("inputs but text")] = None
-    response_format: Annotated[PlainText | None, _FORMATS] = None
     return_token_ids: Annotated[Off, _TOKEN_IDS] = None
     return_tokens_as_token_ids: Annotated[Off, _TOKEN_IDS] = None
     spaces_between_special_tokens: Annotated[Literal[True] | None, Lacks("ways to leave out these spaces")] = None
-    structural_tag: Annotated[None, _FORMATS] = None
-    structured_outputs: Annotated[None, _FORMATS] = None
     truncate_prompt_tokens: Annotated[None, Lacks("truncation of prompts")] = None
     vllm_xargs: Annotated[NoEntries, _PROCESSORS] = None

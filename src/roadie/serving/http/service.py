@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from roadie.errors import UnknownAdapter
+from roadie.errors import ConfigError, UnknownAdapter
 from roadie.serving.engine import AdapterWish, Engine, GenerationRequest, Sampling, Scoring
+from roadie.serving.grammars import Constraint, is_installed
 from roadie.serving.http.extensions import Extension
-from roadie.serving.http.failures import ApiError, unknown_model
+from roadie.serving.http.failures import ApiError, lacking, unknown_model
 from roadie.serving.http.flow import Flow
 from roadie.serving.http.gate import Gate
 from roadie.serving.http.keys import Caller
@@ -35,6 +38,7 @@ class Service:
     gate: Gate
     extensions: Sequence[Extension] = ()
     started_s: int = field(default_factory=lambda: int(time.time()))
+    compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "roadie-grammars"))
 
     def start(self) -> None:
         """The engine, and what stands on it."""
@@ -48,6 +52,7 @@ class Service:
             each.stop()
         self.engine.stop()
         self.prompts.close()
+        self.compiling.shutdown(wait=False, cancel_futures=True)
 
     def flow(
         self,
@@ -57,11 +62,12 @@ class Service:
         *,
         whole: bool,
         scoring: Scoring | None = None,
+        constraint: Constraint | None = None,
     ) -> Flow:
         """Submit each prompt with each of the rules; raises what `Engine.submit` raises. whole: nothing is streamed."""
         requests = [
             GenerationRequest(
-                f"{call.id}-{place}-{choice}", prompt, call.wish, sampling, call.caller.name, whole, scoring
+                f"{call.id}-{place}-{choice}", prompt, call.wish, sampling, call.caller.name, whole, scoring, constraint
             )
             for place, prompt in enumerate(prompts)
             for choice, sampling in enumerate(rules)
@@ -70,6 +76,19 @@ class Service:
             return Flow(self.engine, requests, len(rules), self.metrics.meter(call.wish, call.arrived_s))
         except UnknownAdapter:
             raise unknown_model(call.shown) from None  # in the same words as where a key may not use it
+
+    async def prepare(self, asked: tuple[str, Constraint] | None) -> Constraint | None:
+        """What an answer must be, by the field that says so, compiled beside the loop. Raises `ApiError` with that field."""
+        if asked is None:
+            return None
+        field_name, constraint = asked
+        if not is_installed():
+            raise lacking(field_name, "llguidance, which keeps answers to constraints (pip install 'roadie[serve]')")
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.compiling, self.engine.prepare, constraint)
+        except ConfigError as error:
+            raise ApiError(400, f"{field_name}: {error}", "invalid_value", param=field_name) from None
+        return constraint
 
     def begin(self, kind: str, model: str, adapters: Mapping[str, float] | None, request: Request) -> Call:
         """A call of a caller: who, what it is called, which adapter; raises `ApiError` for one they may not use."""
