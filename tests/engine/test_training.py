@@ -188,6 +188,34 @@ def test_gradients_add_up_until_a_step_and_only_until_then():
     assert torch.equal(parameters(made, "b")[0][:, 1], torch.ones_like(parameters(made, "b")[0][:, 1]))
 
 
+def test_who_comes_and_goes_between_a_gradient_and_its_step_takes_nothing_away():
+    made = engine()
+    for name in ("before", "a"):
+        made.create(name, config(0))
+    made.forward_backward("a", [row(1, 6)], "cross_entropy")
+    made.run()
+    expected = [one.clone() for one in gradients(made, "a")]
+    made.create("after", config(0))
+    made.remove("before")
+    made.run()
+    assert all(torch.equal(one, other) for one, other in zip(gradients(made, "a"), expected, strict=True))
+    norm = math.sqrt(sum(float(one.square().sum()) for one in expected))
+    assert finished(made, made.optim_step("a", STEP)).gradient_norm == pytest.approx(norm, rel=1e-6) != 0
+
+
+def test_a_pass_of_as_many_rows_as_tokens_is_a_pass_of_its_rows(caplog):
+    """The model is run on one row first, to see where the rows lie: what comes of that is nobody's."""
+    made = engine()
+    alone = []
+    for number in range(4):
+        made.create(f"t{number}", config(0))
+        alone.append(finished(made, made.forward(f"t{number}", [row(number, 4)], "cross_entropy")).loss)
+    together = [made.forward(f"t{number}", [row(number, 4)], "cross_entropy") for number in range(4)]
+    made.run()
+    assert not caplog.records  # or else each tenant's rows would have gone alone
+    assert [each.result().loss for each in together] == pytest.approx(alone, rel=1e-5)
+
+
 # What goes wrong.
 
 

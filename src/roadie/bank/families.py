@@ -139,12 +139,9 @@ def _trained(
 
 
 def _mapped(stack: Stack, change: Callable[[Tensor], Tensor]) -> Stack:
-    return _with(stack, {name: change(tensor).contiguous() for name, tensor in stack.tensors.items()})
-
-
-def _with(stack: Stack, tensors: Mapping[str, Tensor]) -> Stack:
-    whole: dict[str, Any] = {**tensors, "gradients": torch.zeros_like(tensors["parameters"])}
-    return replace(stack, **whole)
+    """With what a change makes of each tensor; gradients too, since others join and leave between a gradient and its step."""
+    tensors: dict[str, Any] = {**stack.tensors, "gradients": stack.gradients}
+    return replace(stack, **{name: change(tensor).contiguous() for name, tensor in tensors.items()})
 
 
 def _appended(tensor: Tensor, count: int) -> Tensor:

@@ -47,7 +47,7 @@ class Head:
 
         with self._given(keep):
             self._model(input_ids=input_ids, use_cache=False)
-        return kept[0]
+        return kept[-1]  # the model may have been run on one row first, to see where rows lie (`roadie.sites.layout`)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states ``[n, H]``: ``[n, V]``, as the model gives them."""
