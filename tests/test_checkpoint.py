@@ -235,6 +235,7 @@ EXTRAS = {
     "layers_to_transform": 0,
     "stages": [16, 2, 64],
     "stages_pattern": {"q": [2, 64], "k": [16]},
+    "target_experts": "shared",
     "trainable_token_indices": [3],
     "variant_pattern": {"q": "road_2"},
 }
@@ -245,7 +246,8 @@ def test_an_extra_setting_marks_the_variant_and_a_default_one_is_not_written(key
     plain = {"peft_type": "ROAD", "variant": "road_2"}
     assert checkpoint.config_text({**plain, key: EXTRA_DEFAULTS[key]}) == checkpoint.config_text(plain)
     text = checkpoint.config_text({**plain, key: EXTRAS[key]})
-    prefix = "roadie-inputs:" if "input" in key else "roadie-stages:" if "stages" in key else "roadie:"
+    kind = "-experts" if "experts" in key else "-inputs" if "input" in key else "-stages" if "stages" in key else ""
+    prefix = f"roadie{kind}:"
     assert json.loads(text)["variant"] == prefix + "road_2"
     (tmp_path / CONFIG_NAME).write_text(text)
     config = checkpoint.read_config(tmp_path)

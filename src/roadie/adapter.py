@@ -15,6 +15,12 @@ is an entry of its own at the path ``P.road_input``, whose D is the layer's in_f
 its group sizes come from `input_stages_pattern` and `input_stages`, whose patterns are matched against P. Where they say nothing,
 the input is not rotated.
 
+**Stacked experts are rotated at one site a projection.** Where transformers holds the experts of a mixture at P in parameters
+of three dimensions, the sites are ``P.road_gate_up`` (``P.road_up`` where there is no gate) and ``P.road_down``, whose D is that
+of all experts together: the rotations of the experts lie end to end, in each that of the gate before that of up. Where the
+experts share one rotation, the sites have ``_shared`` at their ends, and D is that of one expert. `target_experts` says which;
+the other settings hold as for layers, and inputs are not rotated.
+
 Shapes: ``D`` out features of a layer, ``K`` stages (1 in a plain adapter), ``n = K parameter_size(variant, D)`` elements of
 theta and of alpha.
 """
@@ -38,6 +44,9 @@ from roadie.rotation import Rotation, Variant, chain_from_parameters, check_grou
 DEFAULT_VARIANT = "road_1"
 DEFAULT_GROUP_SIZE = 64
 INPUT_SUFFIX = ".road_input"
+EACH, SHARED = "each", "shared"
+"""What `target_experts` may say: a rotation for each of the stacked experts of a layer, or one for all of them."""
+_SITE_OF_EXPERTS = re.compile(r"(?:.*\.)?road_(?:gate_up|up|down)(_shared)?", re.DOTALL)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 MAX_NAME_LENGTH = 128
@@ -48,6 +57,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 RESERVED_NAMES = frozenset(
     {"__base__", "base_layer", "bias", "model", "modules_to_save", "original_module", "token_adapter", "weight"}
     | {"road_alpha", "road_input", "road_theta"}
+    | {f"road_{name}{end}" for name in ("gate_up", "up", "down") for end in ("", "_shared")}
 )
 
 
@@ -194,6 +204,17 @@ def layer_of(path: str) -> str:
     return path.removesuffix(INPUT_SUFFIX)
 
 
+def expert_site(projection: str, kind: str) -> str:
+    """The last part of the path of a site of stacked experts; kind: `EACH` or `SHARED`."""
+    return f"road_{projection}" + ("_shared" if kind == SHARED else "")
+
+
+def experts_kind(path: str) -> str | None:
+    """`EACH` or `SHARED` for the path of a site of stacked experts; None for any other."""
+    match = _SITE_OF_EXPERTS.fullmatch(path)
+    return None if match is None else SHARED if match[1] else EACH
+
+
 def stages_of(group_size: int | Sequence[int]) -> tuple[int, ...]:
     """The group sizes of a chain's stages, given as they are or, for a single one, as a number; raises `ConfigError`."""
     stages: Any = (group_size,) if isinstance(group_size, int) else group_size
@@ -294,9 +315,9 @@ def _input_stages_at(config: Mapping[str, Any], module_path: str) -> tuple[int, 
 
 
 def rotates_input(config: Mapping[str, Any], module_path: str) -> bool:
-    """Whether `config` gives the layer at `module_path` a rotation of its input."""
+    """Whether `config` gives the layer at `module_path` a rotation of its input; stacked experts never have one."""
     stages = _setting_of(config, "input_stages", layer_of(module_path), None)
-    return stages is not None and stages != [] and stages != ()
+    return stages is not None and stages != [] and stages != () and experts_kind(module_path) is None
 
 
 def fitted_stages(stages: Sequence[int], width: int, adapt: bool, *, of_input: bool = False) -> tuple[int, ...]:
@@ -356,6 +377,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
     check_group_size(config.get("group_size", DEFAULT_GROUP_SIZE))
     if not isinstance(config.get("adapt_group_size", False), bool):
         raise ConfigError(f"got adapt_group_size {_shortened(config['adapt_group_size'])}; wanted True or False.")
+    if config.get("target_experts") not in (None, EACH, SHARED):
+        raise ConfigError(
+            f"got target_experts {_shortened(config['target_experts'])}; wanted 'each', 'shared' or None."
+        )
     for key in ("stages", "input_stages"):
         if config.get(key) is not None:
             stages_of(config[key])

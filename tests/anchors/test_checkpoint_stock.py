@@ -186,6 +186,7 @@ EXTRAS = {
     "layers_to_transform": 0,
     "stages": [4],
     "stages_pattern": {"nothing": [2, 4]},
+    "target_experts": "each",
     "trainable_token_indices": [3],
     "variant_pattern": {"nothing": "road_2"},
 }
@@ -199,11 +200,13 @@ def test_stock_refuses_a_config_it_would_misread(key, stock, tmp_path):
     model.save_pretrained(tmp_path)
     plain = checkpoint.load(tmp_path)
     inputs = {path + INPUT_SUFFIX: layer for path, layer in plain.layers.items()} if key == "input_stages" else {}
+    if key == "target_experts":
+        inputs = {"layers.0.experts.road_down": plain.layers["layers.0.q"]}
     checkpoint.save(Adapter({**plain.layers, **inputs}, {**plain.config, key: EXTRAS[key]}), tmp_path)
     assert checkpoint.load(tmp_path).config[key] == EXTRAS[key]
     base = tiny()
     before = copy.deepcopy(base.state_dict())
-    kind = "-inputs" if "input" in key else "-stages" if "stages" in key else ""
+    kind = "-experts" if key == "target_experts" else "-inputs" if "input" in key else "-stages" if "stages" in key else ""
     with pytest.raises(ValueError, match=f"Invalid variant roadie{kind}:road_1"):
         peft.PeftModel.from_pretrained(base, str(tmp_path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())

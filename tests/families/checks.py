@@ -23,10 +23,12 @@ from roadie.bank.blends import BASE
 from roadie.testing.accuracy import relative_error, unit_roundoff
 from roadie.testing.models import randomise
 from roadie.testing.reference import dense_rotation
-from roadie.testing.tuner_laws import layers_of
+from roadie.testing.tuner_laws import layers_of, sites_of
+from roadie.tuner.experts import RoadExperts
 from roadie.tuner.weight import is_conv1d
 
 VARIANTS = {"first": "road_1", "second": "road_2"}
+EXPERTS = {"first": "each", "second": "shared"}
 
 # The models compute in float64, but for their norms, positions and softmaxes, of which many compute in float32 whatever they
 # are given. A value passes some fifty such operations, forward and backward, each of which sums some forty numbers: two
@@ -51,12 +53,16 @@ class Adapted:
         return self.family.model()
 
     @classmethod
-    def of(cls, family: Family) -> Adapted:
-        """All linear layers adapted, by rotations that are far from the identity."""
+    def of(cls, family: Family, *, with_experts: bool = False) -> Adapted:
+        """All linear layers adapted, by rotations that are far from the identity; stacked experts too, each and shared."""
         model: Any = None
         for name, variant in VARIANTS.items():
             config = roadie.RoadConfig(
-                target_modules="all-linear", variant=variant, group_size=4, adapt_group_size=True
+                target_modules="all-linear",
+                variant=variant,
+                group_size=4,
+                adapt_group_size=True,
+                target_experts=EXPERTS[name] if with_experts else None,
             )
             if model is None:
                 model = roadie.get_peft_model(family.model(), config, adapter_name=name, autocast_adapter_dtype=False)
@@ -71,8 +77,10 @@ class Adapted:
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """theta and alpha of an adapter, by the path of the layer in the plain model and their name."""
         found = {}
-        for path, layer in layers_of(self.model).items():
+        for path, layer in sites_of(self.model).items():
             for kind in ("road_theta", "road_alpha"):
+                if name not in layer.road_theta:
+                    continue
                 found[f"{path.removeprefix('base_model.model.')}.{kind}"] = getattr(layer, kind)[name]
         return found
 
@@ -101,17 +109,49 @@ def _truth(adapted: Adapted, name: str) -> tuple[Tensor, dict[str, Tensor]]:
     plain = adapted.plain
     leaves = {key: value.detach().clone().requires_grad_() for key, value in adapted.parameters(name).items()}
     rotated: dict[str, Tensor] = {}
-    for path, layer in layers_of(adapted.model).items():
+    for path, layer in sites_of(adapted.model).items():
         path = path.removeprefix("base_model.model.")
-        module: Any = plain.get_submodule(path)
+        if path + ".road_theta" not in leaves:
+            continue
         theta, alpha = leaves[path + ".road_theta"], leaves[path + ".road_alpha"]
-        matrix = dense_rotation(theta, alpha, layer.variant[name], layer.group_size[name])
+        kind = layer.variant[name], layer.group_size[name]
+        if isinstance(layer, RoadExperts):
+            rotated.update(rotated_experts(plain, path, theta, alpha, *kind))
+            continue
+        module: Any = plain.get_submodule(path)
+        matrix = dense_rotation(theta, alpha, *kind)
         rotated[path + ".weight"] = module.weight @ matrix.mT if is_conv1d(module) else matrix @ module.weight
         if module.bias is not None:
             rotated[path + ".bias"] = matrix @ module.bias
     output = logits(torch.func.functional_call(plain, rotated, (), inputs(adapted.family, ROWS, TOKENS)))
     gradients = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return output.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def rotated_experts(
+    plain: nn.Module, path: str, theta: Tensor, alpha: Tensor, variant: str, group_size: int
+) -> dict[str, Tensor]:
+    """The weight, and the bias, of one projection of stacked experts, expert by expert turned by dense matrices."""
+    holder, _, site = path.rpartition(".")
+    experts: Any = plain.get_submodule(holder)
+    name = site.removeprefix("road_").removesuffix("_shared")
+    weight, bias = getattr(experts, f"{name}_proj"), getattr(experts, f"{name}_proj_bias", None)
+    number = len(weight)
+    halves = 2 if name == "gate_up" else 1
+    shares = [vector.view(1 if site.endswith("_shared") else number, halves, -1) for vector in (theta, alpha)]
+    weights, biases = [], []
+    for expert in range(number):
+        own = [share[expert % len(share)] for share in shares]
+        matrix = torch.block_diag(
+            *(dense_rotation(own[0][half], own[1][half], variant, group_size) for half in range(halves))
+        )
+        if halves == 2 and not getattr(experts, "is_concatenated", True):  # gate 0, up 0, gate 1, up 1, ...
+            places = torch.arange(len(matrix)).view(-1, 2).T.flatten().argsort()
+            matrix = matrix[places][:, places]
+        weights.append(weight[expert] @ matrix.mT if experts.is_transposed else matrix @ weight[expert])
+        biases += [] if bias is None else [matrix @ bias[expert]]
+    found = {f"{holder}.{name}_proj": torch.stack(weights)}
+    return found if bias is None else {**found, f"{holder}.{name}_proj_bias": torch.stack(biases)}
 
 
 def loss(output: Tensor) -> Tensor:
@@ -236,16 +276,17 @@ class Row:
     said: dict[str, str]
 
 
-def row_of(family: Family) -> Row:
+def row_of(family: Family, *, with_experts: bool = False) -> Row:
     """What each check says of a family; raises AssertionError where something is wrong in silence."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            adapted = Adapted.of(family)
+            adapted = Adapted.of(family, with_experts=with_experts)
         except roadie.errors.RoadieError as error:
             return Row(0, (), {"all": str(error)})
         said = {name: _said(check, adapted) for name, check in CHECKS.items()}
-        return Row(len(layers_of(adapted.model)), _left_out(adapted), {k: v for k, v in said.items() if v})
+        adapted_sites = [layer for layer in sites_of(adapted.model).values() if "first" in layer.road_theta]
+        return Row(len(adapted_sites), _left_out(adapted), {k: v for k, v in said.items() if v})
 
 
 def _said(check: Callable[[Adapted], None], adapted: Adapted) -> str:

@@ -24,6 +24,7 @@ from roadie.adapter import (
     INPUT_SUFFIX,
     Adapter,
     LayerParameters,
+    experts_kind,
     is_input,
     layer_of,
     refuse_chains,
@@ -46,7 +47,7 @@ _GROUPING = (
     *("group_size", "group_size_pattern", "adapt_group_size", "stages", "stages_pattern"),
     *("input_stages", "input_stages_pattern"),
 )
-_NOT_KEPT = ("variant", "variant_pattern", "modules_to_save", "bias", "trainable_token_indices")
+_NOT_KEPT = ("variant", "variant_pattern", "modules_to_save", "bias", "trainable_token_indices", "target_experts")
 
 
 def combined(
@@ -202,12 +203,24 @@ def result_config(
     if not (same_layers and alike and config.get("target_modules")):
         config = {key: value for key, value in config.items() if key not in _SELECTING}
         config["target_modules"] = targets
-    return grouped_config(config, layers)
+    kind = _kind_of_experts(layers)
+    return grouped_config(config if kind is None else {**config, "target_experts": kind}, layers)
+
+
+def _kind_of_experts(layers: Iterable[str]) -> str | None:
+    """What target_experts is for these sites; raises `AdapterError` where adapters of both kinds were combined."""
+    first, *others = {experts_kind(path) for path in layers} - {None} or {None}
+    if others:
+        raise AdapterError(
+            "got adapters of which some rotate each expert and others share a rotation; wanted one kind: their products are of "
+            "neither; combine those of one target_experts"
+        )
+    return first
 
 
 def _targets(layers: Iterable[str]) -> list[str]:
-    """The layers whose output or input is rotated."""
-    return sorted(set(map(layer_of, layers)))
+    """The layers whose output or input is rotated; stacked experts are none."""
+    return sorted({layer_of(path) for path in layers if experts_kind(path) is None})
 
 
 def grouped_config(config: Mapping[str, Any], layers: Mapping[str, LayerParameters]) -> dict[str, Any]:

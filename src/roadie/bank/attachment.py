@@ -4,7 +4,7 @@ A plain model is held by forward hooks (`Hooks`); it needs nothing but linear la
 it as it was. Layers that rotate by themselves, such as the tuner's, are held by another `Hold`.
 
 A **site** is a layer's output, at the layer's path, or its input, at that path with `roadie.adapter.INPUT_SUFFIX`. Several layers
-may be given one input, which is therefore never written to.
+may be given one input, which is therefore never written to. The projections of stacked experts are sites too (`roadie.experts`).
 
 Legend: D features of a site, S slots.
 """
@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import INPUT_SUFFIX
+from roadie.adapter import INPUT_SUFFIX, LayerParameters, is_input
+from roadie.errors import AdapterError, ConfigError
+from roadie.experts import ExpertSite, Pairs, attach, check_group_sizes
 from roadie.kernels import (
     Chain,
     Keep,
@@ -45,13 +47,19 @@ class _Last(NamedTuple):
 class LayerRotation:
     """One layer, or its input: its table, and the choice of the rows. A copy of a model has none: its bank is another's.
 
-    routing: of the bank; site: the linear layer, which is at `path`.
+    routing: of the bank; site: the linear layer, or the experts, which is at `path`; num_rotations: end to end in a slot.
     """
 
     def __init__(
-        self, table: SlotTable, routing: Routing[Choice], site: nn.Module, path: str = "an adapted layer"
+        self,
+        table: SlotTable,
+        routing: Routing[Choice],
+        site: nn.Module,
+        path: str = "an adapted layer",
+        num_rotations: int = 1,
     ) -> None:
         self.table, self.path, self._routing, self._site = table, path, routing, site
+        self._num_rotations = num_rotations
         self._last: _Last | None = None
 
     def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
@@ -100,6 +108,24 @@ class LayerRotation:
         z = torch.empty_like(y)
         return z if prepared(y, z) else None
 
+    def rests(self) -> bool:
+        """Whether no slots are in force."""
+        return self._routing.current() is None
+
+    def of_pairs(self, y: Tensor, pairs: Pairs) -> Tensor:
+        """As `of`, of what experts give to pairs of a token and an expert: y ``[P, D]``, which nobody else holds."""
+        choice = self._routing.current()
+        return y if choice is None else self.by_pairs(choice, y, pairs)
+
+    def by_pairs(self, choice: Choice, y: Tensor, pairs: Pairs) -> Tensor:
+        """As `of_pairs`, by this choice. Pairs are others in every call, so that nothing is remembered of them."""
+        is_compiled = torch.compiler.is_compiling()
+        if not is_compiled and not choice.is_static and self.table.has_none(choice.host):
+            return y
+        slots = self.table.routed(choice.placed(pairs.hidden, self._site))
+        chain, of_pairs = pairs.spread(self.table.current, slots, self._num_rotations)
+        return rotate_checked(y, chain, of_pairs, Keep.INPUT, True)
+
     @property
     def prepared(self) -> PreparedRotation | None:
         """What has just rotated, made ready to be applied again."""
@@ -124,7 +150,7 @@ class Hold(Protocol):
         ...
 
     def linear(self, layer: Any) -> nn.Module:
-        """The linear layer that a site is the output of, or the input."""
+        """The linear layer that a site is the output of, or the input; or the experts."""
         ...
 
     def device_of(self, layer: Any) -> torch.device:
@@ -149,24 +175,30 @@ class LayerInput:
 
 
 class Hooks:
-    """Forward hooks on the linear layers of any model."""
+    """Forward hooks on the linear layers of any model, and the turns of its stacked experts."""
 
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
         """Inside PEFT's layers the base layer."""
         layers = linear_layers(model)
-        return {**layers, **{f"{path}{INPUT_SUFFIX}": LayerInput(layer) for path, layer in layers.items()}}
+        inputs = {f"{path}{INPUT_SUFFIX}": LayerInput(layer) for path, layer in layers.items()}
+        experts = {path_in_base(path): site for path, site in ExpertSite.in_model(model).items()}
+        return {**layers, **inputs, **experts}
 
     def refusals(self, model: nn.Module) -> Mapping[str, str]:
         """Layers that the model does not call, or that give no tensor, with the reason."""
         return {path_in_base(path): reason for path, reason in refusals(model).items()}
 
-    def linear(self, layer: nn.Module | LayerInput) -> nn.Module:
+    def linear(self, layer: nn.Module | LayerInput | ExpertSite) -> nn.Module:
+        if isinstance(layer, ExpertSite):
+            return layer.projection.experts
         return layer.layer if isinstance(layer, LayerInput) else layer
 
-    def device_of(self, layer: nn.Module | LayerInput) -> torch.device:
+    def device_of(self, layer: nn.Module | LayerInput | ExpertSite) -> torch.device:
         return next(self.linear(layer).parameters()).device
 
-    def attach(self, layer: nn.Module | LayerInput, rotation: LayerRotation) -> Callable[[], None]:
+    def attach(self, layer: nn.Module | LayerInput | ExpertSite, rotation: LayerRotation) -> Callable[[], None]:
+        if isinstance(layer, ExpertSite):
+            return attach(layer, rotation)
         if isinstance(layer, LayerInput):
             return layer.layer.register_forward_pre_hook(_input_hook(rotation)).remove
         gives_fresh_memory = type(layer) is nn.Linear
@@ -218,3 +250,23 @@ def out_features_of(module: Any) -> int:
     width = getattr(module, "out_features", None) or out_features(module)
     assert isinstance(width, int)
     return width
+
+
+def num_rotations_at(site: Any) -> int:
+    """How many rotations lie end to end at a site that a bank holds: of experts, which are rotated apart."""
+    return getattr(site, "num_rotations", 1)
+
+
+def check_site(name: str, path: str, site: Any, layer: LayerParameters) -> None:
+    """Raise `AdapterError` where parameters of the adapter `name` do not fit the site at `path`."""
+    wanted = out_features_of(site)
+    if layer.out_features != wanted:
+        raise AdapterError(
+            f"got adapter {name!r} with {layer.out_features} {'inputs' if is_input(path) else 'outputs'} for {path!r}; "
+            f"wanted {wanted}; use its own base model"
+        )
+    if isinstance(site, ExpertSite):
+        try:
+            check_group_sizes(site, layer.stages)
+        except ConfigError as error:
+            raise AdapterError(f"got adapter {name!r}, of which {path!r} does not fit: {error}") from None

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, check_adapter_name, is_input, layer_of
+from roadie.adapter import Adapter, check_adapter_name, experts_kind, is_input, layer_of
 from roadie.bank.admission import ReadyAdapter, SiteChains, rotations, rotations_of_row
-from roadie.bank.attachment import Hold, Hooks, LayerRotation, out_features_of
+from roadie.bank.attachment import Hold, Hooks, LayerRotation, check_site, num_rotations_at, out_features_of
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.families import Family
 from roadie.bank.live import live_adapter
@@ -324,12 +324,7 @@ class AdapterBank:
                 f"was trained on ({adapter.base_model_name or 'not named in its config'})"
             )
         for path, layer in adapter.layers.items():
-            wanted = out_features_of(self._modules[path])
-            if layer.out_features != wanted:
-                raise AdapterError(
-                    f"got adapter {name!r} with {layer.out_features} {'inputs' if is_input(path) else 'outputs'} for {path!r}; "
-                    f"wanted {wanted}; use its own base model"
-                )
+            check_site(name, path, self._modules[path], layer)
 
     def _read(self, source: Any) -> Adapter:
         if isinstance(source, Adapter):
@@ -420,9 +415,12 @@ class AdapterBank:
     def _attach(self, path: str) -> None:
         module = self._modules[path]
         width, device = out_features_of(module), self._device_of(path)
-        table = SlotTable(width, self._book.num_slots, self.dtype, device, is_sparse=is_input(path))
+        is_sparse = is_input(path) or experts_kind(path) is not None
+        table = SlotTable(width, self._book.num_slots, self.dtype, device, is_sparse=is_sparse)
         self.streams.add(device)
-        self._attached[path] = rotation = LayerRotation(table, self._routing, self._hold.linear(module), path)
+        self._attached[path] = rotation = LayerRotation(
+            table, self._routing, self._hold.linear(module), path, num_rotations_at(module)
+        )
         self._detach.callback(self._hold.attach(module, rotation))
 
     def _device_of(self, path: str) -> torch.device:

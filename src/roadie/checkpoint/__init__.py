@@ -13,8 +13,9 @@ them: other metadata, another JSON layout, two spellings of one number, extra ke
 **The prefix.** Where the config says more than stock PEFT understands (`EXTRA_DEFAULTS`), the file's variant reads
 "roadie:road_1", so that stock PEFT raises "Invalid variant" where it would have loaded another meaning. Readers here
 strip it, `config_text` puts it back. An extension that this reader must not ignore needs another prefix: chains of
-several ``stages`` have "roadie-stages:", rotations of inputs (``input_stages``) "roadie-inputs:", and `save` warns that only
-roadie reads them. The parameters of a chain lie end to end; those of the input of the layer at P are at P.road_input.
+several ``stages`` have "roadie-stages:", rotations of inputs (``input_stages``) "roadie-inputs:", those of stacked experts
+(``target_experts``) "roadie-experts:", and `save` warns that only roadie reads them. The parameters of a chain lie end to end;
+those of the input of the layer at P are at P.road_input; of the experts at P see `roadie.adapter`.
 
 **One pair, never a mixture.** Both files are written and fsynced in a temporary folder beside the final ones. Where
 the config does not change, the weights are replaced by one rename. Otherwise: old config out, old weights out, new
@@ -35,6 +36,7 @@ from roadie.adapter import (
     INPUT_SUFFIX,
     Adapter,
     LayerParameters,
+    experts_kind,
     is_input,
     layer_of,
     out_features_of,
@@ -49,6 +51,7 @@ from roadie.checkpoint.layout import (
     CHAIN_KEYS,
     CHAIN_PREFIX,
     CONFIG_NAME,
+    EXPERTS_KEY,
     EXTRA_DEFAULTS,
     INPUT_KEYS,
     INPUT_PREFIX,
@@ -101,8 +104,8 @@ def load(path: str | os.PathLike[str], *, max_weights_bytes: int | None = None) 
     max_weights_bytes: refuse a larger weights file before opening it (for files from strangers); None: no limit.
     The tensors are copies: nothing that later happens to the files changes them.
     Raises `CheckpointError` where a file is missing, corrupt, truncated, not RoAd, of wrong shapes, holds theta or alpha that are
-    not finite, or rotates inputs where its config says otherwise, and `UnsafeCheckpointError` where the weights are a pickle. The
-    values of `other` tensors are not looked at.
+    not finite, or rotates inputs or stacked experts where its config says otherwise, and
+    `UnsafeCheckpointError` where the weights are a pickle. The values of `other` tensors are not looked at.
     """
     folder = Path(path)
     text = config_bytes(folder)
@@ -115,6 +118,7 @@ def load(path: str | os.PathLike[str], *, max_weights_bytes: int | None = None) 
     pairs, other = split_tensors(weights, tensors)
     layers = {module: _layer(weights, config, module, pair) for module, pair in pairs.items()}
     _check_inputs(weights, config, layers)
+    _check_experts(weights, config, layers)
     check_finite(weights, layers)
     return Adapter(layers, config, other)
 
@@ -143,22 +147,24 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     for module, layer in adapter.layers.items():
         _check_described(folder / CONFIG_NAME, config, module, layer)
     _check_inputs(folder / CONFIG_NAME, config, adapter.layers)
+    _check_experts(folder / CONFIG_NAME, config, adapter.layers)
     warn_of_chains(config)
     replace_pair(folder, text, join_tensors(folder / WEIGHTS_NAME, adapter))
 
 
 def warn_of_chains(config: Mapping[str, object]) -> None:
-    """Say that roadie alone reads an adapter of this config, where it has chains of several stages, or rotates inputs."""
-    has_chains, has_inputs = (any(config.get(key) for key in keys) for keys in (CHAIN_KEYS, INPUT_KEYS))
-    if has_chains or has_inputs:
-        names = ["several rotations in a row (stages)"] * has_chains + [
-            "rotations of inputs (input_stages)"
-        ] * has_inputs
-        settings = ["stages"] * has_chains + ["input_stages"] * has_inputs
+    """Say that roadie alone reads an adapter of this config, where it rotates several times in a row, inputs, or experts."""
+    beyond = {
+        "stages": ("several rotations in a row", CHAIN_KEYS),
+        "input_stages": ("rotations of inputs", INPUT_KEYS),
+        "target_experts": ("rotations of stacked experts", (EXPERTS_KEY,)),
+    }
+    found = [key for key, (_, keys) in beyond.items() if any(config.get(each) for each in keys)]
+    if found:
         warnings.warn(
-            f"this adapter has {' and '.join(names)}, which the format of PEFT's RoAd cannot express; it is saved so that roadie "
-            "alone loads it, and stock PEFT refuses it. For stock PEFT, merge it, or train without "
-            f"{' and '.join(settings)}.",
+            f"this adapter has {' and '.join(f'{beyond[key][0]} ({key})' for key in found)}, which the format of PEFT's RoAd "
+            "cannot express; it is saved so that roadie alone loads it, and stock PEFT refuses it. For stock PEFT, merge it, or "
+            f"train without {' and '.join(found)}.",
             UserWarning,
             stacklevel=3,
         )
@@ -192,6 +198,20 @@ def _check_inputs(file: Path, config: Mapping[str, object], layers: Mapping[str,
             refuse(
                 file, missing, "nothing, and a config with input_stages for this layer", "both tensors of the input", do
             )
+
+
+def _check_experts(file: Path, config: Mapping[str, object], layers: Mapping[str, LayerParameters]) -> None:
+    """Refuse sites of stacked experts of another kind than the config says, and a config that says one without sites."""
+    wanted = config.get(EXPERTS_KEY)
+    found = {kind: path for path in layers if (kind := experts_kind(path)) is not None}
+    if set(found) == ({wanted} if wanted else set()):
+        return
+    odd = next((path for kind, path in found.items() if kind != wanted), None)
+    got = f"a config with target_experts={wanted!r}" + (" and no rotations of experts" if odd is None else "")
+    do = "get the file again, or set target_experts to what the adapter has"
+    refuse(
+        file, None if odd is None else parameter_name(odd, "theta"), got, f"what it has: {sorted(found) or None}", do
+    )
 
 
 def _shown(stages: tuple[int, ...]) -> str:

@@ -13,7 +13,8 @@ MAX_CONFIG_BYTES = 1 << 20
 VARIANT_PREFIX = "roadie:"
 CHAIN_PREFIX = "roadie-stages:"  # readers that know VARIANT_PREFIX alone must refuse chains of several stages
 INPUT_PREFIX = "roadie-inputs:"  # and those that know these two, rotations of inputs
-PREFIXES = (VARIANT_PREFIX, CHAIN_PREFIX, INPUT_PREFIX)
+EXPERTS_PREFIX = "roadie-experts:"  # and those that know these three, rotations of stacked experts
+PREFIXES = (VARIANT_PREFIX, CHAIN_PREFIX, INPUT_PREFIX, EXPERTS_PREFIX)
 EXTRA_DEFAULTS: Mapping[str, Any] = {
     "adapt_group_size": False,
     "bias": "none",
@@ -25,12 +26,14 @@ EXTRA_DEFAULTS: Mapping[str, Any] = {
     "layers_to_transform": None,
     "stages": None,
     "stages_pattern": {},
+    "target_experts": None,
     "trainable_token_indices": None,
     "variant_pattern": {},
 }
 
 CHAIN_KEYS = ("stages", "stages_pattern")
 INPUT_KEYS = ("input_stages", "input_stages_pattern")
+EXPERTS_KEY = "target_experts"
 
 PARAMETER = re.compile(r"base_model\.model\.(?P<module>.+)\.road_(?P<part>theta|alpha)", re.DOTALL)
 # As they stand in a model's own state dict: without the prefix, or with the adapter's name at the end.
@@ -46,6 +49,8 @@ def without_prefix(variant: Any) -> Any:
 
 def prefix_for(keys: Collection[str]) -> str:
     """What stands before the variant of a config with these keys; nothing where stock PEFT understands all of them."""
+    if EXPERTS_KEY in keys:
+        return EXPERTS_PREFIX
     if any(key in keys for key in INPUT_KEYS):
         return INPUT_PREFIX
     if any(key in keys for key in CHAIN_KEYS):

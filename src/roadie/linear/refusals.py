@@ -52,14 +52,20 @@ def refusal(path: str, reason: str) -> str:
     return f"got target {path!r}: {reason}; wanted layers that are called; leave it out of the targets"
 
 
-def without_refused(model: nn.Module, paths: Iterable[str], reasons: Mapping[str, str] | None = None) -> list[str]:
+def without_refused(
+    model: nn.Module, paths: Iterable[str], reasons: Mapping[str, str] | None = None, *, are_experts_meant: bool = False
+) -> list[str]:
     """Those of `paths`, all linear layers of `model`, that can be adapted; one log line names what is left out.
 
-    reasons: by path; None: what `refusals` and `unpaired` say of the model.
+    reasons: by path; None: what `refusals` and `unpaired` say of the model. are_experts_meant: whether stacked experts are
+    adapted.
     """
     reasons = {**unpaired(model), **refusals(model)} if reasons is None else reasons
     wanted = list(paths)
-    experts = dict.fromkeys(stacked_experts(model), "a parameter that holds the weights of many experts is no layer")
+    stacked = [] if are_experts_meant else stacked_experts(model)
+    experts = dict.fromkeys(
+        stacked, "a parameter that holds the weights of many experts is no layer (target_experts adapts it)"
+    )
     _say_left_out({**{path: reasons[path] for path in wanted if path in reasons}, **experts})
     return [path for path in wanted if path not in reasons]
 

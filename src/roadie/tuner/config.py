@@ -52,6 +52,11 @@ class RoadConfig(PeftConfig):
             several, which divide in_features; its variant and start are those of the output. None: the output alone.
             Such adapters too are saved so that stock PEFT refuses them.
         input_stages_pattern: regular expression -> input_stages, where they differ ([]: the output alone there).
+        target_experts: rotate the stacked experts of mixtures too, which are parameters of three dimensions and no layers: what
+            "each" expert gives by a rotation of its own, or what all of a layer give by one ("shared", with as many times fewer
+            parameters as there are experts). All experts are meant, whatever target_modules says, but for those in
+            exclude_modules or outside of layers_to_transform. None: they are left alone. Patterns match the paths of their sites,
+            such as "experts.road_gate_up" and "experts.road_down". Such adapters too are saved so that stock PEFT refuses them.
 
     Raises `ConfigError` (a ValueError) for values that are not valid. Making one routes PEFT's ROAD to roadie.
     """
@@ -80,6 +85,10 @@ class RoadConfig(PeftConfig):
     )
     input_stages_pattern: dict[str, list[int]] = field(
         default_factory=dict, metadata={"help": "Regex of modules -> input_stages."}
+    )
+    target_experts: str | None = field(
+        default=None,
+        metadata={"help": "Rotate stacked experts too: 'each' by its own rotation, or all by one 'shared'."},
     )
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -19,14 +19,16 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
-from roadie.adapter import INPUT_SUFFIX, resolve_layer, rotates_input
+from roadie.adapter import INPUT_SUFFIX, experts_kind, resolve_layer, rotates_input
 from roadie.errors import ConfigError, UnsupportedLayer
+from roadie.experts import ExpertSite, check_group_sizes, refusal
 from roadie.linear import refusals, unpaired
 from roadie.tuner.layer import check_sizes, linear_features
-from roadie.tuner.rotating import RoadLayer
+from roadie.tuner.rotating import RoadLayer, check_variant, group_sizes_of
 from roadie.tuner.snapshot import Snapshot, undone_if_raised
 from roadie.tuner.targeting import (
     PATTERNS,
+    experts_meant,
     warn_of_layers_beyond,
     warn_of_what_matches_nothing,
     with_names_of_all_linear,
@@ -39,10 +41,10 @@ TakesBack = Callable[[], None]
 
 @dataclass(frozen=True)
 class Target:
-    """One module that will be adapted: its path, and the config with the variant and group size that hold there."""
+    """One site that will be adapted: its path, the module (or projection of experts) there, and the config that holds there."""
 
     path: str
-    module: nn.Module
+    module: object
     config: Any
     in_features: int
     out_features: int
@@ -50,11 +52,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an injection will do, found without changing the model; target_modules: those of the config, resolved."""
+    """What an injection will do, found without changing the model; target_modules: those of the config, resolved.
+
+    experts: the paths of stacked experts that the config may mean.
+    """
 
     model: nn.Module
     target_modules: Any
     targets: tuple[Target, ...]
+    experts: frozenset[str] = frozenset()
 
     @classmethod
     def make(
@@ -70,13 +76,18 @@ class Plan:
         if getattr(trial, "target_modules", None) == DUMMY_TARGET_MODULES:
             return cls(model, trial.target_modules, ())
         reasons = refusals(model)
+        trial._experts = experts_meant(trial, model)
         trial = with_names_of_all_linear(trial, model, {**unpaired(model), **reasons})
         paths = _paths_in(state_dict, tuner.prefix) if state_dict is not None else None
-        targets = []
+        targets: list[Target] = []
         for path, module in _candidates(model):
-            if path in paths if paths is not None else _matches(tuner, trial, path):
+            if not (path in paths if paths is not None else _matches(tuner, trial, path)):
+                continue
+            if path in trial._experts:
+                targets += _targets_of_experts(model, path, module, trial)
+            else:
                 targets.append(_target(model, path, module, trial, reasons.get(path)))
-        return cls(model, trial.target_modules, tuple(targets))
+        return cls(model, trial.target_modules, tuple(targets), trial._experts)
 
     def warn(self, config: Any, *, was_read: bool) -> None:
         """Warn of names, layers and patterns of `config` that the model does not have, and of modules of several names.
@@ -132,7 +143,16 @@ def _matches(tuner: BaseTuner, config: Any, path: str) -> bool:
 
 
 def _paths_in(state_dict: dict[str, Tensor], prefix: str) -> set[str]:
-    return {key.rsplit("." + prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+    return {key.rsplit("." + prefix, 1)[0].removeprefix("_orig_mod.") for key in with_modules_alone(state_dict)}
+
+
+def with_modules_alone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of the parameters of adapters, those of experts as if they belonged to the experts module itself."""
+    named = {key: key.rpartition(".road_")[0] for key in state_dict}
+    return {
+        f"{path.rpartition('.')[0]}{key.removeprefix(path)}" if experts_kind(path) else key: state_dict[key]
+        for key, path in named.items()
+    }
 
 
 def _target(model: nn.Module, path: str, module: nn.Module, config: Any, refused: str | None) -> Target:
@@ -149,6 +169,18 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: Any, refused
         adapting = "" if out_features % 2 or in_features % 2 else ", or set adapt_group_size=True"
         raise ConfigError(f"{error} Module: {path!r}; or leave it out with exclude_modules{adapting}.") from None
     return Target(path, module, resolved, in_features, out_features)
+
+
+def _targets_of_experts(model: nn.Module, path: str, experts: nn.Module, config: Any) -> Iterator[Target]:
+    refused = refusal(experts, model)
+    if refused is not None:
+        raise UnsupportedLayer(f"Experts at {path!r} are not supported: {refused}.")
+    for site in ExpertSite.of(experts, config.target_experts):
+        where = f"{path}.{site.name}"
+        resolved = layer_config(config, where, 0, site.out_features)
+        check_variant(resolved.variant)
+        check_group_sizes(site, group_sizes_of(resolved))
+        yield Target(where, site, resolved, 0, site.out_features)
 
 
 def layer_config(config: Any, path: str, in_features: int, out_features: int) -> Any:

@@ -17,26 +17,27 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _every_module
 
 from roadie.algebra.chains import compose_chains
-from roadie.errors import MergeError, RoutingError, UnsupportedLayer
+from roadie.errors import RoutingError, UnsupportedLayer
 from roadie.linear import check_output, read_in_a_forward
 from roadie.rotation import check_group_size, transposed
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.inputs import RoadInput
-from roadie.tuner.merging import ExactUnmerge, WeightRotations
+from roadie.tuner.merged import MergedLayer
+from roadie.tuner.merging import WeightRotations
 from roadie.tuner.output import gives_fresh_memory
 from roadie.tuner.rotating import RoadLayer, check_variant, group_sizes_of, input_group_sizes_of
 from roadie.tuner.routing import ARE_MERGED, adapter_rows
-from roadie.tuner.weight import BaseWeight, Merge, base_weight, is_conv1d
+from roadie.tuner.weight import BaseWeight, base_weight, is_conv1d
 
 
-class Linear(nn.Module, RoadLayer):
+class Linear(nn.Module, MergedLayer):
     """A linear layer of any kind whose output RoAd rotates, ``z = R (W x + b)``, and its input: ``z = R (W (R_in x) + b)``.
 
     Input ``[..., in]``, output ``[..., D]`` in the dtype the base layer gives. road_input: what rotates the input; None where
@@ -57,11 +58,8 @@ class Linear(nn.Module, RoadLayer):
         self.base_layer = base_layer
         self.quantization_backend = backend
         self.in_features, out_features = linear_features(RoadLayer.get_base_layer(self), backend)
-        RoadLayer.__init__(self, out_features)
+        MergedLayer.__init__(self, out_features)
         self.road_input: RoadInput | None = None
-        self.merged_adapters: list[str] = []
-        self.exact_unmerge = ExactUnmerge.HALF
-        self._merges: list[Merge] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config)
 
@@ -171,84 +169,15 @@ class Linear(nn.Module, RoadLayer):
         if self.merged and self._routing.current() is not None:
             raise RoutingError(ARE_MERGED)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Rotate the base weight, and the bias, in place by the given adapters (None: the active ones), both or neither.
-
-        safe_merge: look first whether every result is finite, and raise `MergeError` (a ValueError) with nothing changed
-        if not. What it takes to come back exactly is kept as `exact_unmerge` says.
-        """
-        names = self._to_merge(adapter_names)
-        if not names:
-            return
-        self._check_not_held()
-        if safe_merge:
-            self.check_merge(names)
-        merge = self._base_weight().merge(self._weight_rotations(names), self.exact_unmerge)
-        self._changed()
-        self._merges.append(Merge(tuple(names), *merge))
-        self.merged_adapters.extend(names)
-
-    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.road_theta]
-
-    def check_merge(self, adapter_names: list[str]) -> None:
-        """Raise `MergeError` if merging these adapters would give a non-finite weight or bias; changes nothing."""
-        self._base_weight().check(self._weight_rotations(adapter_names), ", ".join(adapter_names))
-
     def _weight_rotations(self, names: Sequence[str]) -> WeightRotations:
-        """What merging does to the weight: with adapters A, B it becomes ``R_B R_A W R_inA R_inB``."""
+        rows, inputs = super()._weight_rotations(names), self.road_input
+        if inputs is None:
+            return rows
         with torch.no_grad():
-            rows = compose_chains([rotation for name in names for rotation in self.rotations(name)], ())
-            inputs = self.road_input
-            if inputs is None:
-                return WeightRotations(rows)
             # A row w of W becomes R^T w; of a chain the last is the first that stands beside W.
             here = [name for name in names if name in inputs.road_theta]
             columns = [transposed(rotation) for name in here for rotation in reversed(inputs.rotations(name))]
-            return WeightRotations(rows, compose_chains(columns, ()))
-
-    def unmerge(self) -> None:
-        """Take all merges back, the last one first; raises `MergeError` with nothing changed where one cannot be."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.check_unmerge()
-        while self._merges:
-            self.undo_last_merge()
-
-    def undo_last_merge(self) -> None:
-        """Take back what the last call of `merge` did."""
-        merge = self._merges[-1]
-        self._base_weight().unmerge(merge)
-        self._changed()
-        self._merges.pop()
-        del self.merged_adapters[len(self.merged_adapters) - len(merge.adapters) :]
-
-    def check_unmerge(self) -> None:
-        """Raise `MergeError` if a merge cannot be taken back; changes nothing."""
-        self._check_not_held()
-        self.check_undoable()
-
-    def check_undoable(self) -> None:
-        """As `check_unmerge`, but for what was merged after RoAd."""
-        for merge in self._merges:
-            if not merge.can_be_undone:
-                raise MergeError(
-                    f"got adapter(s) {', '.join(merge.adapters)} with a singular block (alpha = 0 or a determinant of "
-                    "0) merged; such a merge cannot be undone. Nothing was changed; load the base model again."
-                )
-
-    def _check_not_held(self) -> None:
-        if self.held_by:
-            raise MergeError(
-                f"got a layer into which {', '.join(self.held_by)} (LoRA) was merged after RoAd; wanted LoRA unmerged first: it "
-                "is added to R W, and R must not change under it; model.unmerge_adapter() takes both back. Nothing was changed."
-            )
-
-    @property
-    def unmerge_bytes(self) -> int:
-        """Bytes kept so that unmerging gives back the original weights exactly."""
-        return sum(merge.nbytes for merge in self._merges)
+            return WeightRotations(rows.rows, compose_chains(columns, ()))
 
     def _base_weight(self) -> BaseWeight:
         return base_weight(self)
@@ -278,8 +207,6 @@ class Linear(nn.Module, RoadLayer):
         """Remove an adapter from this layer; see PEFT's BaseTunerLayer."""
         super().delete_adapter(adapter_name)
         self._forget_input(adapter_name)
-        self._routing.additions += 1
-        self._changed()
 
     def clear_cache(self) -> None:
         """Forget rotations computed from the parameters; needed only after writing to ``.data`` of frozen GPU parameters."""

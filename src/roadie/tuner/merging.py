@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 from typing import Any
 
 import torch
@@ -72,18 +73,28 @@ class WeightRotations:
         return WeightRotations(part, self.columns)
 
 
-def pieces(weight: Tensor, rotations: WeightRotations, dim: int) -> Iterator[tuple[Tensor, WeightRotations]]:
+def pieces(weight: Tensor, rotations: WeightRotations, dim: int | None) -> Iterator[tuple[Tensor, WeightRotations]]:
     """Views ``[rows, k]`` of a weight with whole groups in `rows`, and what is done to those rows.
 
-    dim says where the outputs are: 0 for ``[D, in]`` and for a bias ``[D]``, 1 for ``[in, D]``.
+    dim says where the outputs are: 0 for ``[D, in]`` and for a bias ``[D]``, 1 for ``[in, D]``; None for blocks
+    ``[..., D', in]``, whose outputs are those of the first, then those of the next, and no group crosses a border.
     """
-    table = weight.movedim(dim, 0)
-    table = table.unsqueeze(1) if table.dim() == 1 else table
     step = math.lcm(2, *(rotation.group_size for rotation in rotations.rows))
-    step *= max(1, ELEMENTS_A_PIECE // (step * max(1, table.shape[1])))
-    for start in range(0, table.shape[0], step):
-        rows = slice(start, min(start + step, table.shape[0]))
-        yield table[rows], rotations.of_rows(rows)
+    for begin, table in _blocks(weight, dim):
+        height = step * max(1, ELEMENTS_A_PIECE // (step * max(1, table.shape[1])))
+        for start in range(0, table.shape[0], height):
+            stop = min(start + height, table.shape[0])
+            yield table[start:stop], rotations.of_rows(slice(begin + start, begin + stop))
+
+
+def _blocks(weight: Tensor, dim: int | None) -> Iterator[tuple[int, Tensor]]:
+    """Views ``[D', k]`` of a weight, and the number of the first output of each."""
+    if dim is not None:
+        table = weight.movedim(dim, 0)
+        yield 0, table.unsqueeze(1) if table.dim() == 1 else table
+        return
+    for number, index in enumerate(product(*map(range, weight.shape[:-2]))):
+        yield number * weight.shape[-2], weight[index]
 
 
 @torch.no_grad()
@@ -122,7 +133,9 @@ class UndoRecord:
         return sum(patch.nbytes for patch in self.patches)
 
 
-def rotate_in_place(weight: Tensor, rotations: WeightRotations, dim: int, exact: ExactUnmerge) -> UndoRecord | None:
+def rotate_in_place(
+    weight: Tensor, rotations: WeightRotations, dim: int | None, exact: ExactUnmerge
+) -> UndoRecord | None:
     """Merges `rotations` into `weight` and returns how to take it back; None where a block is singular.
 
     If it is interrupted, the pieces that were done are taken back before the exception goes on, unless a block is singular.
@@ -147,7 +160,7 @@ def rotate_in_place(weight: Tensor, rotations: WeightRotations, dim: int, exact:
     return None if undo is None else UndoRecord(undo, tuple(patches), weight.dtype)
 
 
-def restore_in_place(weight: Tensor, record: UndoRecord, dim: int) -> None:
+def restore_in_place(weight: Tensor, record: UndoRecord, dim: int | None) -> None:
     """Takes a merge back; bit for bit where the record has patches and the weight still has the dtype it had."""
     patches = record.patches
     if patches and weight.dtype != record.dtype:
@@ -186,7 +199,7 @@ def all_or_none(layers: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-def check_finite(weight: Tensor, rotations: WeightRotations, dim: int, adapters: str, what: str) -> None:
+def check_finite(weight: Tensor, rotations: WeightRotations, dim: int | None, adapters: str, what: str) -> None:
     """Raise `MergeError` if merging would put a non-finite value into `weight`; changes nothing."""
     for rows, part in pieces(weight, rotations, dim):
         if not bool(torch.isfinite(rotated_rows(rows, part)).all()):

@@ -13,8 +13,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
+from roadie.experts import is_experts
 from roadie.tuner.angle_watch import stop_watching, watch_angles
 from roadie.tuner.config import RoadConfig
+from roadie.tuner.experts import RoadExperts, adapt_experts
 from roadie.tuner.injection import (
     Plan,
     TakesBack,
@@ -23,6 +25,7 @@ from roadie.tuner.injection import (
     layer_config,
     mark_shared_weights,
     quantization_backend,
+    with_modules_alone,
 )
 from roadie.tuner.layer import Linear, linear_features
 from roadie.tuner.loading import (
@@ -36,6 +39,7 @@ from roadie.tuner.loading import (
     stored_adapter,
     warn_of_missing,
 )
+from roadie.tuner.merged import MergedLayer
 from roadie.tuner.merging import ExactUnmerge, all_or_none, onloaded
 from roadie.tuner.names import check_name, check_names_in
 from roadie.tuner.output import KeptForBackward
@@ -90,8 +94,9 @@ class RoadModel(BaseTuner):
             stored = None if source is None else stored_adapter(source, is_certain=is_certain)
             if source and stored and is_certain:
                 check_stored_sizes(stored, plan, source.name_or_path)
-            config.target_modules = plan.target_modules
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            config.target_modules, config._experts = plan.target_modules, plan.experts
+            keys = None if state_dict is None else with_modules_alone(state_dict)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, keys)
             self._share_routing(model)
             mark_shared_weights(model)
             if is_reference(self.peft_config, adapter_name):
@@ -130,6 +135,10 @@ class RoadModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if is_experts(target):
+            is_active = adapter_name in self.active_adapters
+            adapt_experts(target, current_key, adapter_name, peft_config, is_active=is_active)
+            return
         backend = quantization_backend(target, self.model)
         config = layer_config(peft_config, current_key, *linear_features(base_of(target), backend))
         if getattr(target, "lies_around_road", False):  # LoRA: R W x + B A x
@@ -221,8 +230,8 @@ class RoadModel(BaseTuner):
         self._awaited = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _layers(self) -> list[Linear]:
-        return [module for module in self.model.modules() if isinstance(module, Linear)]
+    def _layers(self) -> list[MergedLayer]:
+        return [module for module in self.model.modules() if isinstance(module, MergedLayer)]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (None: the active ones) into every layer, or into none if one of them refuses."""
@@ -273,6 +282,12 @@ class RoadModel(BaseTuner):
         try:
             stop_watching(self)
             self._shared.stop_listening(self.model)
+            for layer in layers:
+                if isinstance(layer, RoadExperts):  # which PEFT, which replaces modules, knows nothing of
+                    if merge:
+                        with onloaded(layer):
+                            layer.merge(adapter_names=adapter_names)
+                    layer.remove()
             return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         finally:
             for layer, exact in kept:
@@ -297,7 +312,7 @@ class RoadModel(BaseTuner):
         """
         for layer in self._layers():
             layer.kept_for_backward = wanted = KeptForBackward(kept)
-            if layer.road_input is not None:
+            if isinstance(layer, Linear) and layer.road_input is not None:
                 is_auto = wanted is KeptForBackward.AUTO
                 layer.road_input.kept_for_backward = KeptForBackward.INPUT if is_auto else wanted
 

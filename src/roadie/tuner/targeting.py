@@ -11,8 +11,9 @@ from typing import Any
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from roadie.adapter import matches_end
+from roadie.adapter import experts_kind, matches_end
 from roadie.errors import ConfigError
+from roadie.experts import experts_in
 from roadie.linear import has_name, ignored_names, without_refused
 
 PATTERNS = ("variant_pattern", "group_size_pattern", "stages_pattern", "input_stages_pattern")
@@ -44,7 +45,8 @@ def with_names_of_all_linear(config: Any, model: nn.Module, reasons: Mapping[str
     if config.target_modules is before or not config.target_modules:
         return config
     wanted = [path for path, _ in model.named_modules() if path in config.target_modules]
-    config.target_modules = set(without_refused(model, wanted, reasons))
+    are_meant = getattr(config, "target_experts", None) is not None
+    config.target_modules = set(without_refused(model, wanted, reasons, are_experts_meant=are_meant))
     if not config.target_modules:
         raise ConfigError(
             f"got target_modules='all-linear' for {type(model).__name__}, none of whose linear layers can be adapted (see "
@@ -53,12 +55,34 @@ def with_names_of_all_linear(config: Any, model: nn.Module, reasons: Mapping[str
     return config
 
 
+def experts_meant(config: Any, model: nn.Module) -> frozenset[str]:
+    """The paths of all stacked experts of `model`, where `config` targets experts.
+
+    Raises `ConfigError` where there are none.
+    """
+    if getattr(config, "target_experts", None) is None:
+        return frozenset()
+    found = frozenset(experts_in(model))
+    if not found:
+        raise ConfigError(
+            f"got target_experts={config.target_experts!r} for {type(model).__name__}, which has no stacked experts (parameters "
+            "of three dimensions); wanted a mixture of experts; leave target_experts out: experts that are linear layers are "
+            "targets like others"
+        )
+    return found
+
+
 def is_target(config: Any, key: str) -> Any:
     """As PEFT matches, but the layers of `layers_to_transform` are looked for in whole paths and in bare models too.
 
     "all-linear" becomes whole paths, and the paths of a bare model begin with the list of layers; PEFT passes over the layers
-    of the former, and finds none in the latter.
+    of the former, and finds none in the latter. Stacked experts that the config may mean are targets, whatever it names.
     """
+    if experts_kind(key) is not None:
+        return False  # part of an adapted experts module
+    if key in getattr(config, "_experts", ()):
+        config = copy.copy(config)
+        config.target_modules = {key}
     layers = _layers(config)
     if layers is None or isinstance(config.target_modules, str):
         return check_target_module_exists(config, key)

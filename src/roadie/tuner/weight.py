@@ -1,7 +1,8 @@
 """The base layer's weight, whatever it is stored as: how to merge a rotation into it, and how to go back.
 
-Two kinds: weights that can be rotated in place (`DenseWeight`), and quantised ones that are read, rotated and stored
-again by PEFT's quantisation backend (`QuantisedWeight`), whose original is kept as it was, at most a byte an element.
+Weights are rotated in place (`DenseWeight`, and `StackedWeight` of the experts of a mixture), but for quantised ones, which are
+read, rotated and stored again by PEFT's quantisation backend (`QuantisedWeight`), whose original is kept as it was, at most a
+byte an element.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from roadie.errors import MergeError
+from roadie.experts import Projection
 from roadie.tuner.merging import (
     ExactUnmerge,
     UndoRecord,
@@ -56,7 +58,8 @@ class BaseWeight(ABC):
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer: Any = base_layer
-        self._dim = 1 if is_conv1d(base_layer) else 0  # where the outputs are
+        self._dim: int | None = 1 if is_conv1d(base_layer) else 0  # where the outputs are
+        self._dim_of_bias: int | None = 0
 
     @property
     def bias(self) -> Tensor | None:
@@ -72,7 +75,7 @@ class BaseWeight(ABC):
         """Raise `MergeError` if merging gives a non-finite value; changes nothing."""
         check_finite(self._dense(), rotations, self._dim, adapters, "weights")
         if self.bias is not None:
-            check_finite(self.bias, rotations.of_bias, 0, adapters, "bias")
+            check_finite(self.bias, rotations.of_bias, self._dim_of_bias, adapters, "bias")
 
     @abstractmethod
     def _dense(self) -> Tensor:
@@ -94,11 +97,11 @@ class BaseWeight(ABC):
         """Take `merge` back from weight and bias."""
 
     def _merge_bias(self, rotations: WeightRotations, exact: ExactUnmerge) -> UndoRecord | None:
-        return None if self.bias is None else rotate_in_place(self.bias, rotations.of_bias, 0, exact)
+        return None if self.bias is None else rotate_in_place(self.bias, rotations.of_bias, self._dim_of_bias, exact)
 
     def _unmerge_bias(self, record: UndoRecord | None) -> None:
         if self.bias is not None and record is not None:
-            restore_in_place(self.bias, record, 0)
+            restore_in_place(self.bias, record, self._dim_of_bias)
 
 
 class DenseWeight(BaseWeight):
@@ -107,8 +110,12 @@ class DenseWeight(BaseWeight):
     def check_can_merge(self) -> None:
         self._dense()
 
-    def _dense(self) -> Tensor:
+    def _stored(self) -> Tensor:
         weight: Tensor = self.base_layer.weight
+        return weight
+
+    def _dense(self) -> Tensor:
+        weight = self._stored()
         if weight.device.type == "meta":
             raise MergeError(
                 "got a layer whose weight is not in memory (device meta: offloaded by accelerate, or never loaded); it "
@@ -151,6 +158,26 @@ class DenseWeight(BaseWeight):
         if shared is not None:
             self.base_layer.weight = shared
             self.base_layer._roadie_weight_is_shared = True
+
+
+class StackedWeight(DenseWeight):
+    """One projection of stacked experts, as blocks ``[E, parts, D / parts, in]`` of its weight and its bias; see `Projection`."""
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__(projection.experts)
+        self._projection = projection
+        self._dim = self._dim_of_bias = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self._projection.bias
+        return None if bias is None else self._projection.blocks(bias)
+
+    def _stored(self) -> Tensor:
+        return self._projection.blocks(self._projection.weight)
+
+    def _untie(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
