@@ -140,8 +140,9 @@ def _trained(
 
 def _mapped(stack: Stack, change: Callable[[Tensor], Tensor]) -> Stack:
     """With what a change makes of each tensor; gradients too, since others join and leave between a gradient and its step."""
-    tensors: dict[str, Any] = {**stack.tensors, "gradients": stack.gradients}
-    return replace(stack, **{name: change(tensor).contiguous() for name, tensor in tensors.items()})
+    before = {**stack.tensors, "gradients": stack.gradients}
+    after: dict[str, Any] = {name: change(tensor).contiguous() for name, tensor in before.items()}
+    return replace(stack, **after)
 
 
 def _appended(tensor: Tensor, count: int) -> Tensor:
