@@ -49,6 +49,28 @@ def test_names_are_the_folders_and_what_was_loaded(folder: Path, tmp_path: Path)
             registry.read(name)
 
 
+def test_adapters_that_are_lent_come_and_go_with_their_places_and_can_be_unloaded(folder: Path, tmp_path: Path) -> None:
+    registry = Registry.open(folder, allowed_roots=[tmp_path / "secret"])
+    places: dict[str, Path] = {}
+    registry.lend(places)
+    assert registry.names() == ("good",)
+    checkpoint.save(small(0.9), tmp_path / "secret" / "inner")
+    places["ft:a:b"] = tmp_path / "secret" / "inner"
+    assert (registry.names(), "ft:a:b" in registry) == (("ft:a:b", "good"), True)
+    assert registry.read("ft:a:b").content_hash == content_hash(small(0.9))
+    assert not (folder / STATE_NAME).exists()
+    registry.forget("ft:a:b")
+    again = Registry.open(folder, allowed_roots=[tmp_path / "secret"])
+    again.lend(places)
+    for one in (registry, again):
+        assert (one.names(), "ft:a:b" in one) == (("good",), False)
+    del places["ft:a:b"]
+    assert again.path_of("ft:a:b") == folder / "ft:a:b"
+    places["elsewhere"] = tmp_path / "other"
+    with pytest.raises(CheckpointError, match="wanted one within the folders"):
+        again.read("elsewhere")
+
+
 @pytest.mark.parametrize("path", ["../secret", "good/../../secret", "/etc", ".", "", "a\0b", "x" * 5000, "/"])
 def test_paths_do_not_leave_the_allowed_folders(folder: Path, path: str) -> None:
     with pytest.raises(CheckpointError):

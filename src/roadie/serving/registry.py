@@ -93,6 +93,7 @@ class Registry:
         self._vocabularies: dict[str, str | None] = {}
         self._looked: dict[Path, tuple[Stamp, Belongings]] = {}
         self._given: dict[str, ReadAdapter] = {}
+        self._lent: list[Mapping[str, Path]] = []
 
     @classmethod
     def open(
@@ -112,6 +113,13 @@ class Registry:
         others = tuple(_resolved(other) for other in allowed_roots)
         return cls(folder, state, (folder, *others), _read_state(state), max_adapter_bytes)
 
+    def lend(self, places: Mapping[str, Path]) -> None:
+        """Adapters by name, in folders of the allowed roots; what the mapping has is looked at whenever it is asked for."""
+        self._lent.append(places)
+
+    def _lent_place(self, name: str) -> Path | None:
+        return next((places[name] for places in self._lent if name in places), None)
+
     @property
     def entries(self) -> Mapping[str, Entry]:
         """What the state says, by name."""
@@ -121,7 +129,10 @@ class Registry:
         """The adapters that a request may name, sorted: those of the state, whatever has become of them, and of the root."""
         known = {name for name, entry in self._entries.items() if not entry.is_hidden}
         there = {name for name in self._places.found()[0] if not self._entries.get(name, Entry()).is_hidden}
-        return tuple(sorted(known | there | set(self._given)))
+        lent = {
+            name for places in self._lent for name in tuple(places) if not self._entries.get(name, Entry()).is_hidden
+        }
+        return tuple(sorted(known | there | lent | set(self._given)))
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """The folders in the root that are no adapters, and why."""
@@ -131,14 +142,16 @@ class Registry:
         if not isinstance(name, str) or name in self._given:
             return isinstance(name, str)
         entry = self._entries.get(name)
-        return self._places.has(name) if entry is None else not entry.is_hidden
+        if entry is not None:
+            return not entry.is_hidden
+        return self._lent_place(name) is not None or self._places.has(name)
 
     def path_of(self, name: str) -> Path:
         """Where an adapter's files are, or were; of one without files a path that leads nowhere."""
         if name in self._given:
             return Path(self._given[name].path)
         entry = self._entries.get(name, Entry())
-        return Path(entry.path) if entry.path is not None else self.root / name
+        return Path(entry.path) if entry.path is not None else self._lent_place(name) or self.root / name
 
     def read(self, name: str) -> ReadAdapter:
         """Read and check an adapter. Raises `UnknownAdapter`, and `CheckpointError` for files that cannot be used."""
@@ -270,7 +283,8 @@ class Registry:
         """An adapter was unloaded: requests do not find it until it is loaded again."""
         if self._given.pop(name, None) is not None:
             return
-        self.remember(name, Entry(is_hidden=True) if (self.root / name).is_dir() else Entry())
+        is_found_again = self._lent_place(name) is not None or (self.root / name).is_dir()
+        self.remember(name, Entry(is_hidden=True) if is_found_again else Entry())
 
 
 def _stamp(folder: Path, names: Iterable[str]) -> Stamp:

@@ -19,6 +19,7 @@ from roadie.errors import StateNotWritten
 from roadie.serving.http.extensions import Extension
 from roadie.serving.http.launch import Ground, Launch
 from roadie.train_service.database import Database
+from roadie.train_service.fine_tuning.part import fine_tuning
 
 MODELS = "models"
 
@@ -43,6 +44,7 @@ def extensions(state: Path) -> Callable[[Ground], Sequence[Extension]]:
     database = Database(state / "state.sqlite")
 
     def extend(ground: Ground) -> Sequence[Extension]:
-        return (Extension(APIRouter(), {}, stop=database.close),)
+        parts = [fine_tuning(ground, database, state, state / MODELS)]
+        return (*parts, Extension(APIRouter(), {}, stop=database.close))
 
     return extend

@@ -60,7 +60,7 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, max_le
         if isinstance(record, Text) and record.packed:
             packed += ended(tokens_of(tokenizer, record.text), tokenizer)
             continue
-        example, was_cut = _one_example(record, tokenizer, max_length)
+        example, was_cut = one_example(record, tokenizer, max_length)
         examples.append(example)
         cut += was_cut
     examples += _blocks(packed, max_length)
@@ -71,7 +71,8 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, max_le
     return examples
 
 
-def _one_example(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Example, bool]:
+def one_example(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Example, bool]:
+    """The example of a record, and whether it was cut; raises as `encode` does."""
     pieces = _pieces(record, tokenizer)
     input_ids = [token for tokens, _ in pieces for token in tokens]
     labels = [token if learnt else IGNORED for tokens, learnt in pieces for token in tokens]
@@ -120,7 +121,7 @@ def _chat_pieces(record: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple
     pieces: list[tuple[str, bool]] = []
     done = 0
     for number, (role, _) in enumerate(record.turns):
-        if role != "assistant":
+        if role != "assistant" or number in record.left_out:
             continue
         opening, upto = render(record.turns[:number], opening=True), render(record.turns[: number + 1])
         if done <= len(opening) < len(upto) and whole.startswith(upto) and upto.startswith(opening):

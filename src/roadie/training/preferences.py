@@ -47,14 +47,21 @@ def encode_pairs(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, 
                 f"{record.where}: got a row to learn as it is; wanted a preference for method dpo: a prompt, chosen and "
                 "rejected; give such rows, or train without --method dpo"
             )
-        whole = _pair(record, tokenizer)
-        pairs.append(_cut(whole, max_length))
-        cut += pairs[-1] != whole
+        pair, was_cut = one_pair(record, tokenizer, max_length)
+        pairs.append(pair)
+        cut += was_cut
     if not pairs:
         raise DataError("got no preference; wanted one at least; check the data")
     if cut:
         logger.warning("cut %d of %d pairs at %d tokens", cut, len(pairs), max_length)
     return pairs
+
+
+def one_pair(record: Preference, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Pair, bool]:
+    """The pair of a record, and whether it was cut; raises as `encode_pairs` does."""
+    whole = _pair(record, tokenizer)
+    pair = _cut(whole, max_length)
+    return pair, pair != whole
 
 
 def _pair(record: Preference, tokenizer: PreTrainedTokenizerBase) -> Pair:

@@ -47,10 +47,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation of (role, content) turns, in which the assistant's turns are learnt."""
+    """A conversation of (role, content) turns, in which the assistant's turns are learnt, but for those at `left_out`."""
 
     turns: Turns
     where: str
+    left_out: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

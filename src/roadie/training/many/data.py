@@ -21,6 +21,30 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Order:
+    """Which of so many examples each step sees."""
+
+    num_examples: int
+    batch_size: int
+    seed: int
+    _order: dict[int, list[int]] = field(default_factory=dict)
+
+    def places(self, step: int) -> list[int]:
+        """Those of the step number `step`, from 0."""
+        first = step * self.batch_size
+        return [self._place(index) for index in range(first, first + self.batch_size)]
+
+    def _place(self, index: int) -> int:
+        epoch, place = divmod(index, self.num_examples)
+        if epoch not in self._order:
+            order = list(range(self.num_examples))
+            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            self._order = {number: kept for number, kept in self._order.items() if number == epoch - 1}
+            self._order[epoch] = order
+        return self._order[epoch][place]
+
+
+@dataclass
 class JobData:
     """Examples to learn from and held-out ones (maybe none)."""
 
@@ -28,21 +52,13 @@ class JobData:
     held_out: list[Example]
     batch_size: int
     seed: int
-    _order: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._order = Order(len(self.train), self.batch_size, self.seed)
 
     def rows(self, step: int) -> list[Example]:
         """The examples of the step number `step`, from 0."""
-        first = step * self.batch_size
-        return [self.train[self._place(index)] for index in range(first, first + self.batch_size)]
-
-    def _place(self, index: int) -> int:
-        epoch, place = divmod(index, len(self.train))
-        if epoch not in self._order:
-            order = list(range(len(self.train)))
-            random.Random(f"{self.seed}:{epoch}").shuffle(order)
-            self._order = {number: kept for number, kept in self._order.items() if number == epoch - 1}
-            self._order[epoch] = order
-        return self._order[epoch][place]
+        return [self.train[place] for place in self._order.places(step)]
 
     @property
     def fingerprint(self) -> str:

@@ -1,0 +1,42 @@
+"""The part of the training service that speaks OpenAI's fine-tuning API, put together."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from roadie.serving.http.extensions import Extension
+from roadie.serving.http.launch import Ground
+from roadie.train_service.database import Database
+from roadie.train_service.fine_tuning.course import Bench
+from roadie.train_service.fine_tuning.data import Reader
+from roadie.train_service.fine_tuning.files import Files
+from roadie.train_service.fine_tuning.jobs import Jobs
+from roadie.train_service.fine_tuning.limits import Limits
+from roadie.train_service.fine_tuning.routes import Desk, routes
+from roadie.train_service.fine_tuning.runner import Runner
+from roadie.train_service.fine_tuning.tables import PART
+
+FOLDER = "fine-tuning"
+NUM_READERS = 2
+
+
+def fine_tuning(
+    ground: Ground, database: Database, state: Path, models: Path, limits: Limits | None = None
+) -> Extension:
+    """The part. state: the folder of the service's state; models: a folder within those that adapters may be loaded from."""
+    limits = limits or Limits()
+    database.add(PART)
+    states, made = state / "jobs", models / FOLDER
+    for folder in (states, made):
+        folder.mkdir(exist_ok=True)
+    files, jobs = Files(state / "files", database, limits), Jobs(database, made)
+    ground.registry.lend(jobs.places)
+    engine = ground.engine.training
+    longest = min(ground.engine.limits.max_context_tokens, engine.settings.max_tokens_per_pass or 2**31)
+    reader = Reader(copy.deepcopy(ground.tokenizer), longest, limits)
+    others = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="roadie-fine-tuning")
+    runner = Runner(Bench(engine, reader, files, jobs, limits, ground.names[0], states, made, others))
+    desk = Desk(files, jobs, limits, ground.model, (*ground.names, "base"), runner.wake)
+    return Extension(desk.router, routes(limits), jobs.owner_of, runner.start, runner.stop)
