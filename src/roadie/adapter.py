@@ -248,6 +248,16 @@ def refuse_inputs(adapter: Adapter, where: str) -> None:
             )
 
 
+def refuse_experts(paths: Iterable[str], where: str) -> None:
+    """Raise `AdapterError`, naming the site, where one of `paths` is of stacked experts, which `where` does not take."""
+    path = next((path for path in paths if experts_kind(path) is not None), None)
+    if path is not None:
+        raise AdapterError(
+            f"{where}: got a rotation of stacked experts, {path}; wanted rotations of layers alone; use an adapter trained "
+            "without target_experts, serve this one with AdapterBank or `roadie serve`, or merge it into its base model"
+        )
+
+
 def out_features_of(variant: str | Variant, size: int, num_stages: int = 1) -> int:
     """D of a layer whose theta has `size` elements for `num_stages` rotations; the inverse of `rotation.parameter_size`.
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters, is_input, layer_of
+from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters, is_input, layer_of, refuse_experts
 from roadie.adapter_algebra.layers import about_layer
 from roadie.checkpoint.replacement import replace_pair
 from roadie.errors import AdapterError, ConfigError
@@ -84,6 +84,7 @@ def to_lora(adapter: Adapter, model: nn.Module, rank: int | float) -> LoraAdapte
             f"got {len(adapter.other)} tensors that are no rotations ({next(iter(adapter.other))}); wanted none; make an Adapter "
             "of its layers alone"
         )
+    refuse_experts(adapter.layers, "to_lora")
     linears = {}
     for path, layer in adapter.layers.items():
         with about_layer(path):

@@ -20,11 +20,14 @@ from tests.families.models import FAMILIES, ROWS, TOKENS, Family
 from torch import Tensor, nn
 
 import roadie
-from roadie.errors import CheckpointError, ConfigError, MergeError, UnsupportedLayer
+from roadie.bank.live import live_adapter
+from roadie.errors import AdapterError, CheckpointError, ConfigError, MergeError, UnsupportedLayer
 from roadie.experts.forward import AdaptedConfig
+from roadie.lora import to_lora
 from roadie.testing import stock_peft
 from roadie.testing.accuracy import relative_error
 from roadie.testing.models import randomise
+from roadie.tuner import train_only
 from roadie.tuner.experts import RoadExperts
 
 KINDS = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
@@ -336,3 +339,34 @@ def test_what_cannot_be_adapted_is_refused_by_name() -> None:
     refused(model, "float8_e4m3fn.*dequantised")
     with pytest.raises(ConfigError, match="got target_experts 'all'; wanted 'each', 'shared'"):
         of_experts("all")
+
+
+def test_what_does_not_take_such_adapters_says_so() -> None:
+    model = adapted("qwen3_moe")
+    value = live_adapter(model, "first")
+    with pytest.raises(AdapterError, match="to_lora: got a rotation of stacked experts"):
+        to_lora(value, family("qwen3_moe").model(), 8)
+    with (
+        pytest.raises(AdapterError, match="train_only: got a rotation of stacked experts"),
+        train_only(model, "1/2", "first"),
+    ):
+        pass
+    other = live_adapter(model, "second")
+    with pytest.raises(AdapterError, match="some rotate each expert and others share"):
+        roadie.compose(value, other)
+    for name in EXPERTS:
+        value = live_adapter(model, name)
+        squared = roadie.compose(value, value)
+        assert squared.config["target_experts"] == EXPERTS[name]
+        assert roadie.distance(roadie.power(squared, 0.5), value) < 1e-5
+
+
+def test_adapters_of_a_model_combine_into_another() -> None:
+    model = adapted("qwen3_moe")
+    model.set_adapter("first")
+    with torch.no_grad():
+        wanted = outputs("qwen3_moe", model)
+        model.add_weighted_adapter(["first"], [0.5], "weak")
+        model.add_weighted_adapter(["weak", "weak"], [1.0, 1.0], "again", "compose")
+        model.set_adapter("again")
+        assert relative_error(outputs("qwen3_moe", model), wanted) <= BOUND

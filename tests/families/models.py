@@ -135,6 +135,22 @@ def _kind_and_class(entry: str, suffix: str) -> tuple[str, str]:
     return kind, stem + suffix
 
 
+WITH_EXPERTS = (
+    *(
+        "deepseek_v2",
+        "deepseek_v3",
+        "ernie4_5_moe",
+        "flex_olmo",
+        "glm4_moe",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoehybrid",
+    ),
+    *("granitemoeshared", "jamba", "jetmoe", "llama4_text", "minimax", "mixtral", "olmoe", "phimoe", "qwen2_moe"),
+    *("qwen3_moe", "qwen3_next"),
+)
+"""Those whose experts lie in parameters of three dimensions."""
+
 FAMILIES: list[Family] = [
     *causal(
         "llama:Llama mistral:Mistral mixtral:Mixtral qwen2:Qwen2 qwen2_moe:Qwen2Moe qwen3:Qwen3 qwen3_moe:Qwen3Moe gemma:Gemma "
@@ -153,7 +169,12 @@ FAMILIES: list[Family] = [
     Family("xlnet", "XLNetLMHeadModel", {}, ("max_position_embeddings",)),
     Family("falcon", "FalconForCausalLM", {}, ("head_dim",)),
     Family("gpt_neo", "GPTNeoForCausalLM", {"attention_types": [[["global", "local"], 1]]}),
-    Family("deepseek_v3", "DeepseekV3ForCausalLM", {"num_key_value_heads": 4}, ("head_dim",)),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        {"num_key_value_heads": 4, "first_k_dense_replace": 1},  # the first layer has no experts
+        ("head_dim",),
+    ),
     Family("mamba2", "Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4}),
     Family("jamba", "JambaForCausalLM", {"attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False}),
     Family("bamba", "BambaForCausalLM", {"attn_layer_indices": [1], "mamba_chunk_size": 4, "mamba_n_groups": 1}),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 from tests.families.checks import CHECKS, NO_CHECKPOINTS, Row, row_of
-from tests.families.models import FAMILIES, Family
+from tests.families.models import FAMILIES, WITH_EXPERTS, Family
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
@@ -30,9 +30,19 @@ were multiplied by dense rotation matrices, differentiated by autograd.
 
 """
 
+_EXPERTS = """
+## Stacked experts
+
+The same with `target_experts` for the families whose experts lie in parameters of three dimensions: the adapter of road_1 has a
+rotation for "each" expert, that of road_2 one that is "shared", in one model and one batch. Adapted are the projections of all
+experts of a layer, two of them, besides the layers above. Experts are computed by transformers' "eager" implementation here, in
+float64; `tests/anchors/test_experts.py` compares "batched_mm" and "grouped_mm" too.
+
+"""
+
 
 def line(family: Family, row: Row) -> str:
-    """A family's line of the table."""
+    """A family's line of a table."""
     cells = [_cell(row, check) for check in CHECKS]
     left_out = ", ".join(f"`{name}`" for name in row.left_out)
     return f"| {family.kind} | `{family.cls}` | {row.adapted} | {left_out} | {' | '.join(cells)} |"
@@ -59,12 +69,17 @@ def _in_one_line(text: str) -> str:
 def document() -> str:
     """The whole page, for the installed transformers."""
     rows = [(family, row_of(family)) for family in FAMILIES]
+    of_experts = [(family, row_of(family, with_experts=True)) for family in FAMILIES if family.kind in WITH_EXPERTS]
     head = _HEAD.format(count=len(rows), version=transformers.__version__)
+    return head + _table(rows) + _EXPERTS + _table(of_experts, "### ")
+
+
+def _table(rows: list[tuple[Family, Row]], level: str = "## ") -> str:
     titles = ["family", "class", "adapted", "left out", *CHECKS]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     lines += [line(family, row) for family, row in rows]
     said = [message for family, row in rows for message in messages(family, row)]
-    return head + "\n".join(lines) + "\n\n## What is said\n\n" + "\n".join(said) + "\n"
+    return "\n".join(lines) + f"\n\n{level}What is said\n\n" + "\n".join(said) + "\n"
 
 
 if __name__ == "__main__":

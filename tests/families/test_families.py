@@ -7,7 +7,9 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from tests.families import table
 from tests.families.checks import row_of
-from tests.families.models import FAMILIES, Family
+from tests.families.models import FAMILIES, WITH_EXPERTS, Family
+
+from roadie.experts import experts_in
 
 DOCUMENT = table.DOCUMENT.read_text()
 IS_DOCUMENTED = f"\n{transformers.__version__};" in DOCUMENT
@@ -15,6 +17,17 @@ IS_DOCUMENTED = f"\n{transformers.__version__};" in DOCUMENT
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.kind)
 def test_a_family_works_or_is_refused_with_a_reason(family: Family) -> None:
+    _check(family, with_experts=False)
+
+
+@pytest.mark.parametrize(
+    "family", [each for each in FAMILIES if each.kind in WITH_EXPERTS], ids=lambda family: family.kind
+)
+def test_stacked_experts_work_or_are_refused_with_a_reason(family: Family) -> None:
+    _check(family, with_experts=True)
+
+
+def _check(family: Family, *, with_experts: bool) -> None:
     if not family.exists:
         pytest.skip(f"transformers {transformers.__version__} has no {family.cls}")
     if not IS_DOCUMENTED:
@@ -24,7 +37,9 @@ def test_a_family_works_or_is_refused_with_a_reason(family: Family) -> None:
             pytest.skip(
                 f"transformers {transformers.__version__} has another configuration of {family.kind}: {error}"[:200]
             )
-    row = row_of(family)
+    row = row_of(family, with_experts=with_experts)
+    if not with_experts:
+        assert bool(experts_in(family.model())) == (family.kind in WITH_EXPERTS)
     if IS_DOCUMENTED:
         assert table.line(family, row) in DOCUMENT
         assert all(message in DOCUMENT for message in table.messages(family, row))

@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import is_input, layer_of
-from roadie.bank.attachment import Hooks, LayerInput
+from roadie.adapter import experts_kind, is_input, layer_of
+from roadie.bank.attachment import Hooks, LayerInput, num_rotations_at
 from roadie.bank.families import AdaptedLayer, Family, Stack
 from roadie.errors import RoutingError
+from roadie.experts import ExpertSite, Pairs
 from roadie.kernels import Chain, Keep, RotationTable, rotate_checked, table_of
 from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_gradients, split_stages
 from roadie.sites.rows import Choice, Routing
@@ -163,9 +164,9 @@ class TrainableBank:
         with ExitStack() as stack:
             stack.callback(self._routing.detach, self._routing.attach(model))
             for path in self._tables if paths is None else paths:
-                layer = model.get_submodule(layer_of(path))
-                hooked = LayerInput(layer) if is_input(path) else layer
-                stack.callback(hooks.attach(hooked, _Site(self, path, layer)))
+                hooked = _hooked(model, path)
+                site = _Site(self, path, hooks.linear(hooked), num_rotations_at(hooked))
+                stack.callback(hooks.attach(hooked, site))
             yield
 
     def routed(self, slots: Tensor) -> AbstractContextManager[Any]:
@@ -174,11 +175,26 @@ class TrainableBank:
 
     def rotated(self, path: str, layer: nn.Module, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
         """y of the site `path`, which is at `layer`, each row by its adapter; itself where none is routed, or has the site."""
+        found = self._chosen(path, layer, y)
+        return y if found is None else rotate_checked(y, found[0].chain, found[1], found[0].keep, is_fresh())
+
+    def rotated_pairs(self, path: str, experts: nn.Module, y: Tensor, pairs: Pairs, num_rotations: int) -> Tensor:
+        """As `rotated`, of what stacked experts give to pairs of a token and an expert."""
+        found = self._chosen(path, experts, pairs.hidden)
+        if found is None:
+            return y
+        chain, slots = pairs.spread(found[0].chain, found[1], num_rotations)
+        return rotate_checked(y, chain, slots, found[0].keep, True)
+
+    def rests_at(self, path: str) -> bool:
+        """Whether nothing is rotated there now."""
+        return path not in self._tables or self._routing.current() is None
+
+    def _chosen(self, path: str, layer: nn.Module, y: Tensor) -> tuple[_LayerTable, Tensor] | None:
         table, choice = self._tables.get(path), self._routing.current()
         if table is None or choice is None:
-            return y
-        slots = choice.placed(y, layer, self._rows_of(tuple(table.rows)))
-        return rotate_checked(y, table.chain, slots, table.keep, is_fresh())
+            return None
+        return table, choice.placed(y, layer, self._rows_of(tuple(table.rows)))
 
     def _rows_of(self, parts: tuple[int, ...]) -> tuple[int, ...] | None:
         """For each slot its row in a table of these parts, or -1, as it is for slot -1; None where the rows are the slots."""
@@ -223,9 +239,26 @@ class _Site(NamedTuple):
     bank: TrainableBank
     path: str
     layer: nn.Module
+    num_rotations: int
 
     def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
         return self.bank.rotated(self.path, self.layer, y, is_fresh)
+
+    def rests(self) -> bool:
+        return self.bank.rests_at(self.path)
+
+    def of_pairs(self, y: Tensor, pairs: Pairs) -> Tensor:
+        return self.bank.rotated_pairs(self.path, self.layer, y, pairs, self.num_rotations)
+
+
+def _hooked(model: nn.Module, path: str) -> Any:
+    """What `Hooks` know by this path."""
+    kind = experts_kind(path)
+    if kind is not None:
+        experts = model.get_submodule(path.rpartition(".")[0])
+        return next(site for site in ExpertSite.of(experts, kind) if path.endswith(f".{site.name}"))
+    layer = model.get_submodule(layer_of(path))
+    return LayerInput(layer) if is_input(path) else layer
 
 
 class _Taken(NamedTuple):

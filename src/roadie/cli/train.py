@@ -58,6 +58,13 @@ def train(
         ),
     ] = None,
     target_modules: options.Target = None,
+    target_experts: Annotated[
+        str | None,
+        typer.Option(
+            help="Rotate stacked experts of mixtures too: 'each' by its own rotation, or all by one 'shared'.",
+            show_default="left alone",
+        ),
+    ] = None,
     exclude_modules: options.Exclude = None,
     share: Annotated[
         str | None,

@@ -52,7 +52,7 @@ def train_many(
 
     A job may say: name, data, output, steps (or epochs), learning_rate, schedule, warmup_ratio, weight_decay,
     max_grad_norm, batch_size, max_length, seed, variant, group_size, adapt_group_size, stages, input_stages, targets,
-    exclude, share, eval_data or eval_share, and eval_steps. What the words mean: see roadie train.
+    target_experts, exclude, share, eval_data or eval_share, and eval_steps. What the words mean: see roadie train.
 
     \b
     Examples:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from roadie.adapter import is_input, layer_of
+from roadie.adapter import is_input, layer_of, refuse_experts
 from roadie.distributed.layers import STORES, road_layers
 from roadie.errors import ConfigError
 from roadie.rotation import parameter_size
@@ -41,6 +41,7 @@ def tensor_parallel(
     """
     layers = road_layers(model)
     _refuse_inputs(layers)
+    refuse_experts(layers, "tensor parallelism")
     done = _mesh_of(layers)
     if done is None and mesh is None:
         raise ConfigError("got no mesh for a model that is whole; wanted one; make it with torch's init_device_mesh")

@@ -2,21 +2,22 @@
 
 "all-linear" is every linear layer but the output embeddings and those that cannot be adapted (`roadie.linear`); a list holds
 names or ends of module paths; any other text is a regular expression for whole paths. Linear layers are torch.nn.Linear
-(subclasses too) and transformers' Conv1D.
+(subclasses too) and transformers' Conv1D. With `target_experts` all stacked experts are adapted too, but those that are excluded.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from roadie.adapter import INPUT_SUFFIX, is_input, resolve_layer, rotates_input
+from roadie.adapter import INPUT_SUFFIX, experts_kind, is_input, resolve_layer, rotates_input
 from roadie.bank.families import AdaptedLayer
 from roadie.errors import ConfigError, UnsupportedLayer
+from roadie.experts import ExpertSite, check_group_sizes, experts_in, refusal
 from roadie.linear import (
     by_likeness,
     check_named,
@@ -53,8 +54,33 @@ def adapted_layers(
         found += [
             AdaptedLayer(site, width, *resolve_layer(config, site, width), share) for site, width in widths.items()
         ]
+    found += _of_experts(model, config)
     _check_share(share, found)
     return tuple(found)
+
+
+def _of_experts(model: nn.Module, config: Mapping[str, Any]) -> Iterator[AdaptedLayer]:
+    """The sites of stacked experts that `config` adapts."""
+    kind = config.get("target_experts")
+    if kind is None:
+        return
+    if config.get("share") is not None:
+        raise ConfigError(
+            f"got share={config['share']!r} and target_experts={kind!r}; wanted one: experts have no shares"
+        )
+    excluded = _chosen(model, config["exclude_modules"]) if config.get("exclude_modules") else {}
+    found = {path: experts for path, experts in experts_in(model).items() if path not in excluded}
+    if not found:
+        raise ConfigError(f"got target_experts={kind!r} for a model without stacked experts; leave it out")
+    for path, experts in found.items():
+        refused = refusal(experts, model)
+        if refused is not None:
+            raise UnsupportedLayer(f"Experts at {path!r} are not supported: {refused}.")
+        for site in ExpertSite.of(experts, kind):
+            where = f"{path}.{site.name}"
+            variant, stages = resolve_layer(config, where, site.out_features)
+            check_group_sizes(site, stages)
+            yield AdaptedLayer(where, site.out_features, variant, stages)
 
 
 def _check_share(share: Share | None, layers: Sequence[AdaptedLayer]) -> None:
@@ -67,7 +93,7 @@ def _check_share(share: Share | None, layers: Sequence[AdaptedLayer]) -> None:
 
 def target_names(model: nn.Module, layers: Sequence[AdaptedLayer]) -> list[str]:
     """The shortest list of names that PEFT takes for exactly these layers: last parts of their paths, or whole paths."""
-    paths = {layer.path for layer in layers if not is_input(layer.path)}
+    paths = {layer.path for layer in layers if not is_input(layer.path) and experts_kind(layer.path) is None}
     names = sorted({path.rpartition(".")[2] for path in paths})
     return names if set(_named(model, names)) == paths else sorted(paths)
 

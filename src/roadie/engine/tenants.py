@@ -22,12 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, is_input, layer_of
+from roadie.adapter import Adapter, experts_kind, is_input, layer_of
+from roadie.bank.attachment import check_site
 from roadie.bank.families import AdaptedLayer, Family
 from roadie.checkpoint.layout import without_prefix
 from roadie.checkpoint.replacement import replaced_folder
 from roadie.engine.targets import adapted_layers, target_names
 from roadie.errors import AdapterError, CheckpointError, ConfigError
+from roadie.experts import ExpertSite
 from roadie.linear import in_features, out_features, refusals
 from roadie.share import Share
 
@@ -167,12 +169,16 @@ def _written(model: Any, config: Mapping[str, Any], layers: Sequence[AdaptedLaye
 
 
 def _layers_of(model: nn.Module, state: TenantState) -> tuple[AdaptedLayer, ...]:
-    """The layers of an adapter, in the order of the model, each followed by its input."""
+    """The layers of an adapter, in the order of the model, each followed by its input; then stacked experts."""
     adapter = state.adapter
     if adapter.other:
         raise AdapterError(f"got an adapter with {min(adapter.other)!r} beside its rotations; wanted rotations alone")
     modules, refused = dict(model.named_modules()), refusals(model)
+    sites = ExpertSite.in_model(model) if any(map(experts_kind, adapter.layers)) else {}
     for path, layer in adapter.layers.items():
+        if path in sites:
+            check_site("to train", path, sites[path], layer)
+            continue
         module = modules.get(layer_of(path))
         width = out_features(module)
         if width is not None and is_input(path):
@@ -180,7 +186,7 @@ def _layers_of(model: nn.Module, state: TenantState) -> tuple[AdaptedLayer, ...]
         if width != layer.out_features or layer_of(path) in refused:
             why = refused.get(layer_of(path), f"the model has {width or 'no such layer'}")
             raise AdapterError(f"got {layer.out_features} values for {path!r}: {why}; use the adapter's own base model")
-    order = {path: place for place, path in enumerate(modules)}
+    order = {path: place for place, path in enumerate([*modules, *sites])}
     share = None if state.share is None else Share.parse(state.share)
     paths = sorted(adapter.layers, key=lambda path: (order[layer_of(path)], is_input(path)))
     return tuple(

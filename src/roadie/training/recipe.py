@@ -24,6 +24,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16")
 METHODS = ("sft", "dpo")
 DEFAULT_BETA = 0.1
+TARGET_EXPERTS = ("each", "shared", None)
 ALL_LINEAR = "all-linear"
 
 
@@ -33,7 +34,8 @@ class Recipe:
 
     method: "sft" learns what the rows say; "dpo" learns which of two answers is preferred, by TRL (extra "trl").
     beta: of DPO: how much a change of an answer's likelihood counts; None: 0.1 with dpo.
-    variant, group_size, target_modules, exclude_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the output layer.
+    variant, group_size, target_modules, target_experts, exclude_modules: as in `roadie.RoadConfig`; "all-linear" leaves out the
+        output layer.
     adapt_group_size: where a layer's outputs are no multiple of `group_size`, use their greatest common divisor;
         otherwise such a layer is an error.
     stages: group sizes of the stages of a chain, such as (2, 16, 64), instead of one of `group_size`; None: one.
@@ -61,6 +63,7 @@ class Recipe:
     stages: tuple[int, ...] | None = None
     input_stages: tuple[int, ...] | None = None
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    target_experts: str | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     share: str | None = None
     learning_rate: float | None = None
@@ -151,12 +154,13 @@ def _check_choices(recipe: Recipe) -> None:
     for name, choices in (
         ("method", METHODS),
         ("variant", VARIANTS),
+        ("target_experts", TARGET_EXPERTS),
         ("schedule", SCHEDULES),
         ("precision", PRECISIONS),
     ):
         value = getattr(recipe, name)
         if value not in choices:
-            raise _refused(name, value, f"one of {', '.join(choices)}", f"try {name}={choices[0]!r}")
+            raise _refused(name, value, f"one of {', '.join(map(str, choices))}", f"try {name}={choices[0]!r}")
 
 
 def _check_numbers(recipe: Recipe) -> None:

@@ -198,6 +198,7 @@ def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
         stages=list(recipe.stages) if recipe.stages else None,
         input_stages=list(recipe.input_stages) if recipe.input_stages else None,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        target_experts=recipe.target_experts,
         exclude_modules=list(excluded) if isinstance(excluded, tuple) else excluded,
     )
     adapted = get_peft_model(base, config)

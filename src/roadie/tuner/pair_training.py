@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from roadie.adapter import is_input, layer_of
+from roadie.adapter import is_input, layer_of, refuse_experts
 from roadie.errors import ConfigError
 from roadie.kernels.keeping import PLAIN
 from roadie.share import Share
@@ -128,6 +128,7 @@ def _parts(model: nn.Module, pairs: Share | str | Mapping[str, Tensor], name: st
             f"layer {layer_of(path)}: got adapter {name!r}, which rotates the layer's input; wanted outputs alone, whose "
             "pairs can be chosen; train without input_stages"
         )
+    refuse_experts(layers, "train_only")
     chosen = _chosen(pairs, layers)
     parts = [part for path, layer in layers.items() for part in _parts_of(path, layer, name, chosen[path])]
     if not any(part.size for part in parts):

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from roadie.adapter import Adapter, LayerParameters, refuse_inputs
+from roadie.adapter import Adapter, LayerParameters, refuse_experts, refuse_inputs
 from roadie.errors import AdapterError, ConfigError
 from roadie.vllm.layers import RotatedLayer, TableRotations
 
@@ -44,6 +44,7 @@ def layer_rotations(adapter: Adapter, manager: Any) -> dict[str, LayerRotations]
 
 def _check_rotations_alone(adapter: Adapter) -> None:
     refuse_inputs(adapter, "the vLLM plug-in")
+    refuse_experts(adapter.layers, "the vLLM plug-in, whose fused experts leave no place between their projections")
     if adapter.other:
         raise AdapterError(
             f"got an adapter that also has {next(iter(adapter.other))}; vLLM serves rotations alone, no trained biases, "

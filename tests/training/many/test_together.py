@@ -34,6 +34,7 @@ def alone(settings: dict, base: Path) -> tuple[list[float], dict[str, torch.Tens
         group_size=recipe.group_size,
         stages=list(recipe.stages) if recipe.stages else None,
         input_stages=list(recipe.input_stages) if recipe.input_stages else None,
+        target_experts=recipe.target_experts,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )

@@ -45,6 +45,7 @@ def adapter_config(
         "peft_type": "ROAD",
         "revision": source.revision,
         "stages": list(recipe.stages) if recipe.stages else None,
+        "target_experts": recipe.target_experts,
         "target_modules": target_names(model, layers),
         "task_type": "CAUSAL_LM",
         "variant": recipe.variant,
