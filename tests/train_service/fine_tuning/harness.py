@@ -14,6 +14,7 @@ from tests.patience import until
 from tests.serving.http.harness import Running, running
 
 from roadie import embedded
+from roadie.engine import TrainingSettings
 from roadie.serving import ContinuousBatchingEngine, EngineSettings
 from roadie.serving.http.extensions import Extension
 from roadie.serving.http.keys import Caller, Keys, hash_key
@@ -38,10 +39,12 @@ ENDED = ("succeeded", "failed", "cancelled")
 
 
 @contextmanager
-def serving(state: Path, keys: Keys | None = None, limits: Limits | None = None) -> Iterator[Running]:
+def serving(
+    state: Path, keys: Keys | None = None, limits: Limits | None = None, training: TrainingSettings | None = None
+) -> Iterator[Running]:
     """A server as `roadie serve --train --train-state STATE` has it."""
     model, tokenizer = embedded.load_model().eval(), embedded.load_tokenizer()
-    launch = with_training(Launch(folders=Folders()), state)
+    launch = with_training(Launch(folders=Folders(), training=training), state)
     with open_registry(launch, is_embedded=False) as registry:
         engine = ContinuousBatchingEngine(model, tokenizer, registry, SMALL, (BASE,), launch.training)
         ground, database = Ground(engine, model, tokenizer, registry, (BASE,)), Database(state / "state.sqlite")

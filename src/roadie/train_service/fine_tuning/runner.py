@@ -11,7 +11,7 @@ import queue
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -102,8 +102,7 @@ class Runner:
                 self._begin(job, validate(self._bench, job))
         waiting = [job for job in waiting if job.status != "validating_files"]
         while waiting and len(self._courses) - self._num("validating_files") < most:
-            by_tenant = Counter(job.tenant for job in self._jobs.values() if job.status != "validating_files")
-            job = min(waiting, key=lambda job: (job.status != "running", by_tenant[job.tenant], job.number))
+            job = whose_turn(waiting, self._jobs.values())
             waiting.remove(job)
             if job.status == "running" or jobs.move(job.id, ("queued",), "running", "Fine-tuning job started"):
                 self._begin(job, train(self._bench, job))
@@ -151,6 +150,12 @@ class Runner:
         if self._bench.jobs.status(job.id) not in UNFINISHED:
             shutil.rmtree(self._bench.states / job.id, ignore_errors=True)
         self.wake()
+
+
+def whose_turn(waiting: Sequence[Job], under_way: Iterable[Job]) -> Job:
+    """One that was in training before, or of the tenant with the fewest in training the oldest."""
+    by_tenant = Counter(job.tenant for job in under_way if job.status != "validating_files")
+    return min(waiting, key=lambda job: (job.status != "running", by_tenant[job.tenant], job.number))
 
 
 def _reason(error: Exception) -> tuple[str, str, str | None]:
