@@ -10,7 +10,7 @@ import pytest
 from tests.train_service.fine_tuning.harness import jsonl, turns
 
 from roadie import embedded
-from roadie.train_service.fine_tuning.data import MAX_FAULTS, BadFile, NotWanted, Reader, Row
+from roadie.train_service.fine_tuning.data import MAX_FAULT_CHARS, MAX_FAULTS, BadFile, NotWanted, Reader, Row
 from roadie.train_service.fine_tuning.limits import Limits
 
 TEMPLATE = (
@@ -151,6 +151,12 @@ def test_many_wrong_lines_are_counted_and_some_are_shown(tmp_path: Path) -> None
         reader().read(written(tmp_path, b"{}\n" * 250), "supervised")
     assert len(raised.value.faults) == MAX_FAULTS
     assert raised.value.faults[-1].startswith(f"line {MAX_FAULTS}:")
+
+
+def test_what_is_said_of_a_line_is_short(tmp_path: Path) -> None:
+    with pytest.raises(BadFile) as raised:
+        read(tmp_path, reader(), {"prompt": "a", "completion": [0] * 10_000})
+    assert len(raised.value.faults[0]) == MAX_FAULT_CHARS
 
 
 def test_a_file_is_as_long_as_it_may_be(tmp_path: Path) -> None:

@@ -91,8 +91,7 @@ def _read(bench: Bench, job: Job, param: str) -> Generator[Future[Any], Any, lis
         rows: list[Rows] = yield bench.read(job, param)
         return rows
     except BadFile as error:
-        for fault in error.faults:
-            bench.jobs.say(job.id, fault, "error")
+        bench.jobs.say(job.id, error.faults, "error")
         what = param.removesuffix("_file")
         message = f"The job failed due to an invalid {what} file. {error}"
         raise JobFailed(f"invalid_{param}", message, param) from None

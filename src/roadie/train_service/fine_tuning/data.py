@@ -31,7 +31,7 @@ from roadie.training.encoding import IGNORED, Example, one_example
 from roadie.training.preferences import one_pair
 from roadie.training.rows import Chat, Completion, DataError, Preference, Record, Turns, parse_record
 
-MAX_FAULTS = 100
+MAX_FAULTS, MAX_FAULT_CHARS = 100, 400
 _SHOWN = 5
 _ROLES = ("system", "developer", "user", "assistant")
 
@@ -100,7 +100,7 @@ class Reader:
                 rows += found
             except DataError as error:
                 num_faults += 1
-                faults += [str(error)] if num_faults <= MAX_FAULTS else []
+                faults += [str(error)[:MAX_FAULT_CHARS]] if num_faults <= MAX_FAULTS else []
             if number > self.limits.max_rows or num_tokens > self.limits.max_tokens:
                 most = f"{self.limits.max_rows} lines and {self.limits.max_tokens} tokens"
                 raise BadFile([f"line {number}: got more than {most}; wanted a shorter file"], 1)

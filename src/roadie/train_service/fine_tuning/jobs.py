@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Row
@@ -252,10 +252,11 @@ class Jobs:
 
     # Events.
 
-    def say(self, job_id: str, message: str, level: str = "info") -> None:
+    def say(self, job_id: str, messages: Iterable[str], level: str = "info") -> None:
         """Something happened to a job."""
         with self._database.transaction() as write:
-            _say(write, job_id, message, level)
+            for message in messages:
+                _say(write, job_id, message, level)
 
     def note_step(self, job_id: str, message: str, data: Mapping[str, Any]) -> None:
         """The figures of a step; lost with a loss of power, and then made again."""

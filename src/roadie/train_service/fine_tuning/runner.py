@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
-from roadie.errors import NotFinite, QueueFull, RoadieError, ShuttingDown, StateNotWritten
+from roadie.errors import CheckpointError, NotFinite, QueueFull, RoadieError, ShuttingDown, StateNotWritten
 from roadie.train_service.fine_tuning.course import Bench, Course, JobFailed, train, validate
 from roadie.train_service.fine_tuning.data import NotWanted
 from roadie.train_service.fine_tuning.jobs import UNFINISHED, Job
@@ -165,8 +165,8 @@ def _reason(error: Exception) -> tuple[str, str, str | None]:
     if isinstance(error, NotFinite):
         advice = "the loss is not finite; lower learning_rate_multiplier, or look at the rows"
         return "training_diverged", f"The job failed: {advice}.", "learning_rate_multiplier"
-    if isinstance(error, (StateNotWritten, OSError)):
-        return "server_error", "The job failed because the server could not write what it has to keep.", None
+    if isinstance(error, (CheckpointError, OSError)):
+        return "server_error", "The job failed because the server could not write, or read, what it has to keep.", None
     if not isinstance(error, RoadieError):
         _log.error("a job failed", exc_info=error)
         return "server_error", "The job failed at something that the server did not foresee; its log says where.", None
