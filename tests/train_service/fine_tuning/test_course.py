@@ -139,8 +139,10 @@ def test_a_job_may_be_paused_before_its_files_are_read(server: Running, monkeypa
         patched.setattr(Reader, "read", wait_and_read)
         job = start(client, chats(PIE, 2))
         assert client.fine_tuning.jobs.pause(job.id).status == "paused"
-        go_on.set()
         assert client.fine_tuning.jobs.resume(job.id).status == "validating_files"
+        client.fine_tuning.jobs.pause(job.id)
+        go_on.set()
+        client.fine_tuning.jobs.resume(job.id)
         assert wait(client, job.id).status == "succeeded"
 
 

@@ -151,7 +151,7 @@ class Jobs:
             names, marks = ", ".join(columns), ", ".join("?" * len(columns))
             write(f"INSERT INTO jobs ({names}) VALUES ({marks})", [_stored(value) for value in columns.values()])
             _say(write, columns["id"], f"Created fine-tuning job: {columns['id']}")
-        return self.one(tenant, columns["id"])
+            return self.one(tenant, columns["id"])
 
     def one(self, tenant: str, job_id: str) -> Job:
         """A job. Raises `ApiError`: 404 where the tenant has none of that id."""
@@ -189,8 +189,8 @@ class Jobs:
 
     def move(
         self, job_id: str, since: Sequence[str], to: str, message: str, level: str = "info", **columns: Any
-    ) -> bool:
-        """From one of some statuses to another, with an event and new values; whether the job had one of them."""
+    ) -> Job | None:
+        """From one of some statuses to another, with an event and new values: the job then; None where it had none of them."""
         names = "".join(f", {name} = ?" for name in columns)
         marks = ", ".join("?" * len(since))
         with self._database.transaction() as write:
@@ -198,9 +198,10 @@ class Jobs:
             moved = write(
                 f"UPDATE jobs SET status = ?{names} WHERE id = ? AND status IN ({marks})", (to, *values, job_id, *since)
             )
-            if moved.rowcount:
-                _say(write, job_id, message, level)
-        return bool(moved.rowcount)
+            if not moved.rowcount:
+                return None
+            _say(write, job_id, message, level)
+            return Job.of(write("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone())
 
     def fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
         """A job that has not ended otherwise has failed."""
@@ -224,7 +225,7 @@ class Jobs:
                 self._keep(write, model)
         if is_done:
             self._serve(model)
-        return is_done
+        return is_done is not None
 
     # Models.
 

@@ -182,12 +182,13 @@ class Desk:
     def _move(self, job_id: str, request: Request, since: tuple[str, ...], to: str, message: str) -> Any:
         job = self._job(job_id, request)
         times: dict[str, Any] = {"finished_at": int(time.time())} if to == "cancelled" else {}
-        if not self._jobs.move(job.id, since, to, message, **times):
+        moved = self._jobs.move(job.id, since, to, message, **times)
+        if moved is None:
             status = self._jobs.status(job.id)
             message = f"got {job.id!r}, which is {status}; wanted a job that is {' or '.join(since)}"
             raise ApiError(400, message, "invalid_job_status", param="fine_tuning_job_id")
         self._wake()
-        return self._job(job_id, request).as_json
+        return moved.as_json
 
     def list_events(self, job_id: str, request: Request, after: After = None, limit: PageSize = 20) -> Any:
         """What happened to a job, the newest first; `data` has the figures of steps."""
