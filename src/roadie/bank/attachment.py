@@ -122,7 +122,7 @@ class LayerRotation:
         is_compiled = torch.compiler.is_compiling()
         if not is_compiled and not choice.is_static and self.table.has_none(choice.host):
             return y
-        slots = self.table.routed(choice.placed(pairs.hidden, self._site))
+        slots = self.table.routed(pairs.placed(choice, self._site))
         chain, of_pairs = pairs.spread(self.table.current, slots, self._num_rotations)
         return rotate_checked(y, chain, of_pairs, Keep.INPUT, True)
 
@@ -185,8 +185,9 @@ class Hooks:
         return {**layers, **inputs, **experts}
 
     def refusals(self, model: nn.Module) -> Mapping[str, str]:
-        """Layers that the model does not call, or that give no tensor, with the reason."""
-        return {path_in_base(path): reason for path, reason in refusals(model).items()}
+        """Layers that the model does not call, or that give no tensor, and experts that cannot be adapted, with the reason."""
+        reasons = {**refusals(model), **ExpertSite.refused_in(model)}
+        return {path_in_base(path): reason for path, reason in reasons.items()}
 
     def linear(self, layer: nn.Module | LayerInput | ExpertSite) -> nn.Module:
         if isinstance(layer, ExpertSite):

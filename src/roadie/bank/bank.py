@@ -313,9 +313,10 @@ class AdapterBank:
     def _check_fits(self, name: str, adapter: Adapter) -> None:
         for path in adapter.layers:
             if layer_of(path) in self._refusals:
+                of_layers = "; wanted layers that are called; train it with that layer in exclude_modules"
                 raise AdapterError(
-                    f"got adapter {name!r} with a rotation of {path!r}: {self._refusals[layer_of(path)]}; wanted layers that are "
-                    "called; train it with that layer in exclude_modules"
+                    f"got adapter {name!r} with a rotation of {path!r}: {self._refusals[layer_of(path)]}"
+                    + ("" if experts_kind(path) else of_layers)
                 )
         problems = [f"{path}: not a linear layer of the model" for path in adapter.layers if path not in self._modules]
         if problems:

@@ -175,26 +175,24 @@ class TrainableBank:
 
     def rotated(self, path: str, layer: nn.Module, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
         """y of the site `path`, which is at `layer`, each row by its adapter; itself where none is routed, or has the site."""
-        found = self._chosen(path, layer, y)
-        return y if found is None else rotate_checked(y, found[0].chain, found[1], found[0].keep, is_fresh())
+        table, choice = self._tables.get(path), self._routing.current()
+        if table is None or choice is None:
+            return y
+        slots = choice.placed(y, layer, self._rows_of(tuple(table.rows)))
+        return rotate_checked(y, table.chain, slots, table.keep, is_fresh())
 
     def rotated_pairs(self, path: str, experts: nn.Module, y: Tensor, pairs: Pairs, num_rotations: int) -> Tensor:
         """As `rotated`, of what stacked experts give to pairs of a token and an expert."""
-        found = self._chosen(path, experts, pairs.hidden)
-        if found is None:
+        table, choice = self._tables.get(path), self._routing.current()
+        if table is None or choice is None:
             return y
-        chain, slots = pairs.spread(found[0].chain, found[1], num_rotations)
-        return rotate_checked(y, chain, slots, found[0].keep, True)
+        slots = pairs.placed(choice, experts, self._rows_of(tuple(table.rows)))
+        chain, of_pairs = pairs.spread(table.chain, slots, num_rotations)
+        return rotate_checked(y, chain, of_pairs, table.keep, True)
 
     def rests_at(self, path: str) -> bool:
         """Whether nothing is rotated there now."""
         return path not in self._tables or self._routing.current() is None
-
-    def _chosen(self, path: str, layer: nn.Module, y: Tensor) -> tuple[_LayerTable, Tensor] | None:
-        table, choice = self._tables.get(path), self._routing.current()
-        if table is None or choice is None:
-            return None
-        return table, choice.placed(y, layer, self._rows_of(tuple(table.rows)))
 
     def _rows_of(self, parts: tuple[int, ...]) -> tuple[int, ...] | None:
         """For each slot its row in a table of these parts, or -1, as it is for slot -1; None where the rows are the slots."""

@@ -31,6 +31,18 @@ class Pairs(NamedTuple):
     tokens: Tensor
     experts: Tensor
 
+    def placed(self, choice: Any, experts: nn.Module, of_slot: tuple[int, ...] | None = None) -> Tensor:
+        """The slot of each token ``[N]``, of a `Choice`; raises as that does.
+
+        Slots for each token ``[B, T]`` need no look at the model where all N = B T tokens are here: stacked experts are given
+        tokens row by row.
+        """
+        shape = choice.slots.shape
+        if len(shape) == 2 and shape[0] != shape[1] and shape.numel() == len(self.hidden):
+            placed: Tensor = choice.placed(self.hidden.reshape(*shape, -1), experts, of_slot).flatten()
+            return placed
+        return choice.placed(self.hidden, experts, of_slot)  # type: ignore[no-any-return]
+
     def spread(self, chain: Chain, slots: Tensor | None, num_rotations: int) -> tuple[Chain, Tensor | None]:
         """Tables ``[S, n D]`` and slots of tokens ``[N]`` (None: all have slot 0) as tables ``[S n, D]`` and slots of pairs.
 

@@ -112,6 +112,13 @@ class ExpertSite:
         sites = [(path, site) for path, m in able.items() for kind in (EACH, SHARED) for site in cls.of(m, kind)]
         return {f"{path}.{site.name}": site for path, site in sites}
 
+    @classmethod
+    def refused_in(cls, model: nn.Module) -> dict[str, str]:
+        """Path -> why the experts there cannot be adapted, for whatever an adapter may call their sites."""
+        names = [expert_site(name, kind) for name in ("gate_up", "up", "down") for kind in (EACH, SHARED)]
+        reasons = {path: refusal(experts, model) for path, experts in experts_in(model).items()}
+        return {f"{path}.{name}": reason for path, reason in reasons.items() if reason is not None for name in names}
+
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds stacked experts that transformers' registry of experts implementations computes."""

@@ -87,7 +87,7 @@ class RoadExperts(nn.Module, MergedLayer):
             in_bank = None if torch.compiler.is_compiling() else choice.in_bank
             if in_bank is not None and not (torch.is_grad_enabled() and choice.trains):
                 return y if self.resident is None else self.resident.by_pairs(in_bank, y, pairs)
-            found, slots = self._made_for(choice), choice.placed(pairs.hidden, self.base_layer)
+            found, slots = self._made_for(choice), pairs.placed(choice, self.base_layer)
         if found.chain is None:
             return y
         chain, of_pairs = pairs.spread(found.chain, slots, self.num_rotations)
