@@ -46,6 +46,20 @@ def test_a_state_goes_on_with_the_same_bits(kind, tmp_path):
     assert final.result().adapter.config["variant"] == KINDS[kind]["variant"]
 
 
+def test_a_state_without_moments_begins_anew_from_its_folder_too(tmp_path):
+    first = engine()
+    first.create("a", config(0))
+    steps(first, "a", 1)
+    asked = first.state("a")
+    first.run()
+    TenantState(asked.result().adapter).save(tmp_path / "a")
+    first.create("again", TenantState.load(tmp_path / "a"))
+    first.create("anew", asked.result().adapter)
+    for name in ("again", "anew"):
+        steps(first, name, 2)
+    assert all(map(torch.equal, parameters(first, "again"), parameters(first, "anew")))
+
+
 def test_the_folder_is_an_adapter_as_peft_loads_it(tmp_path):
     made = engine()
     made.create("a", config(0))

@@ -69,7 +69,7 @@ class TenantState:
             with safe_open(file, framework="pt", device="cpu") as stream:
                 metadata = stream.metadata()
                 moments = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
-            return cls(adapter, int(metadata["step"]), moments, metadata["share"] or None)
+            return cls(adapter, int(metadata["step"]), moments or None, metadata["share"] or None)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file}: got a damaged file ({error}); wanted a whole one; leave it out") from error
 

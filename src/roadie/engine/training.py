@@ -160,6 +160,11 @@ class TrainingEngine:
         return self._worker.figures
 
     @property
+    def can_train_head(self) -> bool:
+        """Whether the layer that gives the logits may be a tenant's: not where the model changes them afterwards."""
+        return self._worker.passes.head.is_all
+
+    @property
     def num_waiting(self) -> int:
         """What waits, of all tenants."""
         return self._lines.num_waiting

@@ -3,13 +3,16 @@
 DIR/
 ├── state.sqlite    what the parts of the service remember (`database`)
 ├── serving.json    which adapters were loaded, pinned, unloaded, where the server has no folder of adapters
-└── models/         what tenants have made, in folders that the server may load adapters from
+├── models/         what tenants have made, in folders that the server may load adapters from
+└── weights/        checkpoints of Tinker's clients, and what their runs go on from, in folders without names
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -21,6 +24,7 @@ from roadie.serving.http.launch import Ground, Launch
 from roadie.train_service.database import Database
 from roadie.train_service.fine_tuning.part import fine_tuning
 
+_log = logging.getLogger("roadie")
 MODELS = "models"
 
 
@@ -44,7 +48,17 @@ def extensions(state: Path) -> Callable[[Ground], Sequence[Extension]]:
     database = Database(state / "state.sqlite")
 
     def extend(ground: Ground) -> Sequence[Extension]:
-        parts = [fine_tuning(ground, database, state, state / MODELS)]
+        parts = [*_tinker(ground, database, state), fine_tuning(ground, database, state, state / MODELS)]
         return (*parts, Extension(APIRouter(), {}, stop=database.close))
 
     return extend
+
+
+def _tinker(ground: Ground, database: Database, state: Path) -> Sequence[Extension]:
+    """Tinker's API, where its SDK is installed, whose types it speaks in."""
+    if find_spec("tinker") is None:
+        _log.warning("Tinker's API is left out: its SDK is not installed; pip install 'roadie[train-service]'")
+        return ()
+    from roadie.train_service.tinker_api.extension import extension
+
+    return (extension(ground, database, state / "weights"),)
