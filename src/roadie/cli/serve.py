@@ -86,6 +86,12 @@ def serve(
     adapter_templates: Annotated[
         bool, typer.Option(help="Use the chat template that an adapter brings for its chats.")
     ] = True,
+    tool_format: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model writes calls of tools: hermes, llama3 or mistral.", show_default="by its chat template"
+        ),
+    ] = None,
     share_prefixes: Annotated[bool, typer.Option(help="Compute beginnings that prompts have in common once.")] = True,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -156,6 +162,7 @@ def serve(
                 allowed_origins=tuple(allowed_origin or ()),
                 is_metrics_open=open_metrics,
                 use_adapter_templates=adapter_templates,
+                tool_format=tool_format,
             ),
         )
 

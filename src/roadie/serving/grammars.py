@@ -27,6 +27,8 @@ MAX_CHARS = 1 << 16
 """Of one constraint: the longest takes about a second to compile."""
 MAX_KEPT, MAX_KEPT_CHARS = 64, 1 << 20
 """Grammars, and characters of their constraints: at `_limits`, what is kept takes some 500 MiB at most."""
+_BY_NAME, _LISTS = {"properties", "$defs", "definitions"}, {"anyOf", "oneOf", "prefixItems"}
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
 JSON_OPTIONS = {"coerce_one_of": True, "whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """JSON comes in one line: a model that may begin lines can go on for ever, and each of its spaces takes a forward."""
 
@@ -55,6 +57,30 @@ def one_of(texts: Sequence[str]) -> Constraint:
 def quoted(text: str) -> str:
     """A text as a grammar has it."""
     return json.dumps(text)
+
+
+def closed(schema: Any) -> Any:
+    """A JSON schema whose objects have the properties that it names and, where it does not speak of others, no others.
+
+    A model that may add some goes on adding. A schema with an `allOf`, whose parts would exclude each other, stays as it is.
+    """
+    return schema if '"allOf"' in json.dumps(schema) else _closed(schema)
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, dict):
+            found[key] = {name: _closed(part) for name, part in value.items()}
+        elif key in _LISTS and isinstance(value, list):
+            found[key] = [_closed(part) for part in value]
+        elif key == "items":
+            found[key] = _closed(value)
+    if "properties" in schema and not _OPEN & schema.keys():
+        found["additionalProperties"] = False
+    return found
 
 
 def is_installed() -> bool:
@@ -189,8 +215,8 @@ def _source(constraint: Constraint, llguidance: Any) -> str:
     if constraint.kind is Kind.LARK:
         return str(matcher.grammar_from_lark(constraint.source))
     try:
-        return str(matcher.grammar_from_json_schema(constraint.source, overrides=JSON_OPTIONS))
-    except ValueError as error:
+        return str(matcher.grammar_from_json_schema(closed(json.loads(constraint.source)), overrides=JSON_OPTIONS))
+    except (ValueError, RecursionError) as error:
         raise _unusable(str(error)) from None
 
 

@@ -138,7 +138,7 @@ SOMETHING: dict[str, Any] = {
     "truncate_prompt_tokens": 5,
     "bad_words": ["a"],
     "allowed_token_ids": [5],
-    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
     "spaces_between_special_tokens": False,
     "documents": [{"text": "a"}],
     "logits_processors": ["a"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -44,6 +44,7 @@ class Usage(Answer):
 
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class CompletionLogprobs(Answer):
@@ -75,6 +76,9 @@ class CompletionChoice(Answer):
     finish_reason: FinishReason | None
     prompt_logprobs: PromptLogprobs | None = None
     """Where they were asked for: by id, at each token of the prompt but the first, itself and the likeliest."""
+    token_ids: list[int] | None = None
+    """Where they were asked for, as those of the prompt, which a stream has once for each choice."""
+    prompt_token_ids: list[int] | None = None
 
 
 class Completion(Answer):
@@ -108,11 +112,27 @@ class ChatLogprobs(Answer):
     content: list[TokenLogprob]
 
 
+class CalledFunction(Answer):
+    """A tool's name, and its arguments as a text of JSON; in a stream the name comes first, and the arguments piece by piece."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(Answer):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AnswerMessage(Answer):
-    """What the model said."""
+    """What the model said, and which tools it calls; content: null where it calls some and says nothing."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Answer):
@@ -121,7 +141,9 @@ class ChatChoice(Answer):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
+    token_ids: list[int] | None = None
+    """Where they were asked for."""
 
 
 class Chat(Answer):
@@ -135,6 +157,16 @@ class Chat(Answer):
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
     """As completions have them."""
+    prompt_token_ids: list[int] | None = None
+
+
+class ToolCallPart(Answer):
+    """What is new of a call; id and type: with its first part."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
 
 
 class Delta(Answer):
@@ -142,6 +174,7 @@ class Delta(Answer):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallPart] | None = None
 
 
 class ChatChunkChoice(Answer):
@@ -150,7 +183,8 @@ class ChatChunkChoice(Answer):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(Answer):
@@ -162,6 +196,58 @@ class ChatChunk(Answer):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None
+    prompt_token_ids: list[int] | None = None
+    """Where they were asked for: with the first event."""
+
+
+class ResponseAnswer(Answer):
+    """`POST /v1/responses`; status: incomplete where max_output_tokens, or the context, was reached."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete"]
+    error: None
+    incomplete_details: dict[str, str] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[dict[str, Any]]
+    """Messages, and calls of tools."""
+    parallel_tool_calls: bool
+    previous_response_id: None
+    store: Literal[False]
+    """Whatever was asked: nothing is stored."""
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_p: float
+    truncation: Literal["disabled"]
+    usage: dict[str, Any] | None
+    user: str | None
+
+
+class Tokenized(Answer):
+    """`POST /tokenize`. token_strs: where they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(Answer):
+    """`POST /detokenize`."""
+
+    prompt: str
+
+
+class Version(Answer):
+    """`GET /version`: of roadie."""
+
+    version: str
 
 
 class Model(Answer):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from roadie.serving.engine import Engine
-from roadie.serving.http import adapters, chat, completions, failures, openapi, operations
+from roadie.serving.http import adapters, chat, completions, failures, openapi, operations, responses, tokens
 from roadie.serving.http.extensions import Extension, who_may_use
 from roadie.serving.http.gate import Gate
 from roadie.serving.http.keys import Keys
@@ -53,7 +53,7 @@ def make_app(service: Service) -> ASGIApp:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     failures.install(app)
-    own = (completions.router, chat.router, adapters.router, operations.router)
+    own = (completions.router, chat.router, responses.router, tokens.router, adapters.router, operations.router)
     for router in (*own, *(each.router for each in service.extensions)):
         app.include_router(router)
     document = openapi.document(app, service.gate.routes, has_keys=service.gate.keys is not None)

@@ -24,8 +24,8 @@ from roadie.serving.http.fields import (
     LIST,
     TEXT,
     Body,
+    Label,
     Lacks,
-    NoItems,
     Off,
     Text,
     TextAlone,
@@ -39,7 +39,7 @@ from roadie.serving.http.settings import MAX_BLEND, MAX_CHOICES, MAX_STRENGTH
 from roadie.serving.places import MAX_NAME_CHARS, name_problem
 
 _MARKS = Lacks("marks of messages to continue, but continue_final_message")
-_SOUND, _TOOLS = Lacks("sound"), Lacks("tools")
+_SOUND, _FUNCTIONS = Lacks("sound"), Lacks("functions, but tools")
 INT64 = 2**63
 MAX_TOKEN_ID = 2**31 - 1
 
@@ -114,6 +114,9 @@ class GenerationBody(Formats):
     """Whether the tokenizer puts its own around the prompt: without it, it does for plain text, and not for chat templates."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """How many of the most likely tokens to report beside each token of the prompt. Not in streams."""
+
+    return_token_ids: bool | None = None
+    """Beside texts their tokens, and those of the prompt."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -225,23 +228,39 @@ class TextPart(Said):
     text: Text
 
 
+class CalledFunction(Said):
+    """A tool's name, and its arguments as a text of JSON."""
+
+    name: Text
+    arguments: Text = "{}"
+
+
+class ToolCall(Said):
+    """A call that an assistant made."""
+
+    id: Label | None = None
+    function: CalledFunction
+
+
 class Message(Said):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Annotated[
             Annotated[Text, TEXT] | Annotated[list[TextPart], LIST],
             one_of("a text or a list of parts", text=is_text, list=is_list),
         ]
         | None
-    )
+    ) = None
     name: Annotated[Text, Field(max_length=64)] | None = None
     refusal: Text | None = None
     """What an assistant said instead of content."""
-    tool_calls: Annotated[NoItems, _TOOLS] = None
-    tool_call_id: Annotated[None, _TOOLS] = None
-    function_call: Annotated[None, _TOOLS] = None
+    tool_calls: list[ToolCall] | None = None
+    """What an assistant called."""
+    tool_call_id: Label | None = None
+    """Of a tool: the call that content answers."""
+    function_call: Annotated[None, _FUNCTIONS] = None
     audio: Annotated[None, _SOUND] = None
     prefix: Annotated[Off, _MARKS] = None
     """A beginning of the answer is continued by `continue_final_message`."""
@@ -253,6 +272,60 @@ class Message(Said):
         if self.content is None:
             return self.refusal or ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+ToolName: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class Function(Body):
+    """What a tool is called, what it does, and a JSON schema of its parameters."""
+
+    name: ToolName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Taken, and not used: calls that are forced are valid, others are as the model makes them."""
+
+
+class Tool(Body):
+    """Something that the model may have called."""
+
+    type: Literal["function"]
+    function: Function
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """As chat templates take it, which look for a description and for properties."""
+        parameters = {"type": "object", "properties": {}, **(self.function.parameters or {})}
+        described = {
+            "name": self.function.name,
+            "description": self.function.description or "",
+            "parameters": parameters,
+        }
+        return {"type": "function", "function": described}
+
+
+class NamedFunction(Body):
+    """One of the tools."""
+
+    name: Text
+
+
+class NamedTool(Body):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _is_named_tool(value: Any) -> bool:
+    return isinstance(value, (dict, NamedTool))
+
+
+ToolChoice: TypeAlias = Annotated[
+    Annotated[Literal["none", "auto", "required"], TEXT] | Annotated[NamedTool, LIST],
+    one_of("none, auto, required or a tool by its name", text=is_text, list=_is_named_tool),
+]
 
 
 class ChatBody(GenerationBody):
@@ -272,12 +345,15 @@ class ChatBody(GenerationBody):
     """The answer goes on where the last message ends."""
     chat_template: Annotated[None, Lacks("chat templates of requests")] = None
     echo: Off = None
-    tools: Annotated[list[dict[str, Any]] | None, _TOOLS] = None
-    """There are none, as there is nothing of what the fields below are about; with `tool_choice: "none"` they are left out."""
-    tool_choice: Annotated[Literal["none", "auto"] | None, _TOOLS] = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    """For models whose chat template knows tools."""
+    tool_choice: ToolChoice | None = None
+    """None: the tools are left out. Auto: the model calls some, or says something. Required, or a name: it calls, validly."""
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[dict[str, Any]] | None, _TOOLS] = None
-    function_call: Annotated[Literal["none", "auto"] | None, _TOOLS] = None
+    """False: one call at most."""
+    functions: Annotated[list[dict[str, Any]] | None, _FUNCTIONS] = None
+    """There are none, as there is nothing of what the fields below are about."""
+    function_call: Annotated[Literal["none", "auto"] | None, _FUNCTIONS] = None
     modalities: Annotated[TextAlone, Lacks("outputs but text")] = None
     audio: Annotated[None, _SOUND] = None
     prediction: Annotated[None, Lacks("predictions")] = None
@@ -304,10 +380,10 @@ class ChatBody(GenerationBody):
         self.check_streaming()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "got top_logprobs; wanted logprobs=true with it", "invalid_value", param="top_logprobs")
-        if self.tools and self.tool_choice != "none":
-            raise lacking("tools", "tools")
         if self.functions and self.function_call != "none":
-            raise lacking("functions", "tools")
+            raise lacking("functions", "functions, but tools")
+        self._check_tools()
+        self._check_contents()
         if self.continue_final_message and self.add_generation_prompt:
             message = (
                 "got add_generation_prompt and continue_final_message; wanted one of them: an answer begins, or goes on"
@@ -316,6 +392,63 @@ class ChatBody(GenerationBody):
         if self.continue_final_message and not self.messages[-1].text.strip():
             message = "got continue_final_message and a last message without text; wanted some text to continue"
             raise ApiError(400, message, "invalid_value", param="messages")
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that may be called."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def named_tool(self) -> str | None:
+        """The one that is to be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    def _check_contents(self) -> None:
+        for place, message in enumerate(self.messages):
+            if "content" not in message.model_fields_set and not message.tool_calls:
+                param = f"messages.{place}.content"
+                raise ApiError(400, f"{param}: Field required", "missing_parameter", param=param)
+
+    def _check_tools(self) -> None:
+        named, names = self.named_tool, [tool.function.name for tool in self.offered]
+        if len(set(names)) < len(names):
+            raise ApiError(400, "got two tools of one name; wanted each once", "invalid_value", param="tools")
+        if named is not None and names and named not in names:
+            message = f"got {named[:64]!r}, which is none of the tools; wanted one of them"
+            raise ApiError(400, message, "invalid_value", param="tool_choice")
+
+
+class TokenizeBody(Body):
+    """`POST /tokenize`: a text, or a conversation."""
+
+    model: Annotated[Text, Field(max_length=4096)] | None = None
+    """The base model where it is left out; an adapter may have a chat template of its own."""
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+    """A text for each token, too."""
+
+    @property
+    def chat(self) -> ChatBody | None:
+        """The conversation. Raises `ApiError` where there is not one of prompt and messages."""
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(400, "got not one of prompt and messages; wanted one", "missing_parameter", param="prompt")
+        if self.messages is None:
+            return None
+        shared = set(ChatBody.model_fields) & set(TokenizeBody.model_fields) - {"model"}
+        return ChatBody(model=self.model or "base", **{name: getattr(self, name) for name in shared})
+
+
+class DetokenizeBody(Body):
+    """`POST /detokenize`."""
+
+    model: Annotated[Text, Field(max_length=4096)] | None = None
+    tokens: list[TokenId]
 
 
 Path: TypeAlias = Annotated[Text, Field(min_length=1, max_length=4096)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from roadie.serving.engine import Output
-from roadie.serving.http.answers import Completion
+from roadie.serving.http.answers import Completion, Error
 from roadie.serving.http.bodies import CompletionBody
+from roadie.serving.http.failures import ApiError
 from roadie.serving.http.flow import Flow
 from roadie.serving.http.pieces import Offsets, Pieces
 from roadie.serving.http.prompts import Prompts
@@ -47,6 +48,12 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     if body.stream:
         return StreamReply(flow, writer.events(body.wants_usage), service.settings.request_timeout_s)
     return WholeReply(flow, writer.whole(), service.settings.request_timeout_s)
+
+
+@router.post("/v1/embeddings", status_code=400, response_model=Error, tags=["generation"], summary="Refused")
+async def embed() -> Response:
+    """There are none: models here generate text."""
+    raise ApiError(400, "this server has no embeddings; its models generate text", "unsupported_endpoint")
 
 
 def _prompts(body: CompletionBody) -> list[str | list[int]]:
@@ -89,6 +96,7 @@ class _Choice:
     finish: str | None = None
     logprobs: dict[str, list[Any]] = field(default_factory=dict)
     prompt_logprobs: list[Any] | None = None
+    token_ids: list[int] = field(default_factory=list)
 
     def take(self, output: Output) -> tuple[str, dict[str, list[Any]] | None]:
         """What is new: text, and logprobs where they are wanted."""
@@ -114,16 +122,24 @@ class _Choice:
         """For an answer that is not streamed."""
         text, logprobs = self.take(output)
         self.text += text
+        self.token_ids += output.token_ids
         for name, values in (logprobs or {}).items():
             self.logprobs.setdefault(name, []).extend(values)
 
     def whole(self) -> dict[str, Any]:
         """All of it."""
         scored = {} if self.prompt_logprobs is None else {"prompt_logprobs": self.prompt_logprobs}
-        return self.as_json(self.text, None if self.offsets is None else self.logprobs) | scored
+        ids = self.ids(self.token_ids, with_prompt=True)
+        return self.as_json(self.text, None if self.offsets is None else self.logprobs) | scored | ids
 
     def as_json(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
+
+    def ids(self, token_ids: Sequence[int], *, with_prompt: bool) -> dict[str, list[int]]:
+        """Tokens, where they are wanted."""
+        if not self.body.return_token_ids:
+            return {}
+        return {"token_ids": list(token_ids)} | ({"prompt_token_ids": list(self.prompt_ids)} if with_prompt else {})
 
 
 @dataclass(frozen=True)
@@ -144,8 +160,10 @@ class _Writer:
     async def events(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
         async for index, output in self.flow.outputs():
             choice = self.choices[index]
+            is_first = not choice.has_started
             text, logprobs = choice.take(output)
-            if text or output.logprobs or choice.finish is not None:
-                yield self._object([choice.as_json(text, logprobs)], None)
+            ids = choice.ids(output.token_ids, with_prompt=is_first)
+            if text or output.logprobs or choice.finish is not None or ids.get("token_ids"):
+                yield self._object([choice.as_json(text, logprobs) | ids], None)
         if with_usage:
             yield self._object([], self.flow.totals.usage())

@@ -150,6 +150,9 @@ async def _on_unforeseen(request: Request, error: Exception) -> Response:
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    is_of_a_page = "access-control-request-method" in request.headers  # elsewhere, which may not ask here
+    if error.status_code == 405 and request.method == "OPTIONS" and not is_of_a_page:
+        return Response(status_code=204, headers=dict(error.headers or {}))
     codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
     messages = {
         400: "got a body that is not JSON in UTF-8; wanted an object",

@@ -102,7 +102,6 @@ class Unasked(Body):
     kv_transfer_params: Annotated[None, Lacks("transfer of caches")] = None
     logits_processors: Annotated[NoItems, _PROCESSORS] = None
     mm_processor_kwargs: Annotated[NoEntries, Lacks("inputs but text")] = None
-    return_token_ids: Annotated[Off, _TOKEN_IDS] = None
     return_tokens_as_token_ids: Annotated[Off, _TOKEN_IDS] = None
     spaces_between_special_tokens: Annotated[Literal[True] | None, Lacks("ways to leave out these spaces")] = None
     truncate_prompt_tokens: Annotated[None, Lacks("truncation of prompts")] = None

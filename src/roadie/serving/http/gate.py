@@ -69,8 +69,14 @@ ROUTES = {
     "/ready": Route(Right.NONE),
     "/metrics": Route(Right.NONE),
     "/openapi.json": Route(Right.NONE),
+    "/ping": Route(Right.NONE),
+    "/version": Route(Right.NONE),
+    "/tokenize": Route(errors=(404,)),
+    "/detokenize": Route(errors=(404,)),
+    "/v1/embeddings": Route(),
     "/v1/completions": Route(generates=True),
     "/v1/chat/completions": Route(generates=True),
+    "/v1/responses": Route(generates=True),
     "/v1/models": Route(),
     "/v1/models/{model}": Route(),
     "/v1/status": Route(),
@@ -185,7 +191,8 @@ class Gate:
             route = self.routes.treatment(scope["path"])
             headers = Headers(scope=scope)
             self._check_host(headers)
-            caller = scope["state"]["caller"] = self._caller(headers, route.right)
+            right = Right.NONE if scope["method"] == "OPTIONS" else route.right
+            caller = scope["state"]["caller"] = self._caller(headers, right)
             if not (route.generates and scope["method"] == "POST"):
                 await app(_head_as_get(scope), await self._body(scope, route, headers, receive), send)
                 return

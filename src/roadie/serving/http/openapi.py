@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from roadie.serving.http.answers import ChatChunk, Completion, Error
+from roadie.serving.http.answers import ChatChunk, Error
 from roadie.serving.http.gate import Right, Route, Routes
 from roadie.version import __version__
 
@@ -66,8 +66,10 @@ def _complete(path: str, method: str, operation: dict[str, Any], route: Route, h
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if route.generates:
-        chunk = Completion if path == "/v1/completions" else ChatChunk
-        description = f"Events, each `data: ` and a {chunk.__name__} in JSON, the last `data: [DONE]`."
+        chunk = {"/v1/completions": "Completion", "/v1/responses": "event of OpenAI's Responses API"}.get(
+            path, "ChatChunk"
+        )
+        description = f"Events, each `data: ` and a {chunk} in JSON, the last `data: [DONE]`."
         stream = {"schema": {"type": "string", "description": description}}
         responses["200"]["content"]["text/event-stream"] = stream
     for status in sorted(_errors(path, method, route, has_keys)):

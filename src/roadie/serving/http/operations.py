@@ -10,10 +10,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from roadie.serving.http.adapters import as_json, visible
-from roadie.serving.http.answers import Health, Status
+from roadie.serving.http.answers import Health, Status, Version
 from roadie.serving.http.failures import SERVER, ApiError
 from roadie.serving.http.metrics import CONTENT_TYPE
 from roadie.serving.http.service import Service, service_of
+from roadie.version import __version__
 
 router = APIRouter()
 _CSP = "; ".join(
@@ -43,6 +44,18 @@ async def ready(request: Request) -> Any:
     if not (service.engine.is_ready and service.gate.is_open):
         raise ApiError(503, "the server takes no requests now", "not_ready", SERVER, retry_after_s=1)
     return {"status": "ready"}
+
+
+@router.get("/ping", response_model=Health, tags=["operations"], summary="Whether the process lives")
+async def ping() -> Any:
+    """As /health, by the name that some platforms ask for."""
+    return await health()
+
+
+@router.get("/version", response_model=Version, tags=["operations"], summary="Which release this is")
+async def version() -> Any:
+    """The version of roadie."""
+    return {"version": __version__}
 
 
 @router.get("/metrics", response_class=Response, tags=["operations"], summary="Figures for Prometheus")

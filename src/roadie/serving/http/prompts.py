@@ -17,13 +17,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from roadie.errors import PromptTooLong
-from roadie.serving.http.bodies import Message
+from roadie.serving.http.bodies import Message, ToolCall
 from roadie.serving.http.failures import ApiError
 from roadie.serving.http.pieces import Pieces
 
@@ -39,7 +40,8 @@ class ChatForm:
 
     variables: of the chat template. opens_answer: the beginning of an answer follows the last message. continues_last: the
     prompt ends where the text of the last message does. special: whether the tokenizer puts its own tokens around it;
-    None: around plain text alone, since a template has them. template: that of an adapter, instead of the model's.
+    None: around plain text alone, since a template has them. template: that of an adapter, instead of the model's. tools: as
+    OpenAI's requests have them.
     """
 
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class ChatForm:
     continues_last: bool = False
     special: bool | None = None
     template: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 class Prompts:
@@ -58,6 +61,11 @@ class Prompts:
         self.pieces = Pieces(self._tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="roadie-prompts")
         self.has_template = getattr(tokenizer, "chat_template", None) is not None
+        self.special_ids = {
+            token.content: token_id
+            for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+            if token.special
+        }
         self._no_variables = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
 
     async def encode(self, prompt: str | Sequence[int], *, special: bool = True) -> tuple[int, ...]:
@@ -94,6 +102,12 @@ class Prompts:
             text = self._templated(messages, form) if has_template else plain_chat(messages, form)
         return await self.encode(text, special=form.special is True if has_template else form.special is not False)
 
+    def template_for_tools(self, own: str | None) -> str:
+        """The chat template that a conversation with tools is rendered by; empty where there is none."""
+        if own is None and not self.has_template:
+            return ""
+        return str(self._tokenizer.get_chat_template(own, tools=[{}]))
+
     def id_of(self, token: str) -> int | None:
         """The id of a token; None where the vocabulary has none of that name."""
         found = self._tokenizer.convert_tokens_to_ids(token)
@@ -111,14 +125,11 @@ class Prompts:
             raise ApiError(400, message, "invalid_value", param="chat_template_kwargs")
 
     def _templated(self, messages: Sequence[Message], form: ChatForm) -> str:
-        turns = [
-            {"role": message.role, "content": message.text} | ({"name": message.name} if message.name else {})
-            for message in messages
-        ]
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    turns,
+                    turns_of(messages),
+                    tools=list(form.tools) or None,
                     chat_template=form.template,
                     tokenize=False,
                     add_generation_prompt=form.opens_answer,
@@ -133,13 +144,40 @@ class Prompts:
             )
             raise ApiError(400, message, "invalid_value", param="messages") from None
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of a prompt of token ids."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of a prompt of token ids. special: with that of special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def close(self) -> None:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates know them: arguments of calls are objects, and what a tool says has the tool's name."""
+    turns: list[dict[str, Any]] = []
+    names: dict[str | None, str] = {}
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.text}
+        if message.tool_calls:
+            turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+            names |= {call.id: call.function.name for call in message.tool_calls}
+        name = message.name or (names.get(message.tool_call_id) if message.role == "tool" else None)
+        optional = {"name": name, "tool_call_id": message.tool_call_id}
+        turns.append(turn | {key: value for key, value in optional.items() if value})
+    return turns
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def plain_chat(messages: Sequence[Message], form: ChatForm) -> str:

@@ -99,7 +99,8 @@ class StreamReply(Reply):
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return f"data: {dumped(value)}\n\n".encode()
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    return f"{name}data: {dumped(value)}\n\n".encode()
 
 
 async def _hung_up(receive: Receive) -> None:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 
 from roadie.errors import ConfigError
+from roadie.serving.http.tools import STYLES
 
 MAX_BLEND = 16
 """Adapters in one blend."""
@@ -30,7 +31,8 @@ class HttpSettings:
     allowed_hosts: values of the Host header, without a port; empty: any. allowed_origins: pages of other servers that a browser
     may let in, as "https://example.org", or "*" for all. max_labelled_adapters: those with a label of their own
     in /metrics. is_metrics_open: adapters are named in /metrics without an admin's key, too.
-    use_adapter_templates: a chat with an adapter that brings a chat template uses it.
+    use_adapter_templates: a chat with an adapter that brings a chat template uses it. tool_format: how models write calls of
+    tools, one of `tools.STYLES`; None: by their chat template.
     """
 
     model_name: str = "base"
@@ -53,12 +55,15 @@ class HttpSettings:
     max_labelled_adapters: int = 100
     is_metrics_open: bool = False
     use_adapter_templates: bool = True
+    tool_format: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:
                 raise ConfigError(f"got {field.name}={value!r}; wanted a number above 0")
+        if self.tool_format not in (None, *STYLES):
+            raise ConfigError(f"got tool_format={self.tool_format!r}; wanted one of {', '.join(STYLES)}")
         if self.max_choices > MAX_CHOICES:
             raise ConfigError(f"got max_choices={self.max_choices}; wanted at most {MAX_CHOICES}")
         for origin in self.allowed_origins:
