@@ -11,9 +11,13 @@ import pytest
 import torch
 from tests.patience import HANG_S, until
 from tests.serving.http.harness import Running
-from tests.train_service.tinker_server import ALICE, NAME, PLACE, datum, tinker
+from tests.train_service.tinker_server import ALICE, NAME, PLACE, client, datum, serving, tinker
 
 from roadie import checkpoint, embedded
+from roadie.errors import ConfigError
+from roadie.serving import EngineSettings
+
+presets = pytest.importorskip("roadie.train_service.tinker_api.presets")
 
 ZEN = ["Beautiful is better than ugly.", "Explicit is better than implicit.", "Simple is better than complex."]
 TOKENS = [embedded.load_tokenizer()(text)["input_ids"] for text in ZEN]
@@ -304,6 +308,29 @@ def test_what_is_refused_is_said_by_name(service: Any) -> None:
             [datum(TOKENS[0], masks=tinker.TensorData.from_numpy(torch.ones(3).numpy()))], "ppo"
         ).result(HANG_S)
     assert learn(training, TOKENS[:1], 1)[0] > 0  # it goes on
+
+
+def test_a_head_that_shares_its_weight_is_passed_over() -> None:
+    model = embedded.load_model()
+    assert presets.head(model) == ["lm_head"]
+    model.lm_head.weight = model.get_input_embeddings().weight
+    assert presets.head(model) == []
+    with pytest.raises(ConfigError, match="got nothing to train"):
+        presets.targets(model, tinker.types.LoraConfig(rank=8, train_mlp=False, train_attn=False), presets.head(model))
+
+
+def test_room_for_no_more_samples_is_waited_for(tmp_path: Path) -> None:
+    """The SDK asks again where the server has no room (429), also for several samples of which some had room."""
+    settings = EngineSettings(num_slots=4, num_blocks=128, max_running=2, max_queued=4, max_queued_per_tenant=4)
+    with serving(tmp_path, settings=settings) as server, client(server) as service:
+        sampler = service.create_sampling_client(base_model=NAME).result(HANG_S)
+        rules = tinker.SamplingParams(max_tokens=20, temperature=0.0, stop=[])
+        asked = [sampler.sample(tinker.ModelInput.from_ints(tokens), 3, rules) for tokens in TOKENS * 2]
+        said = [each.result(HANG_S).sequences for each in asked]
+    for sequences in said:
+        assert len({tuple(each.tokens) for each in sequences}) == 1
+        assert [len(each.tokens) for each in sequences] == [20] * 3
+    assert [each[0].tokens for each in said[:3]] == [each[0].tokens for each in said[3:]]
 
 
 def test_abandoned_samples_stop(trained: Any, server: Running) -> None:

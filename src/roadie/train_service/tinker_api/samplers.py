@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import count
 
 from tinker import types
 
@@ -39,6 +40,7 @@ MAX_SAMPLES = 1024
 MAX_PUBLISHED = 1024
 WAIT_S = 60.0
 _OWN = "~"
+_numbers = count()  # of requests to the engine: one that is asked for again may find the one before still leaving
 
 
 def owner_of(adapter: str) -> str | None:
@@ -185,7 +187,13 @@ class Samplers:
         adapter = self._bring(sampler)
         requests = [
             GenerationRequest(
-                f"{asked.id}#{number}", prompt, adapter, rule, sampler.tenant, True, None if number else scoring
+                f"{asked.id}#{number}:{next(_numbers)}",
+                prompt,
+                adapter,
+                rule,
+                sampler.tenant,
+                True,
+                None if number else scoring,
             )
             for number, rule in enumerate(rules)
         ]
