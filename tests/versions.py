@@ -54,6 +54,10 @@ OLD_TRANSFORMERS = Version("5.23") > TRANSFORMERS  # tested: 5.0, 5.17 and 5.23
 NO_ENGINE = Version("5.17") > TRANSFORMERS
 """The server's engine needs continuous batching that transformers 5.0 does not have."""
 
+needs_stacked_experts = pytest.mark.skipif(
+    Version("5.17") > TRANSFORMERS, reason="transformers 5.0 does not say how stacked experts lie in memory"
+)
+
 needs_a_cache_that_lets_old_prefixes_go = pytest.mark.skipif(
     OLD_TRANSFORMERS, reason="transformers 5.17 takes the blocks of prefixes that were used last, where it needs some"
 )

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tests.families.checks import BOUND, EXPERTS, Adapted, logits, loss, truth
 from tests.families.models import FAMILIES, ROWS, TOKENS, Family
+from tests.versions import needs_stacked_experts
 from torch import Tensor, nn
 
 import roadie
@@ -29,6 +30,8 @@ from roadie.testing.accuracy import relative_error
 from roadie.testing.models import randomise
 from roadie.tuner import train_only
 from roadie.tuner.experts import RoadExperts
+
+pytestmark = needs_stacked_experts
 
 KINDS = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")

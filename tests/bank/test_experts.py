@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.families.checks import BOUND, EXPERTS, Adapted, logits, truth
 from tests.families.models import FAMILIES, ROWS, TOKENS, Family
+from tests.versions import needs_stacked_experts
 from torch import Tensor
 
 import roadie
@@ -16,6 +17,8 @@ from roadie.bank import AdapterBank
 from roadie.errors import AdapterError
 from roadie.experts.forward import AdaptedConfig
 from roadie.testing.accuracy import relative_error
+
+pytestmark = needs_stacked_experts
 
 KINDS = ("qwen3_moe", "gpt_oss", "deepseek_v3")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.engine.tenants import engine, filled, gradients, row
 from tests.families.models import FAMILIES
+from tests.versions import needs_stacked_experts
 from torch import Tensor
 
 import roadie
@@ -19,7 +20,7 @@ from roadie.testing.accuracy import relative_error, unit_roundoff
 KINDS = ("each", "shared", None)
 OF_A_GRADIENT = (2**9 + 2**12) * unit_roundoff(torch.float32)  # as in test_training
 
-pytestmark = pytest.mark.filterwarnings("ignore:this adapter has")
+pytestmark = [pytest.mark.filterwarnings("ignore:this adapter has"), needs_stacked_experts]
 
 
 def model(kind: str = "qwen3_moe") -> Any:

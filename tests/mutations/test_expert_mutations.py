@@ -20,12 +20,15 @@ import pytest
 import torch
 from tests.families import checks
 from tests.families.models import FAMILIES
+from tests.versions import needs_stacked_experts
 from torch import Tensor
 
 from roadie.experts import Pairs, Projection, forward
 from roadie.testing.accuracy import relative_error
 from roadie.tuner.experts import RoadExperts
 from roadie.tuner.weight import StackedWeight
+
+pytestmark = needs_stacked_experts
 
 
 def adapted() -> checks.Adapted:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.serving.harness import prompt, save_all, serving
+from tests.versions import needs_stacked_experts
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import roadie
@@ -18,7 +19,7 @@ from roadie.testing.models import randomise
 
 KINDS = ("each", "shared", None, "each", "shared", "each", "shared", None)
 SETTINGS = EngineSettings(num_slots=10, page_size=8, num_blocks=128)
-pytestmark = pytest.mark.filterwarnings("ignore:this adapter")
+pytestmark = [pytest.mark.filterwarnings("ignore:this adapter"), needs_stacked_experts]
 
 
 def mixture() -> Any:

@@ -22,6 +22,7 @@ from roadie.errors import ConfigError
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 """transformers' implementations that are computed here with rotations between."""
+_MARKS = {"has_bias", "has_gate", "is_concatenated", "is_transposed"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -59,7 +60,7 @@ class Projection:
 
     @property
     def _is_interleaved(self) -> bool:
-        return self.parts > 1 and not getattr(self.experts, "is_concatenated", True)
+        return self.parts > 1 and not self.experts.is_concatenated
 
     def in_order(self, y: Tensor) -> Tensor:
         """Outputs ``[P, D]`` as the weight has them, in the order of rotations: gate, then up."""
@@ -121,9 +122,11 @@ class ExpertSite:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds stacked experts that transformers' registry of experts implementations computes."""
-    marks = module.__dict__
-    return "has_gate" in marks and "is_transposed" in marks and hasattr(type(module).forward, "__wrapped__")
+    """Whether a module holds stacked experts that transformers' registry of experts implementations computes.
+
+    And says how they lie in memory: transformers 5.0 does not say whether gate and up are in turns.
+    """
+    return module.__dict__.keys() >= _MARKS and hasattr(type(module).forward, "__wrapped__")
 
 
 def projections(experts: Any) -> tuple[Projection, Projection]:
@@ -149,7 +152,7 @@ def refusal(module: Any, model: Any) -> str | None:
     if not is_experts(module):
         return (
             f"got experts of class {kind}, which is not computed by transformers' registry of experts implementations; wanted "
-            "one that is; put it into exclude_modules, or leave target_experts out"
+            "one that is, in transformers 5.17 or newer; put it into exclude_modules, or leave target_experts out"
         )
     weights = [getattr(module, f"{name}_proj", None) for name in ("gate_up" if module.has_gate else "up", "down")]
     for weight in weights:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.versions import needs_stacked_experts
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import roadie
@@ -18,7 +19,7 @@ from roadie.training.many import JobStatus, train_many
 together = runpy.run_path(str(Path(__file__).with_name("test_together.py")))
 KINDS = ("each", "shared", None, "each")
 
-pytestmark = pytest.mark.filterwarnings("ignore:this adapter has")
+pytestmark = [pytest.mark.filterwarnings("ignore:this adapter has"), needs_stacked_experts]
 
 
 @pytest.fixture
@@ -78,7 +79,9 @@ def test_the_command_line_trains_experts_and_shows_them(moe_path, texts, tmp_pat
     from roadie.cli.app import app
 
     run = ["train", str(texts), "-o", str(tmp_path / "a"), "-m", str(moe_path), "--target-experts", "shared"]
-    shown = CliRunner().invoke(app, [*run, "--group-size", "8", "--max-steps", "2", "--batch-size", "2", "--lr", "0.01"])
+    shown = CliRunner().invoke(
+        app, [*run, "--group-size", "8", "--max-steps", "2", "--batch-size", "2", "--lr", "0.01"]
+    )
     assert shown.exit_code == 0, shown.output
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_experts"] == "shared"
     layers = checkpoint.load(tmp_path / "a").layers
