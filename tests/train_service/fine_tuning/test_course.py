@@ -128,6 +128,35 @@ def test_a_job_that_is_cancelled_ends_and_its_epochs_stay(server: Running, monke
     assert client.files.delete(job.training_file).deleted
 
 
+def test_a_job_that_is_to_go_on_from_a_model_that_is_gone_fails(server: Running) -> None:
+    client = server.openai(BOB)
+    model = wait(client, start(client, chats(PIE, 2)).id).fine_tuned_model
+    jobs = server.service.extensions[0].owner_of.__self__
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(course, "validate", _forgetting(jobs, model, course.validate))
+        patched.setattr("roadie.train_service.fine_tuning.runner.validate", course.validate)
+        job = client.fine_tuning.jobs.create(model=model, training_file=upload(client, chats(PIE, 2)))
+        job = wait(client, job.id)
+    assert (job.status, job.error.code, job.error.param) == ("failed", "model_not_found", "model")
+
+
+def _forgetting(jobs: Jobs, model: str, validate: Any) -> Any:
+    def forget_and_validate(*arguments: Any) -> Any:
+        jobs.places.pop(model)
+        return validate(*arguments)
+
+    return forget_and_validate
+
+
+def test_rows_that_are_cut_are_told_of(server: Running) -> None:
+    client = server.openai(BOB)
+    job = wait(client, start(client, chats(PIE, 2) + chats("word " * 1000, 1)).id)
+    warnings = [
+        event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.level == "warn"
+    ]
+    assert warnings == ["1 of 3 rows are longer than 512 tokens, and are cut"]
+
+
 def test_a_job_may_be_paused_before_its_files_are_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     client, go_on, read = server.openai(BOB), threading.Event(), Reader.read
 

@@ -49,14 +49,17 @@ class JobFailed(RoadieError):
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What jobs are made with. base: what the model is called; states, models: folders; others: for what takes long."""
+    """What jobs are made with.
+
+    base: names of the base model, its own first; states, models: folders; others: for what takes long.
+    """
 
     engine: TrainingEngine
     reader: Reader
     files: Files
     jobs: Jobs
     limits: Limits
-    base: str
+    base: tuple[str, ...]
     states: Path
     models: Path
     others: Executor
@@ -72,13 +75,20 @@ class Bench:
 
     def beginning(self, job: Job) -> Any:
         """What a job begins with: a model that was made here, or the settings in its metadata."""
-        folder = self.jobs.places.get(job.model)
-        return adapter_config(job.metadata or {}) if folder is None else folder
+        if job.model in self.base:
+            return adapter_config(job.metadata or {})
+        if job.model not in self.jobs.places:
+            raise JobFailed("model_not_found", f"The model {job.model} does not exist any more.", "model")
+        return self.jobs.places[job.model]
 
 
 def validate(bench: Bench, job: Job) -> Course:
     """Look at the files of a job, and decide what it is to do; it waits for its turn then."""
     rows = yield from _read(bench, job, "training_file")
+    num_cut = sum(any(row.was_cut for row in each) for each in rows)
+    if num_cut:
+        said = f"{num_cut} of {len(rows)} rows are longer than {bench.reader.max_tokens} tokens, and are cut"
+        bench.jobs.say(job.id, [said], "warn")
     if job.validation_file is not None:
         yield from _read(bench, job, "validation_file")
     hyperparameters = decided(job.hyperparameters, len(rows))
@@ -232,7 +242,7 @@ class _Texts:
         self, state: TenantState, step: int, figures: dict[str, Any], *, is_last: bool
     ) -> Generator[Future[Any], Any, Model]:
         job = self.job
-        name = model_name(self.bench.base, job.tenant, job.suffix, job.id)
+        name = model_name(self.bench.base[0], job.tenant, job.suffix, job.id)
         folder = self.bench.models / (job.id if is_last else f"{job.id}-ckpt-{step}")
         yield self.bench.others.submit(checkpoint.save, state.adapter, folder)
         metrics = {key: value for key, value in figures.items() if key != "total_steps"}

@@ -38,16 +38,17 @@ _ROLES = ("system", "developer", "user", "assistant")
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Tokens int32 ``[T]``, and which of them are learnt, bool ``[T]``."""
+    """Tokens int32 ``[T]``, and which of them are learnt, bool ``[T]``; was_cut: whether there were more."""
 
     tokens: Tensor
     learnt: Tensor
+    was_cut: bool
 
     @classmethod
-    def of(cls, example: Example) -> Row:
+    def of(cls, example: Example, was_cut: bool) -> Row:
         """A row of an example."""
         labels = torch.tensor(example.labels, dtype=torch.int32)
-        return cls(torch.tensor(example.input_ids, dtype=torch.int32), labels != IGNORED)
+        return cls(torch.tensor(example.input_ids, dtype=torch.int32), labels != IGNORED, was_cut)
 
     @property
     def num_learnt(self) -> int:
@@ -134,10 +135,10 @@ class Reader:
         if not isinstance(value, dict):
             raise DataError(f"{where}: got a JSON {type(value).__name__}; wanted an object")
         if method == "dpo":
-            pair, _ = one_pair(self._preference(value, where), self.tokenizer, self.max_tokens)
-            return [tuple(map(Row.of, pair.examples))]
+            pair, was_cut = one_pair(self._preference(value, where), self.tokenizer, self.max_tokens)
+            return [tuple(Row.of(example, was_cut) for example in pair.examples)]
         records = self._records(value, where)
-        return [(Row.of(one_example(record, self.tokenizer, self.max_tokens)[0]),) for record in records]
+        return [(Row.of(*one_example(record, self.tokenizer, self.max_tokens)),) for record in records]
 
     def _records(self, value: Mapping[str, Any], where: str) -> list[Record]:
         if "messages" not in value:

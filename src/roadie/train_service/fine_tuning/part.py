@@ -8,6 +8,7 @@ from pathlib import Path
 
 from roadie.serving.http.extensions import Extension
 from roadie.serving.http.launch import Ground
+from roadie.serving.http.naming import BASE
 from roadie.train_service.database import Database
 from roadie.train_service.fine_tuning.course import Bench
 from roadie.train_service.fine_tuning.data import Reader
@@ -37,6 +38,7 @@ def fine_tuning(
     longest = min(ground.engine.limits.max_context_tokens, engine.settings.max_tokens_per_pass or 2**31)
     reader = Reader(copy.deepcopy(ground.tokenizer), longest, limits)
     others = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="roadie-fine-tuning")
-    runner = Runner(Bench(engine, reader, files, jobs, limits, ground.names[0], states, made, others))
-    desk = Desk(files, jobs, limits, ground.model, (*ground.names, "base"), runner.wake)
+    base = (*ground.names, BASE)
+    runner = Runner(Bench(engine, reader, files, jobs, limits, base, states, made, others))
+    desk = Desk(files, jobs, limits, ground.model, base, runner.wake)
     return Extension(desk.router, routes(limits), jobs.owner_of, runner.start, runner.stop)
