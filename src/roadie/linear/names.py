@@ -1,7 +1,7 @@
 """Names of layers: ends of module paths, at a dot; and what to say of those that no module has.
 
 Mixtures of experts may hold the weights of all experts in one parameter of three dimensions, which has the name that a layer
-had elsewhere. It is no layer, and is not adapted.
+had elsewhere. It is no layer; `roadie.experts` adapts it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def ignored_names(
     said = "; ".join(part for part in found if part)
     if not said:
         return None
-    experts = f" The experts of this model are parameters ({stacked[0]}), which are not adapted." if stacked else ""
+    experts = f" The experts of this model are parameters ({stacked[0]}): target_experts is about them." if stacked else ""
     return f"The following {setting} were ignored: {said}.{experts}"
 
 
