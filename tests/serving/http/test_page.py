@@ -15,6 +15,9 @@ from tests.patience import HANG_S, until
 from tests.serving.http.fake_engine import FakeEngine
 from tests.serving.http.harness import KEYS, USER_KEY, Running, running
 
+from roadie import embedded
+from roadie.errors import ConfigError
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 PICTURES = os.environ.get("ROADIE_PICTURES")
@@ -123,6 +126,74 @@ def test_several_adapters_side_by_side_and_a_slider_for_strength(browser: Any, s
     asked = asked_for(browser)
     assert any(url.endswith("/v1/completions") for url in asked)
     assert {url for url in asked if not url.startswith(server.url)} == set()
+
+
+@pytest.fixture
+def talking() -> Iterator[Running]:
+    tokenizer = embedded.load_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    with running(FakeEngine(step_s=0.004, adapter_names=("legal", "terse")), tokenizer=tokenizer) as server:
+        yield server
+
+
+def prompts(server: Running, number: int) -> set[str]:
+    """Of the last requests."""
+    decode = embedded.load_tokenizer().decode
+    return {decode(request.prompt_ids).strip() for request in server.engine.requests[-number:]}
+
+
+@needs_a_browser
+def test_a_model_with_a_chat_template_is_talked_with_by_several_adapters(browser: Any, talking: Running) -> None:
+    look(browser, talking)
+    until(lambda: texts(browser, "#run") == ["Send"])
+    find(browser, "#run").click()  # nothing was said, and nothing is asked
+    find(browser, "#max-tokens").clear()
+    find(browser, "#max-tokens").send_keys("3")
+    run_all(browser, "Hi")
+    assert find(browser, "#prompt").get_attribute("value") == ""
+    assert prompts(talking, 3) == {"<user>Hi"}
+    length = len(talking.engine.requests[-1].prompt_ids)
+    assert texts(browser, '[data-adapter="legal"] pre') == [f"Hi\n\n legal*1 {length} 0"]
+    find(browser, "#prompt").send_keys("And?")
+    find(browser, "#run").click()
+    until(lambda: len(talking.engine.requests) == 6 and all("tokens" in text for text in texts(browser, ".measured")))
+    names = ("base", "legal*1", "terse*1")
+    assert prompts(talking, 3) == {f"<user>Hi<assistant> {name} {length} 0<user>And?" for name in names}
+    take_picture(browser, "chat")
+    slider = find(browser, '[data-adapter="legal"] input')
+    browser.execute_script("arguments[0].value = 0.5; arguments[0].dispatchEvent(new Event('input'))", slider)
+    until(lambda: "legal*0.5" in find(browser, '[data-adapter="legal"] pre').text)
+    assert prompts(talking, 1) == {f"<user>Hi<assistant> legal*1 {length} 0<user>And?"}  # the last answer, once more
+    until(lambda: "tokens" in find(browser, '[data-adapter="legal"] .measured').text)
+    browser.execute_script("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    find(browser, '[data-adapter="legal"] .copy').click()
+    until(lambda: (browser.execute_script("return window.copied") or "").startswith(" legal*0.5 "))
+    find(browser, "#again").click()
+    assert texts(browser, ".column pre") == ["", "", ""]
+    run_all(browser, "Anew")
+    assert prompts(talking, 3) == {"<user>Anew"}
+    assert complaints(browser) == []
+
+
+@needs_a_browser
+def test_a_conversation_that_is_stopped_or_refused_goes_on(browser: Any, talking: Running) -> None:
+    talking.engine.held.set()
+    look(browser, talking)
+    until(lambda: texts(browser, "#run") == ["Send"])
+    find(browser, "#prompt").send_keys("Hi")
+    find(browser, "#run").click()
+    until(lambda: talking.engine.num_live == 3)
+    assert not find(browser, "#run").is_enabled()
+    find(browser, "#stop").click()
+    until(lambda: texts(browser, ".measured") == ["stopped"] * 3)
+    talking.engine.held.clear()
+    talking.engine.failing = ConfigError("not now")
+    find(browser, "#prompt").send_keys("Well?")
+    find(browser, "#run").click()
+    until(lambda: texts(browser, ".column pre") == ["not now"] * 3)
+    talking.engine.failing = None
+    run_all(browser, "So?")
+    assert prompts(talking, 3) == {"<user>Hi<assistant><user>So?"}
 
 
 @needs_a_browser

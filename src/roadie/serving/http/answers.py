@@ -328,6 +328,8 @@ class Status(Answer):
     ready: bool
     model: str
     max_context_tokens: int
+    chat: bool
+    """Whether the model has a chat template."""
     is_admin: bool
     figures: Figures
     adapters: list[AdapterAnswer]

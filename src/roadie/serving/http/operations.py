@@ -74,6 +74,7 @@ async def status(request: Request) -> Any:
         "ready": service.engine.is_ready and service.gate.is_open,
         "model": service.settings.model_name,
         "max_context_tokens": service.engine.limits.max_context_tokens,
+        "chat": service.prompts.has_template,
         "is_admin": caller.is_admin,
         "figures": _figures(service),
         "adapters": [as_json(status, caller) for status in visible(service, request)],

@@ -1,4 +1,4 @@
-// What moves on the page: the figures every two seconds, and the prompt with several adapters side by side.
+// What moves on the page: the figures every two seconds, and a prompt, or a conversation, with several adapters side by side.
 "use strict";
 
 const POLL_MS = 2000, SAMPLES = 60, MOST_ROWS = 200, SETTLE_MS = 250, BASE = "base";
@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 const columns = new Map(); // name -> column
 const rates = [];
 let key = sessionStorage.getItem("key") || "";
-let last = null, names = [], hasChosen = false, rowsShown = "";
+let last = null, names = [], hasChosen = false, rowsShown = "", isChat = false;
 
 const headers = () => (key ? { authorization: `Bearer ${key}` } : {});
 const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 }), whole = new Intl.NumberFormat("en");
@@ -47,6 +47,7 @@ function show(status) {
   document.title = `roadie: ${status.model}`;
   showFigures(status.figures);
   showAdapters(status.adapters);
+  if (status.chat && !isChat) converse();
   if (!hasChosen) choose(status.adapters);
 }
 
@@ -116,15 +117,51 @@ function choose(adapters) {
   for (const name of [BASE, ...adapters.slice(0, 3).map((adapter) => adapter.name)]) addColumn(name);
 }
 
+// Models with a chat template are talked with; each column has a conversation of its own, by the same words of the user.
+function converse() {
+  isChat = true;
+  $("prompt-label").textContent = "Message";
+  $("prompt").value = "";
+  $("run").textContent = "Send";
+  $("again").hidden = false;
+}
+
+function startOver() {
+  for (const column of columns.values()) {
+    if (column.stop) column.stop.abort();
+    column.stop = null;
+    column.turns = [];
+    column.answer.data = "";
+    column.text.className = "";
+    column.text.replaceChildren();
+    column.made.querySelector(".copy").disabled = true;
+    measured(column, "");
+  }
+  showBusy();
+}
+
+function send() {
+  const message = $("prompt").value;
+  if (isChat && (!message.trim() || isBusy())) return;
+  for (const column of columns.values()) {
+    if (isChat) column.turns.push({ role: "user", content: message });
+    run(column);
+  }
+  if (isChat) $("prompt").value = "";
+}
+
 function addColumn(name) {
   if (columns.has(name) || (name !== BASE && !names.includes(name))) return false;
   const made = $("column").content.firstElementChild.cloneNode(true);
   const column = { name, made, slider: made.querySelector("input"), text: made.querySelector("pre"), timer: 0, stop: null };
+  column.turns = [];
+  column.answer = document.createTextNode("");
   made.dataset.adapter = name;
   made.querySelector("h3").textContent = name === BASE ? "base model" : name;
   made.querySelector(".strength").hidden = name === BASE;
   column.slider.setAttribute("aria-label", `Strength of ${name}`);
   column.slider.addEventListener("input", () => strengthChanged(column));
+  made.querySelector(".copy").addEventListener("click", () => copy(column));
   made.querySelector(".remove").addEventListener("click", () => removeColumn(column));
   columns.set(name, column);
   $("columns").append(made);
@@ -141,14 +178,29 @@ function removeColumn(column) {
 function strengthChanged(column) {
   column.made.querySelector("output").textContent = Number(column.slider.value).toFixed(2).replace(/\.?0+$/, "");
   clearTimeout(column.timer);
-  column.timer = setTimeout(() => run(column), SETTLE_MS);
+  column.timer = setTimeout(() => runAgain(column), SETTLE_MS);
+}
+
+function runAgain(column) {
+  if (isChat && column.turns.length && column.turns[column.turns.length - 1].role === "assistant") column.turns.pop();
+  if (!isChat || column.turns.length) run(column);
+}
+
+async function copy(column) {
+  try {
+    await navigator.clipboard.writeText(column.answer.data);
+    measured(column, "copied");
+  } catch { // pages that did not come by https may not write there: the text is selected instead
+    getSelection().selectAllChildren(column.text);
+  }
 }
 
 function requestOf(column) {
   const body = {
-    model: BASE, prompt: $("prompt").value, stream: true, seed: Number($("seed").value),
+    model: BASE, stream: true, seed: Number($("seed").value),
     max_tokens: Number($("max-tokens").value), temperature: Number($("temperature").value),
     stream_options: { include_usage: true },
+    ...(isChat ? { messages: column.turns } : { prompt: $("prompt").value }),
   };
   if (column.name !== BASE) body.adapters = { [column.name]: Number(column.slider.value) };
   return body;
@@ -157,9 +209,10 @@ function requestOf(column) {
 async function run(column) {
   if (column.stop) column.stop.abort();
   const stop = column.stop = new AbortController();
-  const prompt = $("prompt").value, answer = document.createTextNode("");
+  const answer = column.answer = document.createTextNode("");
   column.text.className = "";
-  column.text.replaceChildren(element("span", prompt, "prompt"), answer);
+  column.text.replaceChildren(...said(column), answer);
+  column.text.scrollTop = column.text.scrollHeight;
   measured(column, "waiting");
   showBusy();
   const began = performance.now();
@@ -170,7 +223,8 @@ async function run(column) {
       if (event.usage) tokens = event.usage.completion_tokens;
       if (!event.choices.length) continue;
       first ||= performance.now();
-      answer.data += event.choices[0].text;
+      answer.data += event.choices[0].text ?? event.choices[0].delta.content ?? "";
+      column.made.querySelector(".copy").disabled = !answer.data;
     }
     const seconds = (performance.now() - first) / 1000;
     const rate = tokens > 1 && seconds > 0 ? `, ${number.format((tokens - 1) / seconds)} a second` : "";
@@ -180,10 +234,23 @@ async function run(column) {
     column.text.className = "failed";
     column.text.textContent = error.message;
     measured(column, "");
+    column.turns.pop(); // so that another message may be sent
   } finally {
-    if (column.stop === stop) column.stop = null;
+    if (column.stop === stop) settle(column);
     showBusy();
   }
+}
+
+function settle(column) {
+  column.stop = null;
+  const turns = column.turns;
+  if (turns.length && turns[turns.length - 1].role === "user") turns.push({ role: "assistant", content: column.answer.data });
+}
+
+// What stands before the answer.
+function said(column) {
+  if (!isChat) return [element("span", $("prompt").value, "prompt")];
+  return column.turns.map((turn) => element("span", `${turn.content}\n\n`, turn.role === "user" ? "prompt" : ""));
 }
 
 function measured(column, text) {
@@ -192,7 +259,7 @@ function measured(column, text) {
 
 async function* events(body, signal) {
   const sent = { method: "POST", headers: { ...headers(), "content-type": "application/json" }, body: JSON.stringify(body), signal };
-  const response = await fetch("v1/completions", sent);
+  const response = await fetch(isChat ? "v1/chat/completions" : "v1/completions", sent);
   if (!response.ok) throw new Error(await messageOf(response));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ;) {
@@ -212,14 +279,20 @@ async function messageOf(response) {
   }
 }
 
+function isBusy() {
+  return [...columns.values()].some((column) => column.stop);
+}
+
 function showBusy() {
-  $("stop").disabled = ![...columns.values()].some((column) => column.stop);
+  $("stop").disabled = !isBusy();
+  $("run").disabled = isChat && isBusy();
 }
 
 $("try").addEventListener("submit", (event) => {
   event.preventDefault();
-  for (const column of columns.values()) run(column);
+  send();
 });
+$("again").addEventListener("click", startOver);
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("try").requestSubmit();
 });
