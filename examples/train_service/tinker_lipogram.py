@@ -14,7 +14,7 @@ import sys
 import tinker
 
 PROMPTS = ["The turtle", "In this chapter", "A function", "You can", "The first", "If you want"]
-SAMPLES, NEW_TOKENS, STEPS = 12, 8, 14
+SAMPLES, NEW_TOKENS, STEPS = 12, 8, 18
 
 
 def rows(prompt, group, decode):

@@ -67,7 +67,7 @@ class Http:
         return answer.json()["request_id"]
 
     def step(self, model: str, seq: int) -> str:
-        body = {"adam_params": {"learning_rate": 2e-2}, "model_id": model, "seq_id": seq}
+        body = {"adam_params": {"learning_rate": 2e-2, "eps": 1e-3}, "model_id": model, "seq_id": seq}
         return self.ok("optim_step", body)["request_id"]
 
 

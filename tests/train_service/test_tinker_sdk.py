@@ -21,7 +21,9 @@ presets = pytest.importorskip("roadie.train_service.tinker_api.presets")
 
 ZEN = ["Beautiful is better than ugly.", "Explicit is better than implicit.", "Simple is better than complex."]
 TOKENS = [embedded.load_tokenizer()(text)["input_ids"] for text in ZEN]
-STEP = tinker.AdamParams(learning_rate=2e-2)
+STEP = tinker.AdamParams(
+    learning_rate=2e-2, eps=1e-3
+)  # with the SDK's 1e-12 rounding decides the sign of some first steps
 
 
 def new(service: Any, **words: Any) -> Any:
