@@ -13,68 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.patience import until
 from tests.serving.http.harness import Running
-from tests.train_service.tinker_server import ALICE, BOB, NAME, datum, tinker
-
-from roadie import embedded
-
-request_conv = pytest.importorskip("tinker.proto.request_conv")
-response_conv = pytest.importorskip("tinker.proto.response_conv")
-ROWS = [embedded.load_tokenizer()(text)["input_ids"] for text in ("Flat is better than nested.", "Readability counts.")]
-PROTOBUF = {"content-type": "application/x-protobuf"}
-
-
-class Http:
-    """A tenant's plain requests."""
-
-    def __init__(self, server: Running, key: str = ALICE) -> None:
-        self.client = server.http(key)
-
-    def post(self, path: str, body: Any) -> Any:
-        return self.client.post(f"/api/v1/{path}", json=body)
-
-    def ok(self, path: str, body: Any) -> Any:
-        answer = self.post(path, body)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def result(self, id: str) -> Any:
-        """What became of a future: the output of a forward, or JSON."""
-        while (answer := self.post("retrieve_future", {"request_id": id})).status_code == 408:
-            pass
-        assert answer.status_code == 200, answer.text
-        if answer.headers["content-type"] == PROTOBUF["content-type"]:
-            return response_conv.deserialize_forward_backward_output(answer.content)
-        return answer.json()
-
-    def session(self) -> str:
-        return self.ok("create_session", {"tags": [], "user_metadata": {}, "sdk_version": "0.38.0"})["session_id"]
-
-    def model(self, session: str | None = None, number: int = 0, **words: Any) -> str:
-        lora = {"rank": 8, **words}
-        body = {
-            "session_id": session or self.session(),
-            "model_seq_id": number,
-            "base_model": NAME,
-            "lora_config": lora,
-        }
-        asked = self.ok("create_model", body)
-        assert self.result(asked["request_id"])["model_id"] == asked["model_id"]
-        return asked["model_id"]
-
-    def forward_backward(self, model: str, seq: int, tokens: list[int] = ROWS[0]) -> str:
-        answer = self.client.post("/api/v1/forward_backward", content=message(model, seq, tokens), headers=PROTOBUF)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["request_id"]
-
-    def step(self, model: str, seq: int) -> str:
-        body = {"adam_params": {"learning_rate": 2e-2, "eps": 1e-3}, "model_id": model, "seq_id": seq}
-        return self.ok("optim_step", body)["request_id"]
-
-
-def message(model: str, seq: int, tokens: list[int] = ROWS[0]) -> bytes:
-    data = tinker.types.ForwardBackwardInput(data=[datum(tokens)], loss_fn="cross_entropy")
-    request = tinker.types.ForwardBackwardRequest(forward_backward_input=data, model_id=model, seq_id=seq)
-    return request_conv.forward_backward_request_to_proto(request).SerializeToString()
+from tests.train_service.tinker_server import BOB, NAME, PROTOBUF, ROWS, Http, message, of_server
 
 
 @pytest.fixture(scope="module")
@@ -325,12 +264,6 @@ def test_many_futures_leave_nothing_behind(alice: Http, server: Running) -> None
     assert alice.post("retrieve_future", {"request_id": ids[0]}).status_code == 404
     assert alice.step(model, 5) == ids[4]  # asked once more, it is not done once more
     assert service.futures.num_waiting == before
-
-
-def of_server(server: Running) -> Any:
-    """What stands behind the routes."""
-    stop: Any = server.service.extensions[0].stop
-    return stop.__self__
 
 
 def test_expired_checkpoints_go(alice: Http, server: Running) -> None:

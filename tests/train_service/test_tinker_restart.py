@@ -18,8 +18,7 @@ import httpx2
 import pytest
 from tests.patience import HANG_S, until
 from tests.serving.http.harness import Running, free_port
-from tests.train_service.test_tinker_http import ROWS, Http, of_server
-from tests.train_service.tinker_server import ALICE, KEYS, NAME, datum, serving, tinker
+from tests.train_service.tinker_server import ALICE, NAME, ROWS, Http, datum, of_server, serving, tinker
 
 from roadie import embedded
 from roadie.serving.http.keys import add_to_file, entry_of
@@ -201,7 +200,6 @@ class Server:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[Server]:
-    assert KEYS
     add_to_file(tmp_path / "keys.yaml", entry_of("alice", ALICE, None, is_admin=False))
     server = Server(tmp_path, free_port())
     server.start()
