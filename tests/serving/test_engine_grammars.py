@@ -73,6 +73,13 @@ def test_each_row_is_kept_to_its_own_constraint_and_the_others_are_what_they_wer
     assert [engine.text(one) for one in beside] == texts
 
 
+def test_an_object_has_no_properties_that_its_schema_does_not_name(engine: Collector) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    asked = [ask(engine, Constraint(Kind.JSON, json.dumps(schema)), seed=seed) for seed in range(8)]
+    engine.wait(*asked)
+    assert {json.dumps(json.loads(engine.text(one))) for one in asked} == {'{"a": 1}'}
+
+
 def test_what_ends_before_its_constraint_is_met_says_length(engine: Collector) -> None:
     cut = ask(engine, JSON, max_tokens=3)
     engine.wait(cut)
