@@ -104,6 +104,13 @@ def test_fields_are_looked_at(server: Running, form: dict[str, str], param: str)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_another_method_is_told_all_that_there_are(server: Running) -> None:
+    for path, methods in (("/v1/files", "GET, POST"), ("/v1/files/file-1", "DELETE, GET"), ("/v1/models", "GET")):
+        for method in ("PUT", "OPTIONS"):
+            answer = server.http(ALICE).request(method, path)
+            assert (answer.status_code, answer.headers["allow"]) == ({"PUT": 405, "OPTIONS": 204}[method], methods)
+
+
 def test_a_file_and_all_of_a_tenant_are_as_large_as_they_may_be(tmp_path: Path) -> None:
     with serving(tmp_path, KEYS, Limits(max_file_bytes=1000, max_tenant_bytes=1500)) as server:
         alice, bob = server.openai(ALICE), server.openai(BOB)

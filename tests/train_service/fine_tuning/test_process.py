@@ -113,7 +113,7 @@ def is_far(client: openai.OpenAI, job_id: str, steps: int) -> bool:
 
 
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed")
-@pytest.mark.parametrize("phase", ["fuzzing", "stateful"])
+@pytest.mark.parametrize("phase", ["coverage,fuzzing", "stateful"])
 def test_the_document_is_true_and_nothing_makes_the_server_fail(tmp_path: Path, phase: str) -> None:
     with serving(tmp_path / "state", KEYS) as server:
         client = server.openai(ADMIN)

@@ -57,6 +57,7 @@ def make_app(service: Service) -> ASGIApp:
     for router in (*own, *(each.router for each in service.extensions)):
         app.include_router(router)
     document = openapi.document(app, service.gate.routes, has_keys=service.gate.keys is not None)
+    app.state.allowed = {path: ", ".join(sorted(each)).upper() for path, each in document["paths"].items()}
 
     @app.get("/openapi.json", include_in_schema=False)
     async def give_document(request: Request) -> Response:

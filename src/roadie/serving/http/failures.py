@@ -151,8 +151,9 @@ async def _on_unforeseen(request: Request, error: Exception) -> Response:
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     is_of_a_page = "access-control-request-method" in request.headers  # elsewhere, which may not ask here
+    headers = {**(error.headers or {}), **(_allowed(request) if error.status_code == 405 else {})}
     if error.status_code == 405 and request.method == "OPTIONS" and not is_of_a_page:
-        return Response(status_code=204, headers=dict(error.headers or {}))
+        return Response(status_code=204, headers=headers)
     codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
     messages = {
         400: "got a body that is not JSON in UTF-8; wanted an object",
@@ -162,7 +163,14 @@ async def _on_http(request: Request, error: Exception) -> Response:
     status = error.status_code
     message = messages.get(status, str(error.detail))
     kind = SERVER if status >= 500 else _TYPES.get(status, INVALID)
-    return ApiError(status, message, codes.get(status, "error"), kind, headers=dict(error.headers or {})).response()
+    return ApiError(status, message, codes.get(status, "error"), kind, headers=headers).response()
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """Allow, with all methods of a path: starlette knows those of one route, and a path may have several."""
+    state = request.app.state
+    allowed = state.allowed.get(state.service.gate.routes.of(request.url.path))
+    return {} if allowed is None else {"Allow": allowed}
 
 
 async def _on_validation(request: Request, error: Exception) -> Response:
