@@ -5,6 +5,13 @@
     {"legal": 0.7, "terse": 0.3}    a mixture
     {"legal": 1.5}                  more of it;  {"legal": -1} its inverse
 
+Servers are asked by the name of a model (`from_text`), in which the base model may be named:
+
+    "legal=1.5"    "legal=0.7+terse=0.3"    "base:legal=0.7+terse=0.3"
+
+Names may have ``= + :`` in them, too: within a blend a name ends before the first ``=`` that a weight and a ``+``, or the end,
+follow.
+
 A blend is one rotation a pair (`roadie.algebra.blend`), so that a row with a blend costs what any other row costs. Adapters
 with longer chains blend stage by stage (`roadie.algebra.blend_chains`).
 """
@@ -12,7 +19,8 @@ with longer chains blend stage by stage (`roadie.algebra.blend_chains`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -22,6 +30,12 @@ from roadie.rotation import Rotation
 
 BASE = "__base__"
 Wish: TypeAlias = "str | Mapping[str, float] | None"
+MAX_BLEND = 16
+"""Adapters in one blend that a server is asked for."""
+MAX_STRENGTH = 10.0
+"""The largest weight of an adapter that a server is asked for, either sign."""
+_WEIGHT = r"[+-]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:e[+-]?\d{1,3})?"
+_TERM = re.compile(rf"(.+?)=({_WEIGHT})(?:\+|$)", re.IGNORECASE | re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,46 @@ def parse(wish: Wish) -> str | Blend | None:
     if not weights:
         return None
     return weights[0][0] if len(weights) == 1 and weights[0][1] == 1 else Blend(weights)
+
+
+def without_base(model: str, base_names: Sequence[str]) -> str | None:
+    """What follows the base model's name and a colon, or `model` where that is not in front; None for the base model itself."""
+    if model in base_names:
+        return None
+    return next((model[len(name) + 1 :] for name in base_names if model.startswith(f"{name}:")), model)
+
+
+def from_text(text: str) -> str | dict[str, float]:
+    """`NAME`, or `NAME=WEIGHT` joined by `+`; raises `RoutingError` for what is neither, and by `check_weights`."""
+    if "=" not in text:
+        return text
+    terms = tuple(_terms(text))
+    weights = dict(terms)
+    if len(weights) < len(terms):
+        raise RoutingError(f"got an adapter twice in {text[:200]!r}; wanted each once")
+    check_weights(weights)
+    return weights
+
+
+def _terms(text: str) -> Iterator[tuple[str, float]]:
+    position = 0
+    while position < len(text):
+        term = _TERM.match(text, position)
+        if term is None or (term.end() == len(text) and text.endswith("+")):
+            raise RoutingError(f"got {text[:200]!r}; wanted names with weights, as in legal=0.7+terse=0.3")
+        yield term[1], float(term[2])
+        position = term.end()
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise `RoutingError` for too many adapters, or a weight that is no finite number within the limits of servers."""
+    if len(weights) > MAX_BLEND:
+        raise RoutingError(f"got a blend of {len(weights)} adapters; wanted at most {MAX_BLEND}")
+    for name, weight in weights.items():
+        if not math.isfinite(weight) or abs(weight) > MAX_STRENGTH:
+            raise RoutingError(
+                f"got weight {weight:g} of adapter {name[:128]!r}; wanted one from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+            )
 
 
 def blended(path: str, parts: Sequence[tuple[str, float, Sequence[Rotation] | None]]) -> Sequence[Rotation] | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag
 
+from roadie.bank.blends import MAX_BLEND, MAX_STRENGTH
 from roadie.serving.engine import (
     MAX_REPETITION_PENALTY,
     MAX_STOP_STRINGS,
@@ -35,7 +36,7 @@ from roadie.serving.http.fields import (
     whole_characters,
 )
 from roadie.serving.http.formats import Formats
-from roadie.serving.http.settings import MAX_BLEND, MAX_CHOICES, MAX_STRENGTH
+from roadie.serving.http.settings import MAX_CHOICES
 from roadie.serving.places import MAX_NAME_CHARS, name_problem
 
 _MARKS = Lacks("marks of messages to continue, but continue_final_message")

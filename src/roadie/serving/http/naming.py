@@ -13,20 +13,18 @@ a name ends before the first ``=`` that a weight and a ``+``, or the end, follow
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from roadie.bank.blends import check_weights, from_text, without_base
+from roadie.errors import RoutingError
 from roadie.serving.engine import AdapterWish
 from roadie.serving.http.failures import ApiError, unknown_model
 from roadie.serving.http.keys import Caller
-from roadie.serving.http.settings import MAX_BLEND, MAX_STRENGTH
 from roadie.serving.places import name_problem
 
 BASE = "base"
-_WEIGHT = r"[+-]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:e[+-]?\d{1,3})?"
-_TERM = re.compile(rf"(.+?)=({_WEIGHT})(?:\+|$)", re.IGNORECASE | re.ASCII | re.DOTALL)
 MAX_MODEL_CHARS = 4096
 
 
@@ -63,7 +61,8 @@ class ModelNames:
                 "invalid_value",
                 param="adapters",
             )
-        check_weights(adapters)
+        with _as_api_error():
+            check_weights(adapters)
         return dict(adapters) or None
 
     def _is_exact(self, name: str, caller: Caller) -> bool:
@@ -73,13 +72,7 @@ class ModelNames:
         return name_problem(name) is None and self.may_use(caller, name) and self.has_adapter(name)
 
     def _without_base(self, model: str) -> str | None:
-        """What follows the base model's name; None where nothing does."""
-        if model in self.base:
-            return None
-        for name in self.base:
-            if model.startswith(f"{name}:"):
-                return model[len(name) + 1 :]
-        return model
+        return without_base(model, self.base)
 
 
 def shown(model: str, adapters: Mapping[str, float] | None) -> str:
@@ -88,37 +81,14 @@ def shown(model: str, adapters: Mapping[str, float] | None) -> str:
 
 
 def parse_wish(text: str) -> AdapterWish:
-    """`NAME`, or `NAME=WEIGHT` joined by `+`. Raises `ApiError`."""
-    if "=" not in text:
-        return text
-    terms = tuple(_terms(text))
-    weights = dict(terms)
-    if len(weights) < len(terms):
-        raise _bad_weights(f"got an adapter twice in {text[:200]!r}; wanted each once")
-    check_weights(weights)
-    return weights
+    """`roadie.bank.blends.from_text`. Raises `ApiError`."""
+    with _as_api_error():
+        return from_text(text)
 
 
-def _terms(text: str) -> Iterator[tuple[str, float]]:
-    position = 0
-    while position < len(text):
-        term = _TERM.match(text, position)
-        if term is None or (term.end() == len(text) and text.endswith("+")):
-            raise _bad_weights(f"got {text[:200]!r}; wanted names with weights, as in legal=0.7+terse=0.3")
-        yield term[1], float(term[2])
-        position = term.end()
-
-
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise `ApiError` for too many adapters, or a weight that is no finite number within the limits."""
-    if len(weights) > MAX_BLEND:
-        raise _bad_weights(f"got a blend of {len(weights)} adapters; wanted at most {MAX_BLEND}")
-    for name, weight in weights.items():
-        if not math.isfinite(weight) or abs(weight) > MAX_STRENGTH:
-            raise _bad_weights(
-                f"got weight {weight:g} of adapter {name[:128]!r}; wanted one from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
-            )
-
-
-def _bad_weights(message: str) -> ApiError:
-    return ApiError(400, message, "invalid_value", param="model")
+@contextmanager
+def _as_api_error() -> Iterator[None]:
+    try:
+        yield
+    except RoutingError as error:
+        raise ApiError(400, str(error), "invalid_value", param="model") from None

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
+from roadie.bank.blends import MAX_BLEND
 from roadie.serving.http.bodies import (
     MAX_TOKEN_ID,
     CalledFunction,
@@ -39,7 +40,6 @@ from roadie.serving.http.fields import (
     one_of,
 )
 from roadie.serving.http.formats import JsonSchema, ResponseFormat
-from roadie.serving.http.settings import MAX_BLEND
 
 _MEMORY = Lacks("memory of responses; send what was said in input")
 

@@ -9,10 +9,6 @@ from dataclasses import dataclass, fields
 from roadie.errors import ConfigError
 from roadie.serving.http.tools import STYLES
 
-MAX_BLEND = 16
-"""Adapters in one blend."""
-MAX_STRENGTH = 10.0
-"""The largest weight of an adapter, either sign."""
 MAX_CHOICES = 128
 """Choices of one request, over all its prompts: no server may allow more."""
 
