@@ -238,16 +238,6 @@ def refuse_chains(adapter: Adapter, where: str) -> None:
             )
 
 
-def refuse_inputs(adapter: Adapter, where: str) -> None:
-    """Raise `AdapterError`, naming the layer, where `adapter` rotates the input of one, which `where` does not take."""
-    for path in adapter.layers:
-        if is_input(path):
-            raise AdapterError(
-                f"{where}: got a rotation of the input of layer {layer_of(path)}; wanted rotations of outputs alone; use an "
-                "adapter trained without input_stages, or merge this one into its base model"
-            )
-
-
 def refuse_experts(paths: Iterable[str], where: str) -> None:
     """Raise `AdapterError`, naming the site, where one of `paths` is of stacked experts, which `where` does not take."""
     path = next((path for path in paths if experts_kind(path) is not None), None)

@@ -119,11 +119,50 @@ def write_many(folder: Path, number: int, targets: Sequence[str] = EVERYWHERE) -
     return paths
 
 
+def write_chains(folder: Path) -> list[Path]:
+    """Adapters that PEFT's own RoAd does not know: rotations in a row, of inputs, of both, and of some layers alone."""
+    configs: dict[str, dict[str, Any]] = {
+        "row": {"stages": [2, 16, 64]},
+        "inputs": {"group_size": 32, "input_stages": [64]},
+        "both": {"stages": [64, 4], "input_stages": [8, 64], "variant": "road_2"},
+        "some": {
+            "group_size": 16,
+            "stages_pattern": {"k_proj": [16, 16]},
+            "input_stages_pattern": {"[vo]_proj": [2, 32]},
+        },
+    }
+    for seed, (name, config) in enumerate(configs.items()):
+        save_random(folder / name, config, seed=seed, scale=0.3)
+    return [folder / name for name in configs]
+
+
+def save_random(folder: Path, config: Mapping[str, Any], *, seed: int, scale: float) -> Path:
+    """An adapter of all linear layers whose angles, and factors around 1, are spread by `scale`, written by roadie."""
+    from roadie import checkpoint
+    from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters, resolve_layer, rotates_input
+    from roadie.rotation import parameter_size
+
+    generator, layers = torch.Generator().manual_seed(seed), {}
+    config = {"peft_type": "ROAD", "variant": "road_1", "target_modules": list(EVERYWHERE), **config}
+    for path, module in base_model().named_modules():
+        if path.rpartition(".")[2] in EVERYWHERE:
+            sites = {path: module.out_features}
+            if rotates_input(config, path):
+                sites[f"{path}{INPUT_SUFFIX}"] = module.in_features
+            for site, width in sites.items():
+                variant, stages = resolve_layer(config, site, width)
+                size = len(stages) * parameter_size(variant, width)
+                theta, alpha = torch.randn(2, size, generator=generator) * scale
+                layers[site] = LayerParameters(theta, 1 + alpha.clamp(-0.9, 0.9), variant, stages)
+    checkpoint.save(Adapter(layers, config), folder)
+    return folder
+
+
 @dataclass(frozen=True)
 class Generated:
-    """One answer of vLLM's, and the adapter that was asked for (None: the base)."""
+    """One answer of vLLM's, and the adapter that was asked for (None: the base), or those of a blend with their weights."""
 
-    adapter: Path | None
+    adapter: Path | tuple[tuple[Path, float], ...] | None
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
 
@@ -152,7 +191,7 @@ def judged(answers: Sequence[Generated]) -> Verdict:
     that a plain float32 forward of transformers makes on the same sequence: each of the two logits may be off by that.
     """
     verdict = Verdict()
-    by_adapter: dict[Path | None, list[Generated]] = {}
+    by_adapter: dict[Any, list[Generated]] = {}
     for answer in answers:
         by_adapter.setdefault(answer.adapter, []).append(answer)
     base = base_model(torch.float64)
@@ -165,17 +204,18 @@ def judged(answers: Sequence[Generated]) -> Verdict:
 
 
 def judged_by_bank(answers: Sequence[Generated]) -> Verdict:
-    """As `judged`, by roadie's own bank: for more adapters than PEFT loads in a test's time."""
+    """As `judged`, by roadie's own bank: for more adapters than PEFT loads in a test's time, and what PEFT does not know."""
     from roadie.bank import AdapterBank
 
-    adapters = sorted({answer.adapter for answer in answers if answer.adapter is not None})
+    wishes = [_weights(answer.adapter) for answer in answers]
+    adapters = sorted({path for wish in wishes for path in wish})
     verdict, banks = Verdict(), []
     for dtype in (torch.float64, torch.float32):
-        banks.append(AdapterBank(base_model(dtype), slots=len(adapters), dtype=dtype))
+        banks.append(AdapterBank(base_model(dtype), slots=len(adapters) + 1, dtype=dtype))
         for adapter in adapters:
             banks[-1].admit(adapter.name, adapter)
-    for answer in answers:
-        rows = [None if answer.adapter is None else answer.adapter.name]
+    for answer, wish in zip(answers, wishes, strict=True):
+        rows = [{path.name: weight for path, weight in wish.items()}]
         logits = []
         for bank in banks:
             with bank.rows(rows):
@@ -184,6 +224,10 @@ def judged_by_bank(answers: Sequence[Generated]) -> Verdict:
         with banks[0].rows([None]):
             verdict.like_base += _favourites(_logits(banks[0].model, answer)) == list(answer.tokens)
     return verdict
+
+
+def _weights(adapter: Any) -> dict[Path, float]:
+    return {} if adapter is None else {adapter: 1.0} if isinstance(adapter, Path) else dict(adapter)
 
 
 def adapted(adapter: Path | None, dtype: torch.dtype) -> Any:

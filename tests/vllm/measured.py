@@ -57,7 +57,7 @@ def is_identity_where_empty(worker: Any) -> bool:
     """Whether the first slot that holds no adapter holds the identity in every layer."""
     manager = worker.model_runner.lora_manager._adapter_manager
     slot = next(i for i, adapter in enumerate(manager.lora_index_to_id) if adapter is None)
-    tables = [table.current[0] for module in manager.modules.values() for table in module.slot_tables]
+    tables = [table.current[0] for module in manager.modules.values() for table in module.tables]
     assert tables
     return all((t.direct[slot] == 1).all() and (t.cross[slot] == 0).all() and t.sizes[slot] == 2 for t in tables)
 

@@ -13,7 +13,9 @@ from typing import Any
 from tests.vllm import cases
 from vllm.lora.request import LoRARequest
 
-from roadie.errors import CheckpointError
+from roadie import checkpoint, distance
+from roadie.adapter_algebra import blend_adapters
+from roadie.errors import AdapterError, CheckpointError, ConfigError
 from roadie.vllm import admission
 from roadie.vllm.admission import FIRST_OWN_NUMBER, KEPT_S, Admissions
 from roadie.vllm.store import AdapterStore
@@ -135,3 +137,68 @@ def test_copies_that_nothing_stands_for_go_after_a_while(
     again = taken(admissions, "a", 1, str(contents[0]))
     assert again.lora_int_id >= FIRST_OWN_NUMBER  # the workers may still hold what the old number was
     assert Path(again.lora_path).exists()
+
+
+BLEND = "blend:legal=0.7+terse=-0.3"
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> dict[str, Path]:
+    """Adapters that blend; "terse" is in the folder of names."""
+    names = ("legal", "folder/terse", "other")
+    return {
+        name.rpartition("/")[2]: cases.save_random(tmp_path / name, {"group_size": 32}, seed=seed, scale=0.2)
+        for seed, name in enumerate(names)
+    }
+
+
+def blend_of(*parts: tuple[Path, float]) -> Any:
+    return blend_adapters([checkpoint.load(path) for path, _ in parts], [weight for _, weight in parts])
+
+
+def test_a_blend_is_made_of_what_its_names_stand_for_and_made_anew_when_one_is_replaced(
+    named: dict[str, Path], tmp_path: Path
+) -> None:
+    admissions = Admissions(AdapterStore(), str(tmp_path / "folder"))
+    with pytest.raises(AdapterError, match="got a blend of 'legal', which is no adapter that is loaded"):
+        taken(admissions, "mix", 9, BLEND)
+    taken(admissions, "legal", 1, str(named["legal"]))
+    mix = taken(admissions, "mix", 9, BLEND)
+    assert distance(checkpoint.load(mix.lora_path), blend_of((named["legal"], 0.7), (named["terse"], -0.3))) < 1e-6
+    assert taken(admissions, "mix", 9, BLEND) is mix
+    shutil.copytree(named["other"], named["legal"], dirs_exist_ok=True)
+    assert taken(admissions, "mix", 9, BLEND) is mix  # as the name does
+    taken(admissions, "legal", 1, str(named["legal"]), load_inplace=True)
+    later = taken(admissions, "mix", 9, BLEND)
+    assert later.lora_name.startswith("mix@")
+    assert distance(checkpoint.load(later.lora_path), blend_of((named["other"], 0.7), (named["terse"], -0.3))) < 1e-6
+    admissions.unload("legal")
+    with pytest.raises(AdapterError, match="got a blend of 'legal'"):
+        taken(admissions, "mix", 9, BLEND)
+
+
+def test_the_last_blends_that_were_asked_for_are_remembered(
+    named: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "MAX_BLENDS", 2)
+    admissions = Admissions(AdapterStore())
+    taken(admissions, "legal", 1, str(named["legal"]))
+    for weight in (0.1, 0.2, 0.1, 0.3):
+        taken(admissions, f"legal={weight}", 1, f"blend:legal={weight}")
+    assert list(admissions.blends) == ["legal=0.1", "legal=0.3"]
+    assert admissions.known(LoRARequest("legal=0.1", 1, "blend:legal=0.1")) is not None
+    assert admissions.known(LoRARequest("legal=0.2", 1, "blend:legal=0.2")) is None
+    assert admissions.known(LoRARequest("legal", 1, str(named["legal"]))) is not None
+
+
+def test_a_blend_that_cannot_be_made_is_refused_with_the_reason(
+    admissions: Admissions, named: dict[str, Path], tmp_path: Path
+) -> None:
+    mirrored = cases.save_random(tmp_path / "mirrored", {"group_size": 32, "variant": "road_2"}, seed=3, scale=2)
+    smaller = cases.save_random(tmp_path / "smaller", {"group_size": 16}, seed=4, scale=0.2)
+    for name, path in {"legal": named["legal"], "mirrored": mirrored, "smaller": smaller}.items():
+        taken(admissions, name, 1, str(path))
+    with pytest.raises(AdapterError, match=r"layer model\.layers\.0.*mirrored: got a block without a real logarithm"):
+        taken(admissions, "mix", 9, "blend:mirrored=0.5")
+    with pytest.raises(ConfigError, match=r"layer model\.layers\.0.*group_size"):
+        taken(admissions, "mix", 9, "blend:legal=0.5+smaller=0.5")

@@ -13,6 +13,8 @@ from typing import Any
 
 from tests.vllm import cases, measured
 
+from roadie.errors import AdapterError
+
 
 @pytest.mark.smoke
 def test_a_mixed_batch_is_right_token_by_token(llm: Any, requests: Any, kinds: dict[str, Path]) -> None:
@@ -23,6 +25,35 @@ def test_a_mixed_batch_is_right_token_by_token(llm: Any, requests: Any, kinds: d
     assert verdict.wrong == 0
     assert verdict.ties <= verdict.tokens // 100
     assert verdict.like_base <= 4 + 4  # the base's own, and few others: a wrong adapter would be seen
+
+
+def test_rotations_in_a_row_and_of_inputs_are_right_token_by_token(
+    llm: Any, requests: Any, kinds: dict[str, Path], tmp_path: Path
+) -> None:
+    """Beside plain adapters and the base; an engine that does not compile makes room for them when they come."""
+    adapters = [*cases.write_chains(tmp_path), kinds["all-2"], kinds["q-1"], None]
+    verdict = cases.judged_by_bank(cases.generate(llm, requests, adapters * 3, tokens=16))
+    print(f"\nrotations in a row and of inputs: {verdict}")
+    assert verdict.wrong == 0
+    assert verdict.ties <= verdict.tokens // 100
+    assert verdict.like_base <= 3 + 3
+
+
+def test_a_blend_is_right_token_by_token(llm: Any, requests: Any, tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    config = {"stages": [64, 4], "input_stages": [8, 64]}
+    parts = [cases.save_random(tmp_path / name, config, seed=len(name), scale=0.2) for name in ("one", "other")]
+    measured.seconds_to_load(llm, [requests(path) for path in parts])
+    mix = LoRARequest("mix", 77, "blend:one=1.5+other=0.5")
+    (output,) = llm.generate([{"prompt_token_ids": [5, 6, 7]}], cases.greedy(16), lora_request=mix, use_tqdm=False)
+    blend = tuple(zip(parts, (1.5, 0.5), strict=True))
+    verdict = cases.judged_by_bank([cases.Generated(blend, (5, 6, 7), tuple(output.outputs[0].token_ids))])
+    assert (verdict.wrong, verdict.like_base) == (0, 0)
+    with pytest.raises(AdapterError, match="got a blend of 'nothing', which is no adapter that is loaded"):
+        llm.generate(
+            [{"prompt_token_ids": [5]}], lora_request=LoRARequest("bad", 78, "blend:nothing=0.5"), use_tqdm=False
+        )
 
 
 def test_slots_that_nothing_was_written_to_are_the_identity(llm: Any) -> None:

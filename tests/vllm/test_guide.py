@@ -59,7 +59,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 
 def test_the_server_is_started_asked_and_changed_as_the_guide_says(reader: Reader) -> None:
-    _, ask, change = blocks("bash")
+    _, ask, change, blend = blocks("bash")
     (command,) = blocks("server")
     assert "vllm serve $MODEL" in command
     started = command.replace("vllm serve $MODEL", "exec $PYTHON -m vllm.entrypoints.openai.api_server --model $MODEL")
@@ -80,9 +80,11 @@ def test_the_server_is_started_asked_and_changed_as_the_guide_says(reader: Reade
         assert answer["model"] == "zen"
         assert answer["usage"]["completion_tokens"] == 8
         printed = reader.run(change)
+        blended = re.findall(r'"model":"(.*?)"', reader.run(blend))
     finally:
         process.terminate()
         process.wait(timeout=HANG_S)
+    assert blended == ["base:zen=0.7+calm=0.3", "zen=0.5"]
     assert printed.count("Success: LoRA adapter 'still' added successfully.") == 2
     assert "Success: LoRA adapter 'still' removed successfully." in printed
     models = json.loads(re.search(r'\{"object":"list".*?\}\]\}(?=Success|$)', printed)[0])

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM, which has an environment of its own: make test-vllm")
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from roadie.kernels import rotate as rotate_slots
 from roadie.rotation import Rotation, rotate
 from roadie.vllm import layers
 from roadie.vllm.layers import RotatedColumn, RotatedMergedColumn, RotatedMergedQKV, RotatedQKV, RotatedRow, slot_table
+from roadie.vllm.settings import Settings
 
 HEAD = 16
 
@@ -72,24 +74,80 @@ def of_rank(x: torch.Tensor, rank: int, num_ranks: int, kv_heads: int = 2) -> to
 def test_rotating_on_each_rank_is_rotating_the_whole(kind: type, num_ranks: int) -> None:
     """Also where key heads are on several ranks; the parts are three layers of the model, or one."""
     x = torch.randn(5, 12 * HEAD, generator=torch.Generator().manual_seed(9))
-    whole = a_rotation(12 * HEAD, HEAD)
-    widths = (8 * HEAD, 2 * HEAD, 2 * HEAD)
-    halves = zip(whole.direct.split(widths), whole.cross.split(widths), strict=True)
-    parts = [Rotation(direct, cross, HEAD) for direct, cross in halves]
+    whole = [a_rotation(12 * HEAD, HEAD), a_rotation(12 * HEAD, 4, seed=1)]
+    parts = [[part[i] for part in map(split, whole)] for i in range(3)]
     for rank in range(num_ranks):
         (local,) = qkv(kind, rank, num_ranks).placed(parts if kind is RotatedMergedQKV else [whole])
         here = of_rank(x, rank, num_ranks)
-        assert torch.equal(rotate(here, local), of_rank(rotate(x, whole), rank, num_ranks))
+        assert [rotation.group_size for rotation in local] == [HEAD, 4]
+        assert torch.equal(in_a_row(here, local), of_rank(in_a_row(x, whole), rank, num_ranks))
+
+
+def split(whole: Rotation) -> list[Rotation]:
+    """q, k and v."""
+    widths = (8 * HEAD, 2 * HEAD, 2 * HEAD)
+    halves = zip(whole.direct.split(widths), whole.cross.split(widths), strict=True)
+    return [Rotation(direct, cross, whole.group_size) for direct, cross in halves]
+
+
+def in_a_row(x: torch.Tensor, rotations: Sequence[Rotation]) -> torch.Tensor:
+    for rotation in rotations:
+        x = rotate(x, rotation)
+    return x
 
 
 def test_parts_that_are_not_adapted_are_left_alone() -> None:
     x = torch.randn(5, 12 * HEAD, generator=torch.Generator().manual_seed(9))
-    (placed,) = qkv(RotatedMergedQKV, 0, 1).placed([None, a_rotation(2 * HEAD, HEAD), None])
-    z = rotate(x, placed)
+    (placed,) = qkv(RotatedMergedQKV, 0, 1).placed([(), [a_rotation(2 * HEAD, HEAD)], ()])
+    z = in_a_row(x, placed)
     assert torch.equal(z[:, : 8 * HEAD], x[:, : 8 * HEAD])
     assert torch.equal(z[:, 10 * HEAD :], x[:, 10 * HEAD :])
     assert torch.equal(z[:, 8 * HEAD : 10 * HEAD], rotate(x[:, 8 * HEAD : 10 * HEAD], a_rotation(2 * HEAD, HEAD)))
-    assert qkv(RotatedMergedQKV, 0, 1).placed([None, None, None]) == (None,)
+    assert not any(qkv(RotatedMergedQKV, 0, 1).placed([(), (), ()]))
+
+
+def test_a_part_with_fewer_rotations_in_a_row_has_the_identity_in_the_last_ones() -> None:
+    x = torch.randn(5, 12 * HEAD, generator=torch.Generator().manual_seed(9))
+    q, v = [a_rotation(8 * HEAD, 4)], [a_rotation(2 * HEAD, 4, seed=1), a_rotation(2 * HEAD, HEAD, seed=2)]
+    (placed,) = qkv(RotatedMergedQKV, 0, 1).placed([q, (), v])
+    expected = [in_a_row(part, each) for part, each in zip(x.split((128, 32, 32), -1), (q, (), v), strict=True)]
+    assert torch.equal(in_a_row(x, placed), torch.cat(expected, -1))
+
+
+def test_more_rotations_than_there_is_room_for_are_refused_with_what_to_do() -> None:
+    layer = with_tables(merged(8, 8), 16)
+    two = [a_rotation(8, 4), a_rotation(8, 2)]
+    assert [len(each) for each in layer.placed([two, ()])] == [2]  # an eager engine makes room
+    assert [len(each) for each in layer.placed_inputs([[a_rotation(24, 4)], ()])] == [1, 0]
+    object.__setattr__(layer, "settings", Settings().settled())
+    with pytest.raises(ConfigError, match=r"got 2 rotations of a layer's output .*room for 1.*\{\"stages\": 2\}"):
+        layer.placed([two, ()])
+    with pytest.raises(ConfigError, match=r"got 1 rotations of a layer's input .*room for 0.*\{\"input_stages\": 1\}"):
+        layer.placed_inputs([[a_rotation(24, 4)], ()])
+    assert Settings(stages=3, input_stages=2).settled() == Settings(stages=3, input_stages=2)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_rank_that_has_some_of_the_inputs_rotates_these(num_ranks: int) -> None:
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(9))
+    whole, here = [a_rotation(32, 8), a_rotation(32, 16, seed=1)], []
+    for rank in range(num_ranks):
+        (local,) = row(rank, num_ranks).placed_inputs([whole])
+        here.append(in_a_row(x.chunk(num_ranks, -1)[rank], local))
+    assert torch.equal(torch.cat(here, -1), in_a_row(x, whole))
+    if num_ranks > 1:
+        with pytest.raises(ConfigError, match="got group_size=32 for a layer with 16 inputs on each of 2 ranks"):
+            row(0, num_ranks).placed_inputs([[a_rotation(32, 32)]])
+
+
+def row(rank: int, num_ranks: int) -> Any:
+    """vLLM's layer of 32 inputs, some of them on each rank, and 8 outputs."""
+    layer = object.__new__(RotatedRow)
+    torch.nn.Module.__init__(layer)
+    values = {"base_layer": SimpleNamespace(input_size=32), "tp_size": num_ranks, "tp_rank": rank, "output_size": 8}
+    for name, value in {**values, "input_size": 32 // num_ranks}.items():
+        object.__setattr__(layer, name, value)
+    return layer
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -99,13 +157,14 @@ def test_groups_that_ranks_would_tear_apart_are_refused(num_ranks: int) -> None:
     with pytest.raises(
         ConfigError, match=f"got group_size=32 for a layer with 16 outputs on each of {num_ranks} ranks"
     ):
-        layer.placed([None, a_rotation(2 * HEAD, 2 * HEAD), None])
+        layer.placed([(), [a_rotation(2 * HEAD, 2 * HEAD)], ()])
 
 
 def merged(*widths: int) -> Any:
     layer = object.__new__(RotatedMergedColumn)
     torch.nn.Module.__init__(layer)
-    values = {"base_layer": SimpleNamespace(skip_bias_add=False, bias=None), "tp_size": 1, "output_sizes": widths}
+    base = SimpleNamespace(skip_bias_add=False, bias=None, input_size=24)
+    values = {"base_layer": base, "tp_size": 1, "output_sizes": widths}
     for name, value in {**values, "output_slices": widths}.items():
         object.__setattr__(layer, name, value)
     return layer
@@ -122,30 +181,32 @@ def test_parts_of_several_sizes_are_refused_in_one_table_and_taken_in_one_each()
     with pytest.raises(
         ConfigError, match=r"got group sizes \[2, 4\] in the parts of one layer.*\"packing\": \"parts\""
     ):
-        with_tables(merged(8, 8), 16).placed(parts)
-    placed = with_tables(merged(8, 8), 8, 8).placed(parts)
-    for got, part in zip(placed, parts, strict=True):
+        with_tables(merged(8, 8), 16).placed([[part] for part in parts])
+    placed = with_tables(merged(8, 8), 8, 8).placed([[part] for part in parts])
+    for (got,), part in zip(placed, parts, strict=True):
         assert torch.equal(got.direct, part.direct)
         assert got.group_size == part.group_size
 
 
 def test_a_part_that_starts_within_a_group_is_refused() -> None:
     with pytest.raises(ConfigError, match="got group_size=4 for a part that starts at output 6"):
-        with_tables(merged(6, 8), 14).placed([None, a_rotation(8, 4)])
+        with_tables(merged(6, 8), 14).placed([(), [a_rotation(8, 4)]])
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(AdapterError, match="got 16 outputs; the model has 8"):
-        with_tables(merged(8, 8), 16).placed([None, a_rotation(16, 4)])
+        with_tables(merged(8, 8), 16).placed([(), [a_rotation(16, 4)]])
+    with pytest.raises(AdapterError, match="got 16 inputs; the model has 24"):
+        with_tables(merged(8, 8), 16).placed_inputs([(), [a_rotation(16, 4)]])
     with pytest.raises(AdapterError, match="a layer of 2 parts where vLLM names 1"):
-        with_tables(merged(8, 8), 16).placed([a_rotation(8, 4)])
+        with_tables(merged(8, 8), 16).placed([[a_rotation(8, 4)]])
 
 
 def test_a_layer_whose_bias_comes_later_is_refused() -> None:
     layer = with_tables(merged(8, 8), 16)
     object.__setattr__(layer, "base_layer", SimpleNamespace(skip_bias_add=True, bias=torch.zeros(16)))
     with pytest.raises(ConfigError, match="whose bias vLLM adds later"):
-        layer.placed([a_rotation(8, 4), None])
+        layer.placed([[a_rotation(8, 4)], ()])
 
 
 class Wrapper(torch.nn.Module):
@@ -170,7 +231,7 @@ def test_each_token_is_rotated_by_its_slot_compiled_or_not(widths: tuple[int, ..
     model = Wrapper(RotatedRow if len(widths) == 1 else RotatedColumn, widths, 4)
     rotations = {slot: [a_rotation(width, 8 >> slot, slot) for width in widths] for slot in (0, 2)}
     for slot, each in rotations.items():
-        model.layer.set_lora(slot, tuple(each), None)
+        model.layer.set_lora(slot, (), tuple([rotation] for rotation in each))
     slots = [0, -1, 2, 2, 0, 1, 3]
     model.layer.punica_wrapper._token_lora_indices[:7] = torch.tensor(slots)
     y = torch.randn(*shape, 64, generator=torch.Generator().manual_seed(1))
@@ -189,15 +250,90 @@ def test_each_token_is_rotated_by_its_slot_compiled_or_not(widths: tuple[int, ..
         assert torch.equal(compiled(y.view(7, 64)[:5]), expected[:5])
 
 
-def test_the_memory_of_a_table_never_moves() -> None:
-    table = slot_table(3, 8, torch.device("cpu"))
+class Whole(torch.nn.Module):
+    """A layer of ours with its base layer, of 8 inputs and as many outputs as `widths` say."""
+
+    def __init__(self, kind: type, widths: tuple[int, ...], settings: Settings) -> None:
+        super().__init__()
+        weight = torch.randint(-3, 4, (sum(widths), 8), generator=torch.Generator().manual_seed(5)).float()
+        base = torch.nn.Linear(8, sum(widths), bias=False)
+        base.weight.data = weight
+        base.input_size = 8
+        base.quant_method = SimpleNamespace(apply=lambda base, x, bias: base(x))
+        self.layer = object.__new__(kind)
+        torch.nn.Module.__init__(self.layer)
+        values = {
+            "base_layer": base,
+            "output_slices": widths,
+            "output_size": sum(widths),
+            "input_size": 8,
+            "tp_size": 1,
+        }
+        for name, value in {**values, "device": torch.device("cpu"), "_enable_aux_cuda_stream": False}.items():
+            setattr(self.layer, name, value)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "making", settings)
+            self.layer.create_lora_weights(4, None)
+        self.layer.punica_wrapper = SimpleNamespace(_token_lora_indices=torch.full((64,), -1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer.apply(x)
+
+
+def a_plain_rotation(width: int, group_size: int, seed: int) -> Rotation:
+    """Of numbers whose products and sums float32 holds exactly, so that the order of sums does not matter."""
+    direct, cross = torch.randint(-2, 3, (2, width), generator=torch.Generator().manual_seed(seed)).float()
+    return Rotation(direct, cross, group_size)
+
+
+@pytest.mark.parametrize("widths", [(16,), (8, 4, 4)])
+@pytest.mark.parametrize("shape", [(5,), (1, 5)])
+@pytest.mark.parametrize("settings", [Settings(), Settings(stages=2, input_stages=2), Settings(None, None, "parts")])
+def test_each_part_has_the_input_of_its_own_rotations(
+    widths: tuple[int, ...], shape: tuple[int, ...], settings: Settings
+) -> None:
+    """z = R_out (W (R_in x)) part by part and token by token, compiled or not, whenever tables are made."""
+    model = Whole(RotatedRow if len(widths) == 1 else RotatedMergedColumn, widths, settings)
+    chains = {
+        slot: [
+            [[a_plain_rotation(width, size, 9 * i + size + slot) for size in sizes] for i, width in enumerate(of)]
+            for of, sizes in (([8] * len(widths), (2, 8)[: slot + 1]), (widths, (4, 2)[: slot + 1]))
+        ]
+        for slot in (0, 1)
+    }
+    for slot, (inputs, outputs) in chains.items():
+        joined = layers._joined(outputs, widths) if len(model.layer.slot_tables) == 1 else None
+        model.layer.set_lora(slot, tuple(inputs), tuple(outputs) if joined is None else (joined,))
+    slots = [0, -1, 1, 2, 1]
+    model.layer.punica_wrapper._token_lora_indices[:5] = torch.tensor(slots)
+    x = torch.randint(-3, 4, (*shape, 8), generator=torch.Generator().manual_seed(1)).float()
+    expected = []
+    for token, slot in zip(x.view(5, 8), slots, strict=True):
+        inputs, outputs = chains.get(slot, [[[]] * len(widths)] * 2)
+        weights = model.layer.base_layer.weight.split(widths)
+        parts = zip(weights, inputs, outputs, strict=True)
+        expected.append(torch.cat([in_a_row(w @ in_a_row(token, before), after) for w, before, after in parts]))
+    whole = torch.stack(expected).view(*shape, sum(widths))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert torch.equal(model(x), whole)
+        assert torch.equal(compiled(x), whole)
+        model.layer.reset_lora(0)  # in place: what was compiled sees it
+        assert torch.equal(compiled(x).view(5, -1)[0], model.layer.base_layer.weight @ x.view(5, 8)[0])
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_the_memory_of_a_table_never_moves(stages: int) -> None:
+    table = slot_table(3, 8, torch.device("cpu"), stages)
 
     def addresses() -> list[int]:
-        (one,) = table.current
-        assert one.sizes is not None
-        return [tensor.data_ptr() for tensor in (one.direct, one.cross, one.sizes)]
+        assert len(table.current) == stages
+        return [t.data_ptr() for each in table.current for t in (each.direct, each.cross, each.sizes) if t is not None]
 
     before = addresses()
+    assert len(before) == 3 * stages
+    table.write([0], [a_rotation(8, 2)] * stages)
+    table.clear([0])
     table.write([1], [a_rotation(8, 4)])
     table.clear([1])
     table.write([2], [a_rotation(8, 2)])
@@ -213,5 +349,5 @@ def test_every_kind_of_layer_is_one_of_vllms_with_our_methods() -> None:
         assert first is layers.RotatedLayer
         assert second.__name__ == second.__qualname__
         assert second.__module__.startswith("vllm.lora.layers")
-        for name in ("create_lora_weights", "set_mapping", "reset_lora", "set_lora", "_apply_lora_to_output"):
+        for name in ("create_lora_weights", "set_mapping", "reset_lora", "set_lora", "apply", "_apply_lora_to_output"):
             assert getattr(kind, name) is getattr(layers.RotatedLayer, name)

@@ -32,7 +32,7 @@ def test_few_slots_parts_of_their_own_and_files_that_vanish(base: Path, kinds: d
     """Two slots and room for two adapters: the others are read again and again, from copies, while their files are gone."""
     names = ("all-1", "all-4", "k-2", "gate-4", "pairs-2")
     gone = [shutil.copytree(kinds[name], tmp_path / "gone" / name) for name in names]
-    gone.append(of_several_sizes(tmp_path / "gone" / "several"))
+    gone += [of_several_sizes(tmp_path / "gone" / "several"), *cases.write_chains(tmp_path / "gone")]
     stay = {path: shutil.copytree(path, tmp_path / "stay" / path.name) for path in gone}
     with cases.engine(base, 2, road={"packing": "parts"}) as llm:
         requests = cases.Requests()

@@ -37,6 +37,16 @@ def test_a_mixed_batch_is_right_token_by_token(two: tuple[str, Any], kinds: dict
     assert verdict.like_base <= 2 + 4
 
 
+def test_rotations_in_a_row_and_of_inputs_are_right_token_by_token(two: tuple[str, Any], tmp_path: Path) -> None:
+    """Also where each rank has a part of the inputs."""
+    way, llm = two
+    adapters = [*cases.write_chains(tmp_path), None]
+    verdict = cases.judged_by_bank(cases.generate(llm, cases.Requests(), adapters * 2, tokens=12))
+    print(f"\n{way} parallel, rotations in a row and of inputs: {verdict}")
+    assert verdict.wrong == 0
+    assert verdict.like_base <= 2 + 2
+
+
 def test_what_does_not_fit_is_an_exception_and_the_engine_lives(
     two: tuple[str, Any], kinds: dict[str, Path], tmp_path: Path
 ) -> None:

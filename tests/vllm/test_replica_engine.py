@@ -86,9 +86,28 @@ def test_a_bad_adapter_is_refused_and_the_old_one_stays(engine: Any, kinds: dict
         generate(engine, "it", cases.prompt(3))
 
 
+def test_blends_and_strengths_are_served(engine: Any, tmp_path: Path) -> None:
+    sizes = {"a": 32, "b": 32, "c": 16}
+    paths = {
+        name: cases.save_random(tmp_path / name, {"group_size": size}, seed=seed, scale=0.2)
+        for seed, (name, size) in enumerate(sizes.items())
+    }
+    for name, path in paths.items():
+        engine.load_adapter(name, str(path)).result(HANG_S)
+    generated = []
+    for wish in ({"a": 0.5, "b": 0.7}, {"b": -1.0}):
+        tokens = tuple(token for output in generate(engine, wish, cases.prompt(4)) for token in output.token_ids)
+        blend = tuple((paths[name], weight) for name, weight in wish.items())
+        generated.append(cases.Generated(blend, cases.prompt(4), tokens))
+    assert cases.judged_by_bank(generated).wrong == 0
+    (last,) = generate(engine, {"a": 0.5, "c": 0.5}, cases.prompt(4))
+    assert isinstance(last.error, ConfigError)
+    assert "layer model.layers.0" in str(last.error)
+    with pytest.raises(UnknownAdapter, match="'nothing'"):
+        generate(engine, {"a": 0.5, "nothing": 0.5}, cases.prompt(0))
+
+
 def test_what_vllm_cannot_do_is_refused_at_once(engine: Any) -> None:
-    with pytest.raises(ConfigError, match="blend"):
-        generate(engine, {"a": 0.5, "b": 0.5}, cases.prompt(0))
     with pytest.raises(PromptTooLong):
         generate(engine, None, cases.prompt(0), max_tokens=500)
 

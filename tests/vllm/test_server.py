@@ -62,10 +62,11 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(base: Path, kinds: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that looks for unknown names in a folder, in which "found" and "broken" are."""
+    """A server that looks for unknown names in a folder, in which "found", "broken" and "gentle" are."""
     folder = tmp_path_factory.mktemp("adapters")
     shutil.copytree(kinds["all-2"], folder / "found")
     shutil.copytree(kinds["all-1"], folder / "broken")
+    cases.save_random(folder / "gentle", {"group_size": 32}, seed=3, scale=0.2)
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"nothing")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -118,6 +119,51 @@ def test_an_unknown_name_is_looked_for_in_the_folder(server: Server, kinds: dict
     assert server.unload("found").status_code == 200
 
 
+def blend_is_right(server: Server, model: str, *parts: tuple[Path, float]) -> None:
+    """The server's answer to `model` is that of the own bank's blend."""
+    tokens = server.complete(model, cases.prompt(6))
+    verdict = cases.judged_by_bank([cases.Generated(parts, cases.prompt(6), tokens)])
+    assert (model, verdict.wrong) == (model, 0)
+
+
+def test_blends_and_strengths_are_models_of_their_own(server: Server, tmp_path: Path) -> None:
+    """Of adapters that are loaded or in the folder; what is made of an adapter follows it when it is replaced."""
+    gentle = server.folder / "gentle"
+    legal, newer = (
+        cases.save_random(tmp_path / n, {"group_size": 32}, seed=7 + len(n), scale=0.2) for n in ("a", "bb")
+    )
+    assert server.load("legal", legal).status_code == 200
+    blend_is_right(server, "base:legal=0.7+gentle=1.3", (legal, 0.7), (gentle, 1.3))
+    blend_is_right(server, "legal=-2", (legal, -2.0))
+    blend_is_right(server, "base:gentle", (gentle, 1.0))
+    assert len({server.complete(model, cases.prompt(6)) for model in ("base", "legal", "legal=-2", "gentle")}) == 4
+    assert server.names()["legal=-2"] == "base"
+    assert server.load("legal", newer, load_inplace=True).status_code == 200
+    blend_is_right(server, "legal=-2", (newer, -2.0))
+    assert server.unload("legal").status_code == 200
+    with pytest.raises(openai.BadRequestError, match="got a blend of 'legal', which is no adapter that is loaded"):
+        server.complete("legal=-2", cases.prompt(6))
+
+
+def test_blends_that_cannot_be_made_are_the_callers_error_with_the_reason(
+    server: Server, kinds: dict[str, Path]
+) -> None:
+    assert server.load("mirrored", kinds["all-4"]).status_code == 200
+    for model, reason in {
+        "mirrored=0.5": r"layer model\.layers\.0.*logarithm",
+        "mirrored=1+gentle=1": r"layer model\.layers\.0.*group_size",
+        "gentle=0.5+broken=0.5": "corrupt or truncated",
+        "gentle=high": "wanted names with weights",
+        "base:gentle=11": "wanted one from -10 to 10",
+    }.items():
+        with pytest.raises(openai.BadRequestError, match=reason):
+            server.complete(model, cases.prompt(0))
+    with pytest.raises(openai.NotFoundError):
+        server.complete("gentle=0.5+nowhere=0.5", cases.prompt(0))
+    assert server.unload("mirrored").status_code == 200
+    assert len(server.complete("base", cases.prompt(0))) == 10
+
+
 @pytest.mark.parametrize("name", ["nowhere", "..", "../adapters/found", "found/", "found/../found", "/etc", "a\\b"])
 def test_names_that_are_not_in_the_folder_are_not_found(server: Server, name: str) -> None:
     with pytest.raises(openai.NotFoundError):
@@ -125,7 +171,7 @@ def test_names_that_are_not_in_the_folder_are_not_found(server: Server, name: st
 
 
 def test_a_broken_adapter_of_the_folder_is_the_callers_error_and_the_server_lives(server: Server) -> None:
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError, match="corrupt or truncated"):
         server.complete("broken", cases.prompt(0))
     assert len(server.complete("base", cases.prompt(0))) == 10
 

@@ -25,7 +25,9 @@ def test_true_is_every_default() -> None:
 
 
 def test_what_the_front_end_writes_the_workers_read(tmp_path: Path) -> None:
-    settings = Settings(adapters=str(tmp_path), store=str(tmp_path / "store"), packing="parts")
+    settings = Settings(
+        adapters=str(tmp_path), store=str(tmp_path / "store"), packing="parts", stages=3, input_stages=0
+    )
     assert settings.packing is Packing.PARTS
     assert settings_of({"roadie": settings.as_config()}) == settings
 
@@ -35,6 +37,10 @@ def test_what_the_front_end_writes_the_workers_read(tmp_path: Path) -> None:
     [
         ("yes", "wanted true"),
         ({"adapter": "x"}, "roadie.adapter in additional_config; wanted one of adapters, store, packing"),
+        ({"stages": 0}, "got roadie.stages=0; wanted how many rotations in a row, from 1"),
+        ({"input_stages": -1}, "got roadie.input_stages=-1; wanted how many rotations in a row, from 0"),
+        ({"stages": [2, 16]}, "wanted how many"),
+        ({"stages": True}, "wanted how many"),
         ({"packing": "some"}, "'whole' or 'parts'"),
         ({"adapters": []}, "the path of a folder"),
         ({"store": ""}, "the path of a folder"),
@@ -54,7 +60,14 @@ def test_engine_arguments_ask_for_slots_and_for_roadie() -> None:
         "max_loras": 64,
         "max_cpu_loras": 1000,
         "additional_config": {
-            "roadie": {"adapters": None, "store": None, "packing": "parts", "version": roadie.__version__}
+            "roadie": {
+                "adapters": None,
+                "store": None,
+                "packing": "parts",
+                "stages": None,
+                "input_stages": None,
+                "version": roadie.__version__,
+            }
         },
     }
     assert engine_arguments(64, num_kept=2)["max_cpu_loras"] == 64

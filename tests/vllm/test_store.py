@@ -14,7 +14,7 @@ from tests.patience import HANG_S
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
-from roadie.errors import AdapterError, CheckpointError
+from roadie.errors import CheckpointError
 from roadie.vllm.store import AdapterStore, content_hash, is_road
 
 
@@ -110,24 +110,15 @@ def test_kinds_of_adapters_are_told_apart(tmp_path: Path) -> None:
     assert not is_road(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.filterwarnings("ignore:this adapter has several rotations")
-def test_several_rotations_in_a_row_are_refused_before_anything_is_copied(tmp_path: Path) -> None:
-    layer = LayerParameters(torch.zeros(8), torch.ones(8), "road_1", [2, 8])
-    checkpoint.save(Adapter({"model.q": layer}, {"peft_type": "ROAD", "stages": [2, 8]}), tmp_path / "place")
-    store = AdapterStore(str(tmp_path / "store"))
-    with pytest.raises(
-        AdapterError, match=r"the vLLM plug-in: got several rotations in a row \(stages \[2, 8\]\) in layer model.q"
-    ):
-        store.add(tmp_path / "place")
-    assert not any((tmp_path / "store").iterdir())
-
-
 @pytest.mark.filterwarnings("ignore:this adapter")
-def test_a_rotated_input_is_refused_before_anything_is_copied(tmp_path: Path) -> None:
-    layer = LayerParameters(torch.zeros(4), torch.ones(4), "road_1", 8)
-    config = {"peft_type": "ROAD", "group_size": 8, "input_stages": [8]}
-    checkpoint.save(Adapter({"model.q": layer, "model.q.road_input": layer}, config), tmp_path / "place")
-    store = AdapterStore(str(tmp_path / "store"))
-    with pytest.raises(AdapterError, match=r"the vLLM plug-in: got a rotation of the input of layer model\.q; wanted"):
-        store.add(tmp_path / "place")
-    assert not any((tmp_path / "store").iterdir())
+def test_rotations_in_a_row_and_of_inputs_are_in_the_copy(tmp_path: Path) -> None:
+    row = LayerParameters(torch.zeros(8), torch.ones(8), "road_1", [2, 8])
+    one = LayerParameters(torch.ones(4), torch.ones(4), "road_1", 8)
+    config = {"peft_type": "ROAD", "stages": [2, 8], "input_stages": [8]}
+    checkpoint.save(Adapter({"model.q": row, "model.q.road_input": one}, config), tmp_path / "place")
+    copy = checkpoint.load(AdapterStore(str(tmp_path / "store")).add(tmp_path / "place"))
+    assert {path: layer.stages for path, layer in copy.layers.items()} == {
+        "model.q": (2, 8),
+        "model.q.road_input": (8,),
+    }
+    assert torch.equal(copy.layers["model.q.road_input"].theta, torch.ones(4))

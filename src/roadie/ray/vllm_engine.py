@@ -1,8 +1,8 @@
 """vLLM with roadie's plug-in as an engine of a replica: the contract of `roadie.serving.engine` over vLLM's `AsyncLLM`.
 
-vLLM has a loop of its own, in a thread. It knows whole adapters and no blends: a request for a blend, or for more or less of
-an adapter, is refused. Slots, the key-value cache and the batch are vLLM's, sized by its own settings (`vllm:` in
-deploy.yaml, which are those of `AsyncEngineArgs`).
+vLLM has a loop of its own, in a thread. A blend is made where the plug-in lets adapters in, and is one more adapter there. Slots,
+the key-value cache and the batch are vLLM's, sized by its own settings (`vllm:` in deploy.yaml, which are those of
+`AsyncEngineArgs`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from concurrent.futures import Future
 from itertools import count
 from typing import Any
 
-from roadie.bank.blends import Blend
-from roadie.errors import AdapterBusy, AdapterError, ConfigError, EngineFailed, QueueFull, ShuttingDown, UnknownAdapter
+from roadie.bank.blends import Blend, names_in
+from roadie.errors import (
+    AdapterBusy,
+    AdapterError,
+    ConfigError,
+    EngineFailed,
+    QueueFull,
+    RoadieError,
+    ShuttingDown,
+    UnknownAdapter,
+)
 from roadie.serving.belongings import OwnChat
 from roadie.serving.engine import (
     AdapterState,
@@ -146,7 +155,6 @@ class VllmEngine:
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """See `Engine.submit`."""
-        name = self._name_of(request)
         if request.scoring is not None:
             raise ConfigError(
                 "got a prompt to be scored, for vLLM; wanted one to continue alone; roadie's own engine scores"
@@ -156,23 +164,28 @@ class VllmEngine:
             raise ShuttingDown("got a request for an engine that takes none; try another server, or later")
         if request.request_id in self._live:
             raise ConfigError(f"got request id {request.request_id!r}, which is active; wanted one of its own")
-        if name is not None and name not in self._requests:
-            raise UnknownAdapter(f"got adapter {name!r}, which is not loaded; wanted one that is")
+        key = key_of(request, self.limits)
+        lora = self._lora_of(key)
         if len(self._live) >= self.limits.max_running + self.limits.max_queued:
             self._counts["refused"] += 1
             raise QueueFull(f"{self.limits.max_queued} requests wait already; come back later", 1.0)
-        self._count(name, "requests", 1)
-        work = self._serve(request, self._requests.get(name) if name else None, on_output)
+        self._count(key if isinstance(key, str) else None, "requests", 1)
+        work = self._serve(request, lora, on_output)
         self._live[request.request_id] = request, self._in_loop(work)
 
-    def _name_of(self, request: GenerationRequest) -> str | None:
-        key = key_of(request, self.limits)
+    def _lora_of(self, key: str | Blend | None) -> Any:
+        """vLLM's request for an adapter, or a blend; raises `UnknownAdapter`."""
+        from vllm.lora.request import LoRARequest
+
+        from roadie.vllm.resolver import blend_path
+
+        for name in names_in(key):
+            if name not in self._requests:
+                raise UnknownAdapter(f"got adapter {name!r}, which is not loaded; wanted one that is")
         if isinstance(key, Blend):
-            raise ConfigError(
-                "got a blend, or more or less of an adapter, for vLLM, which knows whole ones; wanted one adapter by its name; "
-                "combine them beforehand (roadie combine)"
-            )
-        return key
+            path = blend_path(dict(key.weights))
+            return LoRARequest(lora_name=path, lora_int_id=1, lora_path=path)  # each content gets a number of its own
+        return None if key is None else self._requests[key]
 
     def _count(self, name: str | None, what: str, number: int) -> None:
         self._counts[what] += number
@@ -189,9 +202,9 @@ class VllmEngine:
         except asyncio.CancelledError:
             last = Output(request_id, finish=FinishReason.CANCELLED)
         except Exception as error:
-            last = Output(
-                request_id, finish=FinishReason.FAILED, error=EngineFailed(f"vLLM failed at a request: {error}")
-            )
+            reason = error.__cause__  # of a blend that cannot be made
+            failed = reason if isinstance(reason, RoadieError) else EngineFailed(f"vLLM failed at a request: {error}")
+            last = Output(request_id, finish=FinishReason.FAILED, error=failed)
         finally:
             self._live.pop(request_id, None)
         on_output(last)

@@ -25,8 +25,9 @@ class SlotTable:
     to differ; rows are written in place, and only rows that nobody reads.
 
     is_sparse: few slots may have a rotation here; rows of the others pass bit for bit, as those of the base model do. is_fixed:
-    the tables stay where they are, also where group sizes differ, since graphs may be captured over them. version: how often
-    `current` was replaced, after which such graphs do not rotate as the slots say.
+    the tables stay where they are, also where group sizes differ, since graphs may be captured over them. num_stages: for how
+    many rotations in a row there is room from the start. version: how often `current` was replaced, after which such graphs do
+    not rotate as the slots say.
     """
 
     def __init__(
@@ -38,13 +39,16 @@ class SlotTable:
         *,
         is_sparse: bool = False,
         is_fixed: bool = False,
+        num_stages: int = 1,
     ) -> None:
         table = _identity_table(out_features, num_slots, dtype, device, ANY_SIZE)
         if is_fixed:
             table = table_of(table.direct, table.cross, _sizes(table.direct, ANY_SIZE))
         self.current: Chain = (table,)
-        self.version = 0
         self._is_empty = True
+        self.version = 0
+        if num_stages > 1:
+            self._lengthen(num_stages)
         self._holders = Holders(num_slots, device) if is_sparse else None
 
     @property

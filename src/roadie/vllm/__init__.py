@@ -8,8 +8,8 @@ vLLM finds `register` by its entry point (group ``vllm.general_plugins``) and ca
 were not asked for it by ``additional_config`` stay as they are, LoRA included.
 
 How it works: vLLM's LoRA machinery carries a slot per token to the workers (`_token_lora_indices`, -1 for the base). An
-engine for RoAd has layers of its own over vLLM's LoRA layers, which rotate what the base layer returns: one operation of
-`roadie.kernels` a layer, each row by the rotation of its slot.
+engine for RoAd has layers of its own over vLLM's LoRA layers, which rotate what the base layer returns, and what it is
+given where adapters do that: one operation of `roadie.kernels` each, each row by the rotations of its slot.
 """
 
 from __future__ import annotations

@@ -16,14 +16,16 @@ from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from roadie.errors import RoadieError
 from roadie.vllm.admission import Admissions, explained, refused
 from roadie.vllm.limits import check_supported
-from roadie.vllm.resolver import look_in
+from roadie.vllm.resolver import weights_in
 from roadie.vllm.settings import KEY, settings_of
 from roadie.vllm.store import AdapterStore
 
@@ -43,9 +45,7 @@ def begin(input_processor: Any, vllm_config: Any) -> None:
         return
     check_supported(vllm_config)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: settings.as_config()}
-    if settings.adapters is not None:
-        look_in(settings.adapters)
-    setattr(input_processor, _ATTRIBUTE, Admissions(AdapterStore(settings.store)))
+    setattr(input_processor, _ATTRIBUTE, Admissions(AdapterStore(settings.store), settings.adapters))
     log.info("This engine serves RoAd adapters: %s", settings)
 
 
@@ -100,6 +100,7 @@ def touch() -> None:
     _replace(AsyncLLM, "add_lora", _add_lora_async)
     _replace(OpenAIServingModels, "_check_load_lora_adapter_request", _check_load)
     _replace(OpenAIServingModels, "unload_lora_adapter", _unload)
+    _replace(OpenAIServingModels, "resolve_lora", _resolve)
 
 
 def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
@@ -129,7 +130,10 @@ def _add_request(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
 
 async def _add_request_async(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     call = _signature(original).bind(engine, *args, **kwargs)
-    call.arguments["lora_request"] = await load_async(engine, call.arguments.get("lora_request"))
+    try:
+        call.arguments["lora_request"] = await load_async(engine, call.arguments.get("lora_request"))
+    except RoadieError as error:  # any other exception would be the engine's failure, without a reason
+        raise VLLMValidationError(str(error)) from error
     return await original(*call.args, **call.kwargs)
 
 
@@ -170,12 +174,39 @@ async def _check_load(original: Any, models: Any, request: Any) -> Any:
     try:
         await load_async(models.engine_client, _candidate(models, request))
     except Exception as error:
-        return create_error_response(
-            message=f"The adapter '{request.lora_name}' was refused: {error}",
-            err_type="InvalidUserInput",
-            status_code=HTTPStatus.BAD_REQUEST,
-        )
+        return _refusal(request.lora_name, error)
     return None
+
+
+def _refusal(name: str, error: Exception) -> Any:
+    return create_error_response(
+        message=f"The adapter '{name}' was refused: {error}",
+        err_type="InvalidUserInput",
+        status_code=HTTPStatus.BAD_REQUEST,
+    )
+
+
+async def _resolve(original: Any, models: Any, lora_name: str) -> Any:
+    """A server asked for a name that is not loaded: an adapter of the folder, or a blend, or what vLLM's resolvers make of it.
+
+    A resolver of vLLM's could not say why an adapter will not do.
+    """
+    admissions = admissions_of(models.engine_client)
+    if admissions is None or lora_name in models.lora_requests:
+        return await original(models, lora_name)
+    try:
+        path = admissions.path_of(lora_name, [base.name for base in models.base_model_paths])
+        if path is None:
+            return await original(models, lora_name)
+        request = LoRARequest(lora_name=lora_name, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
+        await load_async(models.engine_client, request)
+    except Exception as error:
+        return _refusal(lora_name, error)
+    models.lora_requests[lora_name] = request
+    for name, other in list(models.lora_requests.items()):
+        if weights_in(other.lora_path) and name not in admissions.blends:
+            del models.lora_requests[name]
+    return request
 
 
 async def _unload(original: Any, models: Any, request: Any) -> Any:

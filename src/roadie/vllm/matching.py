@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from roadie.adapter import Adapter, LayerParameters, refuse_experts, refuse_inputs
+from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters, layer_of, refuse_experts
 from roadie.errors import AdapterError, ConfigError
-from roadie.vllm.layers import RotatedLayer, TableRotations
+from roadie.vllm.layers import RotatedLayer, Rotations, TableRotations
 
 _SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRotations:
-    """The rotations of one of vLLM's layers, under the names by which vLLM hands a layer its LoRA."""
+    """The rotations of one of vLLM's layers, of inputs and of outputs, under the names by which vLLM hands a layer its LoRA."""
 
     lora_a: TableRotations
-    lora_b: None = None
+    lora_b: TableRotations
 
 
 def layer_rotations(adapter: Adapter, manager: Any) -> dict[str, LayerRotations]:
     """vLLM's name of a layer -> its rotations, for every layer of `adapter` that is on this device.
 
     manager: the `RoadModelManager` of this worker. Raises `AdapterError` or `ConfigError` for parameters other than
-    rotations of outputs, for layers that the model does not have or that cannot be rotated, and for sizes that do not fit. Layers
+    rotations, for layers that the model does not have or that cannot be rotated, and for sizes that do not fit. Layers
     of other pipeline stages are looked at there.
     """
     _check_rotations_alone(adapter)
@@ -35,15 +35,16 @@ def layer_rotations(adapter: Adapter, manager: Any) -> dict[str, LayerRotations]
     found = {}
     for name, module in manager.modules.items():
         if isinstance(module, RotatedLayer):
-            parts = [_taken(layers, part, manager) for part in manager.packed_modules.get(name) or [name]]
-            if any(parts):
-                found[name] = LayerRotations(_table_rotations(module, parts))
+            names = manager.packed_modules.get(name) or [name]
+            inputs, outputs = ([_taken(layers, part, at, manager) for part in names] for at in (INPUT_SUFFIX, ""))
+            if any(inputs) or any(outputs):
+                of_inputs = _table_rotations(module.placed_inputs, inputs)
+                found[name] = LayerRotations(of_inputs, _table_rotations(module.placed, outputs))
     _check_nothing_left(layers, manager.model)
     return found
 
 
 def _check_rotations_alone(adapter: Adapter) -> None:
-    refuse_inputs(adapter, "the vLLM plug-in")
     refuse_experts(adapter.layers, "the vLLM plug-in, whose fused experts leave no place between their projections")
     if adapter.other:
         raise AdapterError(
@@ -58,16 +59,20 @@ def _renamed(path: str, model: Any) -> str:
     if mapper is None:
         return path
     get_rename_mapper = getattr(mapper, "get_rename_mapper", None)
-    renamed = (get_rename_mapper() if get_rename_mapper else mapper)._map_name(path)
-    return path if renamed is None else str(renamed)
+    layer = layer_of(path)
+    renamed = (get_rename_mapper() if get_rename_mapper else mapper)._map_name(layer)
+    return path if renamed is None else f"{renamed}{path[len(layer) :]}"
 
 
 _Part = tuple[str, LayerParameters] | None
 
 
-def _taken(layers: dict[str, tuple[str, LayerParameters]], name: str, manager: Any) -> _Part:
-    """The adapter's layer of that name, or of the name that it has in the text model alone, taken out of `layers`."""
-    names = [name, *_names_in_text_model(name, manager)]
+def _taken(layers: dict[str, tuple[str, LayerParameters]], name: str, at: str, manager: Any) -> _Part:
+    """The adapter's layer of that name, or of the name that it has in the text model alone, taken out of `layers`.
+
+    at: `INPUT_SUFFIX` for the layer's input.
+    """
+    names = [f"{each}{at}" for each in (name, *_names_in_text_model(name, manager))]
     return next((layers.pop(each) for each in names if each in layers), None)
 
 
@@ -82,20 +87,21 @@ def _names_in_text_model(name: str, manager: Any) -> list[str]:
     return [inner] if inner.startswith("model.") else [f"model.{inner}", inner]
 
 
-def _table_rotations(module: Any, parts: list[_Part]) -> TableRotations:
+def _table_rotations(placed: Callable[[Sequence[Rotations]], TableRotations], parts: list[_Part]) -> TableRotations:
     try:
-        found: TableRotations = module.placed([None if part is None else part[1].rotation for part in parts])
+        return placed([() if part is None else part[1].rotations for part in parts])
     except (AdapterError, ConfigError) as error:
         paths = ", ".join(part[0] for part in parts if part is not None)
         raise type(error)(f"{paths}: {error}") from None
-    return found
 
 
 def _check_nothing_left(layers: Mapping[str, tuple[str, LayerParameters]], model: Any) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     elsewhere = tuple(f"{name}." for name, module in modules.items() if isinstance(module, PPMissingLayer))
     problems = [
-        f"{path} ({_why(name, modules)})" for name, (path, _) in layers.items() if not f"{name}.".startswith(elsewhere)
+        f"{path} ({_why(layer_of(name), modules)})"
+        for name, (path, _) in layers.items()
+        if not f"{name}.".startswith(elsewhere)
     ]
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

@@ -1,41 +1,67 @@
-"""A folder of adapters: a request for a name that is not loaded looks there."""
+"""What a model's name stands for that a server has not loaded: an adapter of the folder, or a blend of adapters.
+
+A blend is asked for as of `roadie serve` (`roadie.bank.blends`). It has no files until it is let in: where a path would stand,
+its request has "blend:legal=0.7+terse=0.3".
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from vllm.lora.request import LoRARequest
-from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from roadie import checkpoint
-from roadie.errors import ConfigError
+from roadie.bank.blends import from_text, without_base
+from roadie.errors import ConfigError, RoutingError
 from roadie.vllm.settings import KEY
 
-NAME = "roadie"
+BASE = "base"  # names the base model whatever it is served as, as in `roadie serve`
+_BLEND = "blend:"
 
 
-class FolderResolver(LoRAResolver):
-    """Adapters are folders right inside `folder`, known by their names."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-
-    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        """A request for the RoAd adapter of that name, or None; vLLM gives it a number of its own.
-
-        A name is never a path: it stands for a folder right inside, also where that is a link to elsewhere.
-        """
-        if not lora_name or lora_name.startswith(".") or any(sign in lora_name for sign in '/\\\0"'):
-            return None
-        path = self._folder / lora_name
-        if not (path / checkpoint.CONFIG_NAME).is_file():
-            return None
-        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(path))
+def blend_path(weights: Mapping[str, float]) -> str:
+    """What stands for the path of a blend of adapters that have these names; raises `RoutingError` for bad weights."""
+    text = "+".join(f"{name}={weight!r}" for name, weight in weights.items())
+    if from_text(text) != weights:
+        raise RoutingError(f"got names that cannot be told apart in {text[:200]!r}; wanted names without '=' and '+'")
+    return f"{_BLEND}{text}"
 
 
-def look_in(folder: str) -> None:
-    """From now on, servers of this process look for unknown names in `folder`; raises `ConfigError` where it is none."""
-    if not Path(folder).is_dir():
+def weights_in(path: str) -> dict[str, float]:
+    """The weights by name of a blend, whose name alone is all of it; none where `path` is that of files."""
+    if not path.startswith(_BLEND):
+        return {}
+    weights = from_text(path[len(_BLEND) :])
+    return {weights: 1.0} if isinstance(weights, str) else weights
+
+
+def path_of(model: str, base_names: Sequence[str], folder: str | None, is_known: Callable[[str], bool]) -> str | None:
+    """The path of what a server is asked for as `model`; None where it, or a part of it, is no adapter.
+
+    base_names: of the base model; is_known: whether an adapter of that name is loaded or in the folder. Raises `RoutingError`
+    for a blend that is none.
+    """
+    place = in_folder(folder, model)
+    if place is not None:
+        return str(place)
+    text = without_base(model, (*base_names, BASE))
+    if text is None or (text == model and "=" not in text):
+        return None
+    path = f"{_BLEND}{text}=1" if is_known(text) else f"{_BLEND}{text}"
+    return path if all(map(is_known, weights_in(path))) else None
+
+
+def in_folder(folder: str | None, name: str) -> Path | None:
+    """The adapter of that name in `folder`.
+
+    A name is never a path: it stands for a folder right inside, also where that is a link to elsewhere.
+    """
+    if folder is None or not name or name.startswith(".") or any(sign in name for sign in '/\\\0"'):
+        return None
+    path = Path(folder) / name
+    return path if (path / checkpoint.CONFIG_NAME).is_file() else None
+
+
+def check_folder(folder: str | None) -> None:
+    """Raise `ConfigError` where it is none."""
+    if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"got {KEY}.adapters={folder!r}; wanted a folder; make it, or correct the path")
-    LoRAResolverRegistry.register_resolver(NAME, FolderResolver(folder))

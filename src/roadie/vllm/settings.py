@@ -6,7 +6,7 @@ vLLM hashes ``additional_config`` into the key of its compile cache, so that gra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -30,12 +30,16 @@ class Settings:
 
     adapters: a folder; a request for an unknown name looks there for a folder of that name (None: nowhere);
     store: a folder for the copies of adapters that workers read; None: a temporary one, removed at the end. Several
-    machines, or several API servers, need one that they share. packing: see `Packing`.
+    machines, or several API servers, need one that they share. packing: see `Packing`. stages, input_stages: how many
+    rotations in a row adapters may have of outputs, and of inputs (0: none); None: as many as they have, where vLLM runs
+    eagerly, and where it compiles 1 and 0 (see `settled`).
     """
 
     adapters: str | None = None
     store: str | None = None
     packing: Packing = Packing.WHOLE
+    stages: int | None = None
+    input_stages: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("adapters", "store"):
@@ -46,6 +50,14 @@ class Settings:
             object.__setattr__(self, "packing", Packing(self.packing))
         except ValueError:
             raise ConfigError(f"got {KEY}.packing={self.packing!r}; wanted 'whole' or 'parts'") from None
+        for name, least in (("stages", 1), ("input_stages", 0)):
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+                raise ConfigError(f"got {KEY}.{name}={number!r}; wanted how many rotations in a row, from {least}")
+
+    def settled(self) -> Settings:
+        """The same for an engine that compiles, or captures graphs: how many tables a layer has does not change after that."""
+        return replace(self, stages=self.stages or 1, input_stages=self.input_stages or 0)
 
     def as_config(self) -> dict[str, Any]:
         """What stands under "roadie" in `additional_config` once the front end has read it."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from roadie import checkpoint
-from roadie.adapter import Adapter, refuse_chains, refuse_inputs
+from roadie.adapter import Adapter
 
 _PREFIX = "roadie-vllm-"
 _LOCK = "in-use"
@@ -47,12 +47,12 @@ class AdapterStore:
     def add(self, path: str | os.PathLike[str]) -> Path:
         """The copy of the adapter in the folder `path`.
 
-        Raises `CheckpointError` where it is not a sound RoAd adapter, `AdapterError` where it has a chain of several stages, or
-        rotates an input.
+        Raises `CheckpointError` where it is not a sound RoAd adapter.
         """
-        adapter = checkpoint.load(path)
-        for refuse in (refuse_chains, refuse_inputs):
-            refuse(adapter, f"{path}: the vLLM plug-in")
+        return self.keep(checkpoint.load(path))
+
+    def keep(self, adapter: Adapter) -> Path:
+        """The copy of an adapter."""
         copy = self.folder / content_hash(adapter)
         if not (copy / checkpoint.CONFIG_NAME).is_file():
             checkpoint.save(adapter, copy)

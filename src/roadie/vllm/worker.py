@@ -67,12 +67,12 @@ class RoadModelManager(LRUCacheLoRAModelManager):
 @contextmanager
 def _only_rotated_layers(settings: Settings) -> Iterator[None]:
     """Within the block, vLLM makes our layers and none of its own."""
-    before = lora_utils._all_lora_classes, layers.packing
-    lora_utils._all_lora_classes, layers.packing = layers.ROTATED_LAYERS, settings.packing
+    before = lora_utils._all_lora_classes, layers.making
+    lora_utils._all_lora_classes, layers.making = layers.ROTATED_LAYERS, settings
     try:
         yield
     finally:
-        lora_utils._all_lora_classes, layers.packing = before
+        lora_utils._all_lora_classes, layers.making = before
 
 
 class RoadWorkerManager(LRUCacheWorkerLoRAManager):
@@ -81,13 +81,15 @@ class RoadWorkerManager(LRUCacheWorkerLoRAManager):
     def __init__(self, vllm_config: Any, device: Any, embedding_modules: Any, **more: Any) -> None:
         check_supported(vllm_config)
         settings = settings_of(vllm_config.additional_config)
+        if settings is not None and not vllm_config.model_config.enforce_eager:
+            settings = settings.settled()
         self._manager_cls = type("RoadModelManager", (RoadModelManager,), {"settings": settings})
         super().__init__(vllm_config, device, embedding_modules, **more)
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
         """The model with layers that rotate; the log says so, and what their tables take."""
         adapted = super().create_lora_manager(model, vllm_config)
-        tables = [table for module in self._adapter_manager.modules.values() for table in module.slot_tables]
+        tables = [table for module in self._adapter_manager.modules.values() for table in module.tables]
         log.info(
             "This worker serves RoAd adapters: %d slots in %d layers, %.1f MiB",
             self._adapter_manager.lora_slots,
