@@ -71,7 +71,7 @@ def test_a_run_goes_on(model: Any, wanted: list[float], tmp_path: Path, is_kept:
         http.step(run, 8)
         fifth = http.forward_backward(run, 9)
         found.append(http.result(fifth).metrics["loss:sum"])
-        assert http.result(ahead)["metrics"]["step"] == 5
+        assert http.result(ahead)["metrics"]["optim/step"] == 5
         assert http.step(run, 8) == f"{run}:8"
         found.append(http.result(http.forward_backward(run, 11)).metrics["loss:sum"])
         path = http.result(saved)["path"]
@@ -223,7 +223,7 @@ def test_kills_under_the_sdk_lose_nothing(process: Server, wanted: list[float]) 
             process.kill()
             process.start()
         found.append(asked.result(HANG_S).metrics["loss:sum"])
-        assert step.result(HANG_S).metrics["step"] == number + 1
+        assert step.result(HANG_S).metrics["optim/step"] == number + 1
         paths.append(saved.result(HANG_S).path)
     process.kill()
     process.start()

@@ -37,7 +37,7 @@ def learn(training: Any, tokens: list[list[int]], steps: int) -> list[float]:
         asked = training.forward_backward([datum(each) for each in tokens], "cross_entropy")
         step = training.optim_step(STEP)
         losses.append(asked.result(HANG_S).metrics["loss:sum"])
-        assert step.result(HANG_S).metrics["gradient_norm"] > 0
+        assert step.result(HANG_S).metrics["optim/gradient_norm"] > 0
     return losses
 
 

@@ -333,7 +333,7 @@ def _new_name(id: str) -> str:
 
 
 def _step_result(result: StepResult) -> Result:
-    return json_result({"metrics": {"step": result.step, "gradient_norm": result.gradient_norm}})
+    return json_result({"metrics": {"optim/step": result.step, "optim/gradient_norm": result.gradient_norm}})
 
 
 class Runs:
