@@ -88,6 +88,8 @@ PLACES = (  # model, card, how many, tokens in its cache
     (SHAPES[3], H200, 2, 100_000),
     (SHAPES[3], H100, 4, 100_000),
 )
+PASSES = (512, 4_096)  # tokens in a pass of training
+TOKENS_A_ROW = 256
 CALLS = 7 * MEASURED.layers
 DISK, NETWORK = 3e9, 1e9  # bytes a second: one NVMe disk, ten-gigabit Ethernet
 
@@ -111,6 +113,33 @@ def lora_bytes(shape: Shape, rank: int, dtype: str = "bfloat16") -> int:
 def training_bytes(shape: Shape, variant: str) -> int:
     """An adapter that is trained in float32: the parameters, their gradients, and Adam's two moments."""
     return 4 * file_bytes(shape, variant, "float32")
+
+
+def training_table_bytes(shape: Shape) -> int:
+    """What a trained adapter takes more while its rows are in a pass: direct, cross, and their gradients, in float32."""
+    return 2 * table_bytes(shape, "float32")
+
+
+def activation_bytes(shape: Shape, tokens: int, variant: str = "road_1", dtype: str = "bfloat16") -> int:
+    """What a pass keeps of so many tokens for its backward through the blocks; frozen matrices keep no input.
+
+    In the model's dtype: q, k, v, what attention is given (q and k turned by their places) and gives, o, gate, silu(gate),
+    up, down; in float32: what the two norms are given. road_2 and road_4 keep what they rotate, and where what they give is
+    kept by others (v, gate, up), both.
+    """
+    h, i, k = shape.hidden, shape.intermediate, shape.key_value
+    both = 0 if variant == "road_1" else k + 2 * i
+    return shape.layers * tokens * (BYTES[dtype] * (5 * h + 3 * k + 3 * i + both) + 2 * 4 * h)
+
+
+def tenants_that_fit(shape: Shape, memory: float, bytes_a_tenant: int, bytes_of_pass: int) -> int:
+    """Adapters in training that fit beside bfloat16 weights and a pass, a tenth of the memory left free."""
+    return max(0, int((0.9 * memory - 2 * shape.parameters - bytes_of_pass) // bytes_a_tenant))
+
+
+def pass_bytes(shape: Shape, tokens: int, variant: str) -> int:
+    """Activations of a pass, and the tables of those who take part: a tenant for each row of `TOKENS_A_ROW`."""
+    return activation_bytes(shape, tokens, variant) + tokens // TOKENS_A_ROW * training_table_bytes(shape)
 
 
 def key_value_bytes(shape: Shape, tokens: int) -> int:
@@ -307,6 +336,40 @@ def _training() -> Iterator[str]:
         for shape in SHAPES
     ]
     yield markdown(["model", "1 road_1", "64 road_1", "1,000 road_1", "1 road_2", "the whole model"], rows)
+    yield from _tenants()
+
+
+def _tenants() -> Iterator[str]:
+    yield "## How many tenants train beside the model\n"
+    yield _paragraph(
+        "Of the training engine ([engine.md](engine.md)): weights in bfloat16, what a pass of so many tokens keeps for its "
+        "backward, a tenth of the memory left free (of which logits take 256 MiB at a time), and the rest for tenants who are "
+        "all resident: parameters, two moments and gradients in float32. Who takes part in a pass, here with one row of "
+        f"{TOKENS_A_ROW} tokens, has direct, cross and their gradients beside that while it lasts. Who does not fit into a pass "
+        "is in the next, so that tenants cost time and not activations. LoRA, for comparison, has four numbers a parameter and "
+        "the activations of road_1, though it keeps more. The engine trains on one device: rows with several cards say what "
+        "their memory would hold together."
+    )
+    rows = [
+        [
+            shape.name,
+            card.name if cards == 1 else f"{cards} x {card.name}",
+            *(_size(activation_bytes(shape, 1, variant)) for variant in ("road_1", "road_2")),
+            *(f"{count:,}" for count in _tenants_beside(shape, card.memory * cards)),
+        ]
+        for shape, card, cards, _ in PLACES
+    ]
+    header = [f"{name}, {tokens:,}" for name in ("road_1", "road_2", "LoRA r=8") for tokens in PASSES]
+    yield markdown(["model", "on", "a token, road_1", "a token, road_2", *header], rows)
+
+
+def _tenants_beside(shape: Shape, memory: float) -> Iterator[int]:
+    """Of road_1, road_2 and LoRA, each with passes of `PASSES`."""
+    for variant in ("road_1", "road_2"):
+        for tokens in PASSES:
+            yield tenants_that_fit(shape, memory, training_bytes(shape, variant), pass_bytes(shape, tokens, variant))
+    for tokens in PASSES:
+        yield tenants_that_fit(shape, memory, 4 * lora_bytes(shape, 8, "float32"), activation_bytes(shape, tokens))
 
 
 _ENGINES = """## Which engine when

@@ -12,6 +12,7 @@ from benchmarks import scale
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from roadie import RoadConfig
+from roadie.engine import TrainingEngine, TrainingRow
 from roadie.rotation import from_parameters
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -78,6 +79,68 @@ def test_slots_fill_what_is_left() -> None:
     assert scale.slots_that_fit(TINY, memory + 1, 1000, 10) == 5
     assert scale.slots_that_fit(TINY, memory - 2, 1000, 10) == 4
     assert scale.slots_that_fit(TINY, 1.0, 1000, 10) == 0
+
+
+def engine_of(shape: scale.Shape, dtype: torch.dtype, variant: str) -> TrainingEngine:
+    """A tenant of a model of that shape, with weights, heads of 32."""
+    model = llama(shape).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    for _, inverse in model.named_buffers():
+        inverse.fill_(0.1)
+    engine = TrainingEngine(model.to(dtype))
+    engine.create("a", RoadConfig(task_type="CAUSAL_LM", variant=variant, group_size=32, target_modules=LINEAR))
+    engine.run()
+    return engine
+
+
+def kept_bytes(shape: scale.Shape, tokens: int, dtype: torch.dtype, variant: str) -> int:
+    """What autograd keeps of a forward and backward of the engine, each storage once."""
+    engine, kept = engine_of(shape, dtype, variant), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[torch._C._data_address(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    row = TrainingRow(torch.arange(tokens) % shape.vocabulary, torch.zeros(tokens, dtype=torch.int64))
+    engine.forward_backward("a", [row], "cross_entropy")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.run()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("dtype", "variant"), [("bfloat16", "road_1"), ("float32", "road_1"), ("bfloat16", "road_2")])
+def test_a_pass_keeps_the_activations_of_its_tokens(dtype: str, variant: str) -> None:
+    """Of a block and a token, beside the norms' scales and the attention's logarithms of sums: a float32 each."""
+    two, one = (dataclasses.replace(TINY, layers=layers) for layers in (2, 1))
+    long, short = (
+        kept_bytes(two, tokens, getattr(torch, dtype), variant)
+        - kept_bytes(one, tokens, getattr(torch, dtype), variant)
+        for tokens in (128, 64)
+    )
+    numbers = 2 + TINY.hidden // 32
+    assert long - short == scale.activation_bytes(one, 64, variant, dtype) + 64 * 4 * numbers
+
+
+@pytest.mark.parametrize("variant", ["road_1", "road_2"])
+def test_a_tenant_has_the_bytes_of_its_stacks_and_tables(variant: str) -> None:
+    engine = engine_of(TINY, torch.float32, variant)
+    stacks = [stack for family in engine.bank.families for stack in family.stacks]
+    assert scale.training_bytes(TINY, variant) == sum(
+        tensor.nbytes for stack in stacks for tensor in (*stack.tensors.values(), stack.gradients)
+    )
+
+
+def test_tenants_fill_what_is_left() -> None:
+    taken = 2 * TINY.parameters + 600
+    assert scale.tenants_that_fit(TINY, (taken + 5 * 1000 + 1) / 0.9, 1000, 600) == 5
+    assert scale.tenants_that_fit(TINY, (taken + 5 * 1000 - 1) / 0.9, 1000, 600) == 4
+    assert scale.tenants_that_fit(TINY, 1.0, 1000, 600) == 0
+
+
+def test_a_pass_has_a_tenant_a_row() -> None:
+    tables = 2 * 8 * TINY.outputs  # direct, cross, and the gradients of both
+    assert scale.pass_bytes(TINY, 512, "road_1") == scale.activation_bytes(TINY, 512, "road_1") + 2 * tables
 
 
 def test_traffic_grows_with_the_adapters_of_a_step_alone() -> None:
