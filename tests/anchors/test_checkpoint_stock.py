@@ -206,7 +206,9 @@ def test_stock_refuses_a_config_it_would_misread(key, stock, tmp_path):
     assert checkpoint.load(tmp_path).config[key] == EXTRAS[key]
     base = tiny()
     before = copy.deepcopy(base.state_dict())
-    kind = "-experts" if key == "target_experts" else "-inputs" if "input" in key else "-stages" if "stages" in key else ""
+    kind = (
+        "-experts" if key == "target_experts" else "-inputs" if "input" in key else "-stages" if "stages" in key else ""
+    )
     with pytest.raises(ValueError, match=f"Invalid variant roadie{kind}:road_1"):
         peft.PeftModel.from_pretrained(base, str(tmp_path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())

@@ -84,7 +84,16 @@ def test_every_option_of_train_reaches_the_recipe(roadie_cli, tiny_path, texts, 
     # All of them but the one that has no option, those that other tests give, and what the run adds.
     assert expected.items() <= settings.items()
     added = {"model", "revision", "data_sha256", "evaluation_sha256"}
-    elsewhere = {"stages", "input_stages", "target_experts", "exclude_modules", "method", "beta", "packing", "load_in_4bit"}
+    elsewhere = {
+        "stages",
+        "input_stages",
+        "target_experts",
+        "exclude_modules",
+        "method",
+        "beta",
+        "packing",
+        "load_in_4bit",
+    }
     assert settings.keys() - expected.keys() - added == {"max_grad_norm", *elsewhere}
 
 

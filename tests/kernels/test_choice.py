@@ -222,9 +222,10 @@ def test_a_broken_object_leaves_the_reference(state: str, tmp_path: Path, monkey
 @compiled
 @pytest.mark.usefixtures("_fresh_choice")
 @pytest.mark.skipif(builds.COMPILER is None, reason="there is no C compiler")
-def test_an_object_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told", ["(int64_t)sizeof(Job)", "return INTERFACE"])
+def test_an_object_of_another_version_is_not_used(told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(cpu.LIBRARY, tmp_path)
-    made = builds.build_changed(tmp_path, "rotate.c", "(int64_t)sizeof(Job)", "(int64_t)sizeof(Job) + 8")
+    made = builds.build_changed(tmp_path, "rotate.c", told, f"{told} + 8")
     monkeypatch.setattr(cpu, "LIBRARY", made)
     check_reference_takes_over("another version of roadie; install roadie again")
 

@@ -33,7 +33,9 @@ def ignored_names(
     said = "; ".join(part for part in found if part)
     if not said:
         return None
-    experts = f" The experts of this model are parameters ({stacked[0]}): target_experts is about them." if stacked else ""
+    experts = (
+        f" The experts of this model are parameters ({stacked[0]}): target_experts is about them." if stacked else ""
+    )
     return f"The following {setting} were ignored: {said}.{experts}"
 
 

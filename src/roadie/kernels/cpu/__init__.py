@@ -35,6 +35,7 @@ _FAILURES = {
 }
 
 
+INTERFACE = 2  # see job.h
 ROTATE, BACKWARD, GRADIENTS, _ = range(4)  # the operations of job.h; one more: of what kept the output
 Place = tuple[int, int]
 """Address and stride between rows of what was kept: whoever asks a tensor itself for its address moves it (`address`)."""
@@ -233,7 +234,8 @@ class _Library:
             self._run, self.rotate_chain = library.roadie_run, library.roadie_rotate_chain
             self._run.argtypes = [ctypes.c_int64, ctypes.c_char_p]
             self.rotate_chain.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p]
-            if library.roadie_job_bytes() != JOB.size or library.roadie_stage_bytes() != STAGE.size:
+            told = library.roadie_interface(), library.roadie_job_bytes(), library.roadie_stage_bytes()
+            if told != (INTERFACE, JOB.size, STAGE.size):
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
             elif reader() and hasattr(library, "roadie_callable"):
                 self.callable = ctypes.PyDLL(str(path)).roadie_callable

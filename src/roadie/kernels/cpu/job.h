@@ -44,6 +44,9 @@ typedef struct {
     int64_t group_size;
 } Stage;
 
+/* One more with every change of what the numbers and fields here mean, as in roadie.kernels.cpu. */
+enum { INTERFACE = 2 };
+
 /* What a job can be; GRADIENTS is BACKWARD, and then the gradients of its sums. */
 enum { ROTATE, BACKWARD, GRADIENTS, GRADIENTS_OF_OUTPUT };
 

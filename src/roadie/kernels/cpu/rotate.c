@@ -423,6 +423,7 @@ EXPORT int roadie_run(int64_t operation, const Job *job) {
     return gradient(job, operation == GRADIENTS_OF_OUTPUT);
 }
 
-/* So that the caller can see that both sides mean the same by a Job. */
+/* So that the caller can see that both sides mean the same. */
+EXPORT int64_t roadie_interface(void) { return INTERFACE; }
 EXPORT int64_t roadie_stage_bytes(void) { return (int64_t)sizeof(Stage); }
 EXPORT int64_t roadie_job_bytes(void) { return (int64_t)sizeof(Job); }
