@@ -39,9 +39,10 @@ class Pairs(NamedTuple):
         """
         shape = choice.slots.shape
         if len(shape) == 2 and shape[0] != shape[1] and shape.numel() == len(self.hidden):
-            placed: Tensor = choice.placed(self.hidden.reshape(*shape, -1), experts, of_slot).flatten()
-            return placed
-        return choice.placed(self.hidden, experts, of_slot)  # type: ignore[no-any-return]
+            of_rows: Tensor = choice.placed(self.hidden.reshape(*shape, -1), experts, of_slot)
+            return of_rows.flatten()
+        placed: Tensor = choice.placed(self.hidden, experts, of_slot)
+        return placed
 
     def spread(self, chain: Chain, slots: Tensor | None, num_rotations: int) -> tuple[Chain, Tensor | None]:
         """Tables ``[S, n D]`` and slots of tokens ``[N]`` (None: all have slot 0) as tables ``[S n, D]`` and slots of pairs.
