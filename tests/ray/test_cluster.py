@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from prometheus_client.parser import text_string_to_metric_families
 from tests.ray.cluster import Cluster
 from tests.ray.expected import PROMPTS, greedy
 from tests.ray.load import TOKENS, Answer, Asked, ask, under_load
@@ -69,6 +70,20 @@ def test_both_replicas_answer(cluster: Cluster) -> None:
         with cluster.http() as http:
             until(lambda: http.get("/v1/status").json()["figures"]["running"] > 1)
     assert len(cluster.pids(REPLICA)) == 2
+
+
+@pytest.mark.smoke
+def test_keys_count_on_every_replica_and_metrics_are_of_all(cluster: Cluster) -> None:
+    body = {"model": "base", "prompt": "a", "max_tokens": 1}
+    refused = [("not-a-key", "/v1/completions", body, 401), (USER_KEY, "/v1/adapters/pin", {"name": "turtle"}, 403)]
+    for key, path, content, wanted in refused:
+        with cluster.http(key) as http:
+            assert {http.post(path, json=content).status_code for _ in range(8)} == {wanted}
+    with cluster.http() as http:
+        families = list(text_string_to_metric_families(http.get("/metrics").text))
+    ready = next(family for family in families if family.name == "roadie_ready").samples
+    assert [sample.value for sample in ready] == [1.0, 1.0]
+    assert len({sample.labels["replica"] for sample in ready}) == 2
 
 
 def test_adapters_are_loaded_pinned_and_unloaded_over_all_replicas(cluster: Cluster, embedded_adapters: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from roadie.errors import ConfigError
-from roadie.ray.config import Deployment, EngineKind, read, url_of
-from roadie.ray.environment import address_of, prepare
+from roadie.ray.config import Deployment, address_of, prepare, read, url_of
 
 
 def written(folder: Path, content: Any) -> Path:
@@ -33,8 +32,6 @@ def test_everything_of_a_file_arrives(tmp_path: Path) -> None:
         "model": "model",
         "adapters": "adapters",
         "allow_from": ["other", "s3://bucket/more"],
-        "engine": "vllm",
-        "vllm": {"dtype": "float32"},
         "autoscaling": {"min_replicas": 2, "max_replicas": 4},
         "resources": {"num_gpus": 1},
         "limits": {"num_slots": 3, "tenant_weights": {"alice": 2.0}},
@@ -46,7 +43,6 @@ def test_everything_of_a_file_arrives(tmp_path: Path) -> None:
     assert (deployment.http.model_name, deployment.http.model_aliases) == ("model", (str(tmp_path / "model"),))
     assert deployment.adapters == str(tmp_path / "adapters")
     assert deployment.allow_from == (str(tmp_path / "other"), "s3://bucket/more")
-    assert (deployment.engine, deployment.vllm) == (EngineKind.VLLM, {"dtype": "float32"})
     assert deployment.autoscaling == {"min_replicas": 2, "max_replicas": 4}
     assert (deployment.limits.num_slots, deployment.http.max_tokens) == (3, 9)
     assert deployment.limits.tenant_weights == {"alice": 2.0}
@@ -62,8 +58,7 @@ def test_everything_of_a_file_arrives(tmp_path: Path) -> None:
         ({"replicas": True}, "got replicas=True; wanted a whole number"),
         ({"replicas": 0}, "got replicas=0; wanted 1 to"),
         ({"port": 70000}, "got port=70000"),
-        ({"engine": "other"}, "got engine='other'; wanted one of roadie, vllm"),
-        ({"vllm": {"dtype": "float32"}}, "wanted engine: vllm"),
+        ({"engine": "vllm"}, "unknown setting engine"),
         ({"host": "0.0.0.0"}, "without API keys"),
         ({"autoscaling": {"min_replicas": 0}}, "min_replicas of 1 at least"),
         ({"allow_from": "folder"}, "wanted a list of texts"),

@@ -43,7 +43,7 @@ def deploy(
       resources: {num_gpus: 1}           # of one replica
       api_keys: keys.yaml                # roadie api-key makes it
       limits: {num_slots: 64}
-    Also: address, host, port, route_prefix, name, engine (roadie or vllm), vllm, allow_from, fronts, scratch, http,
+    Also: address, host, port, route_prefix, name, allow_from, fronts, scratch, http,
     health_check_period_s, health_check_timeout_s, revision, trust_remote_code, allow_pickle.
 
     \b
@@ -56,8 +56,7 @@ def deploy(
     All of it: docs/ray.md.
     """
     _check_installed()
-    from roadie.ray.config import read
-    from roadie.ray.environment import prepare
+    from roadie.ray.config import prepare, read
 
     deployment = read(config)
     if address is not None:
@@ -84,13 +83,12 @@ def _check_installed() -> None:
 
 
 def _shown(deployment: Deployment) -> str:
-    from roadie.ray.config import url_of
-    from roadie.ray.environment import address_of
+    from roadie.ray.config import address_of, url_of
 
     count = f"{deployment.replicas}" if deployment.autoscaling is None else f"{deployment.autoscaling}"
     return "\n".join(
         (
-            f"{deployment.name}: {deployment.http.model_name}, engine {deployment.engine.value}",
+            f"{deployment.name}: {deployment.http.model_name}",
             f"  on:        {address_of(deployment) or 'a Ray of its own on this machine'}",
             f"  replicas:  {count}, each {deployment.resources}; fronts: {deployment.fronts}",
             f"  adapters:  {deployment.adapters or 'a new folder on this machine'}",
@@ -103,7 +101,7 @@ def _shown(deployment: Deployment) -> str:
 def _look_at(deployment: Deployment, *, is_end: bool) -> None:
     from roadie.errors import ConfigError
     from roadie.ray import launch
-    from roadie.ray.environment import address_of
+    from roadie.ray.config import address_of
 
     if address_of(deployment) is None:
         raise ConfigError(
@@ -111,15 +109,12 @@ def _look_at(deployment: Deployment, *, is_end: bool) -> None:
             "Ctrl-C where it was started"
         )
     with launch.connected(deployment):
-        if is_end:
-            there = launch.stop(deployment)
-            typer.echo(f"{deployment.name} {'is down' if there else 'was not there'}")
-        else:
-            standing = launch.standing(deployment)
-            there = standing is not None
-            lines = (f"{standing.status} {standing.message}".rstrip(), *standing.parts) if standing else ("not there",)
-            typer.echo("\n  ".join((f"{deployment.name}: {lines[0]}", *lines[1:])))
-    if not there:
+        lines = launch.standing(deployment)
+        if is_end and lines:
+            launch.stop(deployment)
+            lines = ["is down"]
+    typer.echo("\n  ".join((f"{deployment.name}: {(lines or ['not there'])[0]}", *lines[1:])))
+    if not lines:
         raise typer.Exit(NOT_THERE)
 
 

@@ -2,10 +2,9 @@
 
 application   the application of Serve: `app` is what an import path names
 launch        starting it and taking it down: what `roadie deploy` does
-directory     which version of an adapter is in force, for all
-replica       an engine, and its adapters
-fleet         all replicas as one engine, over which the HTTP side of `roadie serve` runs
-routing       which replica gets a request
+front         takes HTTP, and asks a replica
+replica       the whole server but its socket, over the adapters that all share (`shelf`)
+directory     which version of an adapter is in force, for all (`catalogue`, `storage`)
 """
 
 from __future__ import annotations

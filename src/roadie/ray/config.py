@@ -12,9 +12,9 @@ Read with YAML's safe loader. Relative paths are relative to the file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,14 +25,7 @@ from roadie.serving.engine import EngineSettings
 from roadie.serving.http.settings import HttpSettings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_MAPPINGS = {"autoscaling": dict, "resources": dict, "vllm": dict, "limits": EngineSettings, "http": HttpSettings}
-
-
-class EngineKind(str, Enum):
-    """What computes in a replica."""
-
-    ROADIE = "roadie"  # the engine of `roadie serve`
-    VLLM = "vllm"  # vLLM with roadie's plug-in
+_MAPPINGS = {"autoscaling": dict, "resources": dict, "limits": EngineSettings, "http": HttpSettings}
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,6 @@ class Deployment:
     allow_pickle: bool = False
     adapters: str | None = None
     allow_from: tuple[str, ...] = ()
-    engine: EngineKind = EngineKind.ROADIE
-    vllm: Mapping[str, Any] = field(default_factory=dict)
     name: str = "roadie"
     address: str | None = None
     host: str = "127.0.0.1"
@@ -75,11 +66,7 @@ class Deployment:
     def __post_init__(self) -> None:
         self._check_place()
         self._check_numbers()
-        if self.vllm and self.engine is not EngineKind.VLLM:
-            raise ConfigError(
-                "got settings under vllm for another engine; wanted engine: vllm; say so, or take them out"
-            )
-        if self.autoscaling is not None and _minimum(self.autoscaling) < 1:
+        if self.autoscaling is not None and self.autoscaling.get("min_replicas", 1) < 1:
             raise ConfigError(
                 "got autoscaling to no replica at all; wanted min_replicas of 1 at least: what a request may ask for is "
                 "known from a replica that runs"
@@ -140,6 +127,18 @@ def url_of(deployment: Deployment) -> str:
     return f"http://{host}:{deployment.port}{prefix}"
 
 
+def address_of(deployment: Deployment) -> str | None:
+    """Of the cluster that is meant; None: a Ray of its own on this machine."""
+    return deployment.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def prepare(deployment: Deployment) -> None:
+    """Before ray is imported: a Ray of this machine listens on loopback alone, and tells nobody that it runs."""
+    if address_of(deployment) is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's word for a cluster that others may join
+
+
 def _named(deployment: Deployment, *, is_named: bool, folder: Path) -> Deployment:
     """With a path of the model that every process understands, and a name for it."""
     model, http = deployment.model, deployment.http
@@ -155,10 +154,6 @@ def _named(deployment: Deployment, *, is_named: bool, folder: Path) -> Deploymen
 
 def _absolute(place: str, folder: Path) -> str:
     return place if "://" in place else str((folder / place).resolve())
-
-
-def _minimum(autoscaling: Mapping[str, Any]) -> Any:
-    return autoscaling.get("min_replicas", 1)
 
 
 def _checked(content: Mapping[Any, Any], kind: type, where: str) -> dict[str, Any]:
@@ -178,29 +173,12 @@ def _value(name: str, value: Any, hint: Any, mapping: Any) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"got {name}={value!r}; wanted a mapping of settings")
         return dict(value) if mapping is dict else mapping(**_checked(value, mapping, f"{name}."))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return _member(name, value, hint)
-    if "tuple" in str(hint):
-        return _texts(name, value)
-    return _scalar(name, value, str(getattr(hint, "__name__", None) if isinstance(hint, type) else hint))
-
-
-def _member(name: str, value: Any, kind: type[Enum]) -> Enum:
-    try:
-        return kind(value)
-    except ValueError:
-        wanted = ", ".join(member.value for member in kind)
-        raise ConfigError(f"got {name}={value!r}; wanted one of {wanted}") from None
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"got {name}={value!r}; wanted a list of texts")
-    return tuple(value)
+    return _plain(name, value, str(getattr(hint, "__name__", None) if isinstance(hint, type) else hint))
 
 
 _KINDS: dict[str, tuple[Any, str]] = {
-    "Mapping": (Mapping, "a mapping"),  # first: others may be a part of its hint
+    "Mapping": (Mapping, "a mapping"),  # first, as the next: others may be a part of their hints
+    "tuple": (list, "a list of texts"),
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
@@ -208,12 +186,13 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _scalar(name: str, value: Any, hint: str) -> Any:
+def _plain(name: str, value: Any, hint: str) -> Any:
     if value is None and "None" in hint:
         return None
     for word, (types, wanted) in _KINDS.items():
         if word in hint:
-            if not isinstance(value, types) or (isinstance(value, bool) and word != "bool"):
+            is_fit = isinstance(value, types) and (word == "bool" or not isinstance(value, bool))
+            if not is_fit or (word == "tuple" and not all(isinstance(item, str) for item in value)):
                 raise ConfigError(f"got {name}={value!r}; wanted {wanted}")
-            return value
+            return tuple(value) if word == "tuple" else value
     return value

@@ -1,6 +1,6 @@
 """Starting a deployment on a Ray of this machine or on a cluster, looking at it, and taking it down.
 
-Call `environment.prepare` before this is imported: Ray reads its environment then.
+Call `config.prepare` before this is imported: Ray reads its environment then.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray import serve
@@ -19,20 +17,10 @@ from ray.serve.config import HTTPOptions
 
 from roadie.errors import ConfigError
 from roadie.ray.application import build
-from roadie.ray.config import Deployment
-from roadie.ray.environment import address_of
+from roadie.ray.config import Deployment, address_of
 
 LOCAL_STORE_BYTES = 128 << 20
 NAMESPACE = "serve"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How an application stands: Serve's words for it and for each part."""
-
-    status: str
-    message: str
-    parts: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -102,27 +90,21 @@ def start(deployment: Deployment) -> None:
         raise ConfigError(f"got an application that does not start; wanted one that does: {error}") from None
 
 
-def stop(deployment: Deployment) -> bool:
-    """Take the application down, when it has answered what it accepted; whether there was one."""
-    if deployment.name not in serve.status().applications:
-        return False
+def stop(deployment: Deployment) -> None:
+    """Take the application down, when it has answered what it accepted."""
     serve.delete(deployment.name)
-    return True
 
 
-def standing(deployment: Deployment) -> Standing | None:
-    """How it stands; None where there is no such application."""
+def standing(deployment: Deployment) -> list[str]:
+    """How it stands, in Serve's words: all of it first, then each part; nothing where there is no such application."""
     found = serve.status().applications.get(deployment.name)
     if found is None:
-        return None
-    parts = (_part(name, details) for name, details in sorted(found.deployments.items()))
-    return Standing(str(found.status.value), found.message, tuple(parts))
-
-
-def _part(name: str, details: Any) -> str:
-    states = ", ".join(f"{count} {state.lower()}" for state, count in details.replica_states.items())
-    message = f": {details.message}" if details.message else ""
-    return f"{name}: {details.status.value.lower()} ({states}){message}"
+        return []
+    lines = [f"{found.status.value} {found.message}".rstrip()]
+    for name, part in sorted(found.deployments.items()):
+        states = ", ".join(f"{count} {state.lower()}" for state, count in part.replica_states.items())
+        lines.append(f"{name}: {part.status.value.lower()} ({states}) {part.message}".rstrip())
+    return lines
 
 
 def end_signals() -> threading.Event:

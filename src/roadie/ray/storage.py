@@ -3,7 +3,7 @@
     adapters/
     ├── legal/                            what people put there, and change when they like
     └── .roadie/
-        ├── catalogue.json                which version each name has; written by one process
+        ├── catalogue.json                which version each name has; written by the directory
         └── versions/<sha256>/...         copies that never change: what replicas read
 
 A version is known by the SHA-256 of its two files. It is copied before any replica hears of it, and whoever copies it on to
@@ -13,6 +13,7 @@ error and never an answer.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import posixpath
@@ -32,7 +33,6 @@ from roadie.errors import CheckpointError, ConfigError, RoadieError, StateNotWri
 OWN_FOLDER = ".roadie"
 CATALOGUE = f"{OWN_FOLDER}/catalogue.json"
 VERSIONS = f"{OWN_FOLDER}/versions"
-_FILES = ((CONFIG_NAME, MAX_CONFIG_BYTES), (WEIGHTS_NAME, None))
 
 
 def digest_of(config: bytes, weights: bytes) -> str:
@@ -53,19 +53,21 @@ class SharedAdapters:
 
     def names(self) -> tuple[str, ...]:
         """The adapters that lie there, sorted."""
-        found = []
-        for entry in self._fs.ls(self._root, detail=True):
-            name = posixpath.basename(entry["name"].rstrip("/"))
-            if entry["type"] == "directory" and self.has(name):
-                found.append(name)
-        return tuple(sorted(found))
+        found = (posixpath.basename(path.rstrip("/")) for path in self._fs.ls(self._root, detail=False))
+        return tuple(sorted(name for name in found if self.has(name)))
 
     def has(self, name: str) -> bool:
         """Whether there is an adapter of this name; nothing of it is opened."""
-        place = f"{self._root}/{name}"
-        if not is_adapter_name(name) or not self._fs.isfile(f"{place}/{CONFIG_NAME}"):
+        try:
+            check_adapter_name(name)
+        except RoadieError:
             return False
-        return not (_is_local(self._fs) and os.path.islink(place))
+        place = f"{self._root}/{name}"
+        return self._fs.isfile(f"{place}/{CONFIG_NAME}") and not (_is_local(self._fs) and os.path.islink(place))
+
+    def place(self, source: str) -> str:
+        """Where a source is, for people to read."""
+        return source if "://" in source or source.startswith("/") else f"{self.uri.rstrip('/')}/{source}"
 
     def publish(self, source: str) -> str:
         """Make a copy of the adapter at a place that will not change, and return its digest.
@@ -74,25 +76,22 @@ class SharedAdapters:
         for files that cannot be used or lie elsewhere, `StateNotWritten` where the copy cannot be written.
         """
         fs, place = self._allowed(source)
-        config, weights = (_read(fs, f"{place}/{name}", limit or self.max_bytes) for name, limit in _FILES)
+        config, weights = self._read_both(fs, place)
         self._check(config, weights, source)
         assert config is not None
         assert weights is not None
         digest = digest_of(config, weights)
-        try:
-            self._keep(digest, config, weights)
-        except OSError as error:
-            raise StateNotWritten(
-                f"{self.uri}: got {error.strerror or error} when a copy of {source!r} was written; nothing has changed; "
-                f"the place of the adapters must be writable for {OWN_FOLDER}"
-            ) from None
+        place = f"{self._root}/{VERSIONS}/{digest}"
+        if not self._fs.isfile(f"{place}/{CONFIG_NAME}"):  # which is written last: where it is, all is
+            self._put(f"{place}/{WEIGHTS_NAME}", weights)
+            self._put(f"{place}/{CONFIG_NAME}", config)
         return digest
 
     def _allowed(self, source: str) -> tuple[Any, str]:
         if not source or "\0" in source or len(source) > 4096:
             raise CheckpointError(f"got path {source[:100]!r}; wanted a path to a folder")
         if "://" in source or source.startswith("/"):
-            fs, path = fsspec.core.url_to_fs(source)
+            fs, path = fsspec.core.url_to_fs(source, use_listings_cache=False)
         else:
             fs, path = self._fs, f"{self._root}/{source}"
         normal = posixpath.normpath(path)
@@ -107,41 +106,37 @@ class SharedAdapters:
             )
         return fs, normal
 
+    def _read_both(self, fs: Any, place: str) -> tuple[bytes | None, bytes | None]:
+        config = _read(fs, f"{place}/{CONFIG_NAME}", MAX_CONFIG_BYTES)
+        return config, _read(fs, f"{place}/{WEIGHTS_NAME}", self.max_bytes)
+
     def _check(self, config: bytes | None, weights: bytes | None, shown: str) -> None:
         """What can be said without a model."""
         with tempfile.TemporaryDirectory(prefix="roadie-adapter-") as private:
-            for (name, _), content in zip(_FILES, (config, weights), strict=True):
-                if content is not None:
-                    (Path(private) / name).write_bytes(content)
+            _write(Path(private), config, weights)
             try:
                 checkpoint.load(private, max_weights_bytes=self.max_bytes)
             except CheckpointError as error:
                 raise type(error)(str(error).replace(private, shown)) from None
 
-    def _keep(self, digest: str, config: bytes, weights: bytes) -> None:
-        """Weights first: where the config is, all is."""
-        place = f"{self._root}/{VERSIONS}/{digest}"
-        if self._fs.isfile(f"{place}/{CONFIG_NAME}"):
-            return
-        self._fs.makedirs(place, exist_ok=True)
-        self._put(f"{place}/{WEIGHTS_NAME}", weights)
-        self._put(f"{place}/{CONFIG_NAME}", config)
-
     def _put(self, path: str, content: bytes) -> None:
-        """A whole file, or none: object stores do so by themselves."""
-        if not _is_local(self._fs):
-            self._fs.pipe_file(path, content)
-            return
-        scratch = f"{path}.{uuid.uuid4().hex}.new"
+        """A whole file, or none, which object stores do by themselves. Raises `StateNotWritten`; what was there stays then."""
         try:
+            self._fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            if not _is_local(self._fs):
+                self._fs.pipe_file(path, content)
+                return
+            scratch = f"{path}.{uuid.uuid4().hex}.new"
             with open(scratch, "wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(scratch, path)
-        finally:
-            if os.path.exists(scratch):
-                os.unlink(scratch)
+        except OSError as error:
+            raise StateNotWritten(
+                f"{self.uri}: got {error.strerror or error} when {posixpath.basename(path)} was written; nothing has changed; "
+                f"the place of the adapters must be writable for {OWN_FOLDER}, and have room"
+            ) from None
 
     def fetch(self, digest: str, folder: Path) -> Path:
         """The version as a folder of this machine, `folder/digest`, whole or not at all. Raises `CheckpointError`."""
@@ -149,7 +144,7 @@ class SharedAdapters:
         if target.is_dir():
             return target
         place = f"{self._root}/{VERSIONS}/{digest}"
-        config, weights = (_read(self._fs, f"{place}/{name}", limit or self.max_bytes) for name, limit in _FILES)
+        config, weights = self._read_both(self._fs, place)
         if config is None or weights is None or digest_of(config, weights) != digest:
             raise CheckpointError(
                 f"{self.uri}: got other bytes than those of version {digest[:12]}; wanted what was published; load the "
@@ -158,9 +153,9 @@ class SharedAdapters:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{digest[:12]}-", dir=folder))
         try:
-            (scratch / WEIGHTS_NAME).write_bytes(weights)
-            (scratch / CONFIG_NAME).write_bytes(config)
-            _move_into_place(scratch, target)
+            _write(scratch, config, weights)
+            with contextlib.suppress(OSError):  # somebody else was faster, with the same bytes
+                scratch.rename(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return target
@@ -171,19 +166,13 @@ class SharedAdapters:
 
     def write_catalogue(self, content: bytes) -> None:
         """Raises `StateNotWritten`; what was there stays then."""
-        try:
-            self._fs.makedirs(f"{self._root}/{OWN_FOLDER}", exist_ok=True)
-            self._put(f"{self._root}/{CATALOGUE}", content)
-        except OSError as error:
-            raise StateNotWritten(
-                f"{self.uri}: got {error.strerror or error} when the catalogue was written; nothing has changed; make room"
-            ) from None
+        self._put(f"{self._root}/{CATALOGUE}", content)
 
 
 def opened(uri: str) -> tuple[Any, str]:
     """The file system of a place, and its path there. Raises `ConfigError` where it cannot be reached or is no folder."""
     try:
-        fs, path = fsspec.core.url_to_fs(uri)
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         path = os.path.realpath(path) if _is_local(fs) else path.rstrip("/")
         if fs.isdir(path):
             return fs, path
@@ -191,15 +180,6 @@ def opened(uri: str) -> tuple[Any, str]:
     except (ImportError, ValueError, OSError) as error:
         reason = str(error)
     raise ConfigError(f"got folder of adapters {uri!r} ({reason}); wanted one that exists, which all machines reach")
-
-
-def is_adapter_name(name: str) -> bool:
-    """Whether an adapter may have this name."""
-    try:
-        check_adapter_name(name)
-    except RoadieError:
-        return False
-    return True
 
 
 def _is_local(fs: Any) -> bool:
@@ -224,9 +204,7 @@ def _read(fs: Any, path: str, limit: int) -> bytes | None:
     return content
 
 
-def _move_into_place(scratch: Path, target: Path) -> None:
-    try:
-        scratch.rename(target)
-    except OSError:
-        if not target.is_dir():  # somebody else was faster, with the same bytes
-            raise
+def _write(folder: Path, config: bytes | None, weights: bytes | None) -> None:
+    for name, content in ((WEIGHTS_NAME, weights), (CONFIG_NAME, config)):
+        if content is not None:
+            (folder / name).write_bytes(content)

@@ -283,7 +283,7 @@ class Gate:
 
     async def _read(self, headers: Headers, receive: Receive, limit: int) -> bytes:
         self._check_length(headers, limit)
-        return await _in_time(_whole_body(receive, limit), self.settings.body_timeout_s)
+        return await in_time(whole_body(receive, limit), self.settings.body_timeout_s)
 
 
 def _head_as_get(scope: Scope) -> Scope:
@@ -306,7 +306,8 @@ def _too_long(limit: int) -> ApiError:
     )
 
 
-async def _in_time(coming: Coroutine[Any, Any, Coming], seconds: float) -> Coming:
+async def in_time(coming: Coroutine[Any, Any, Coming], seconds: float) -> Coming:
+    """A body, or a part of one; raises `ApiError` (408) where it does not come in time."""
     try:
         return await asyncio.wait_for(coming, seconds)
     except asyncio.TimeoutError:
@@ -315,19 +316,19 @@ async def _in_time(coming: Coroutine[Any, Any, Coming], seconds: float) -> Comin
 
 
 def _counted(receive: Receive, limit: int, seconds: float) -> Receive:
-    """A body as it comes, each part of it in time; one that is too long ends as in `_whole_body`."""
+    """A body as it comes, each part of it in time; one that is too long ends as in `whole_body`."""
     size, is_more = 0, True
 
     async def counted() -> Message:
         nonlocal size, is_more
         if not is_more:
             return await receive()
-        message = await _in_time(_part(receive), seconds)
+        message = await in_time(_part(receive), seconds)
         size, is_more = size + len(message.get("body", b"")), message.get("more_body", False)
         if size > limit:
             if is_more:
                 with contextlib.suppress(ApiError):
-                    await _in_time(_whole_body(receive, 0), seconds)
+                    await in_time(whole_body(receive, 0), seconds)
             raise _too_long(limit)
         return message
 
@@ -341,7 +342,7 @@ async def _part(receive: Receive) -> Message:
     return message
 
 
-async def _whole_body(receive: Receive, limit: int) -> bytes:
+async def whole_body(receive: Receive, limit: int) -> bytes:
     """The body. One that is too long is read on for a while, and not kept, so that who sends before reading sees the answer."""
     parts: list[bytes] = []
     size, is_more = 0, True

@@ -27,7 +27,7 @@ class Reply(Response):
         """Make the answer; an error before its first byte is an answer of its own."""
         work, gone = (
             asyncio.ensure_future(self._guarded(scope, receive, send)),
-            asyncio.ensure_future(_hung_up(receive)),
+            asyncio.ensure_future(hung_up(receive)),
         )
         try:
             done, _ = await asyncio.wait({work, gone}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -103,7 +103,8 @@ def _event(value: dict[str, Any]) -> bytes:
     return f"{name}data: {dumped(value)}\n\n".encode()
 
 
-async def _hung_up(receive: Receive) -> None:
+async def hung_up(receive: Receive) -> None:
+    """Returns when the client hangs up."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
