@@ -51,6 +51,10 @@ def serve(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of what tenants train, with --train.", show_default=False),
     ] = None,
+    train_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of one pass of training, at most, and so of a row: memory grows with them."),
+    ] = 4096,
     slots: Annotated[int, typer.Option(help="Adapters and blends in memory at once.")] = 64,
     table_dtype: Annotated[
         str, typer.Option(help="Of their vectors: float32, or bfloat16 or float16 for half the memory.")
@@ -124,6 +128,7 @@ def serve(
     _check_training(train, train_state)
     with quiet_libraries():
         from roadie import embedded
+        from roadie.engine import TrainingSettings
         from roadie.serving.engine import EngineSettings
         from roadie.serving.http.launch import Endpoint, Folders, Launch, run
         from roadie.serving.http.settings import HttpSettings
@@ -164,6 +169,7 @@ def serve(
                 use_adapter_templates=adapter_templates,
                 tool_format=tool_format,
             ),
+            training=TrainingSettings(max_tokens_per_pass=train_tokens) if train else None,
         )
 
         def load() -> tuple[Any, Any]:
