@@ -91,7 +91,9 @@ def test_stop_strings_end_tokens_and_logprobs_go_on_as_they_do(engine: Collector
     free = ask(engine, None, logprobs=2, temperature=0.0, max_tokens=1)
     engine.wait(told, free)
     first, other = (engine.outputs[one][0].logprobs[0] for one in (told, free))
-    assert first.top == other.top, "logprobs are of the model's own distribution"
+    # The model's own distribution, to the rounding of two batches; where it is constrained, most of it is cut away.
+    assert [token_id for token_id, _ in first.top] == [token_id for token_id, _ in other.top]
+    assert [logprob for _, logprob in first.top] == pytest.approx([logprob for _, logprob in other.top], abs=1e-4)
     ended = ask(engine, Constraint(Kind.REGEX, "[a-z]{1,200}"), ignore_eos=False, max_tokens=200)
     engine.wait(ended)
     assert re.fullmatch("[a-z]+", engine.text(ended))
