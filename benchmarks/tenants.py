@@ -121,10 +121,10 @@ def steps(model: Any, tenants: int, num_tokens: int, rounds: int) -> None:
 
 
 @contextmanager
-def serving(model: Any, turns: TurnSettings, **sizes: Any) -> Iterator[ContinuousBatchingEngine]:
+def serving(model: Any, turns: TurnSettings, num_slots: int = 8, **sizes: Any) -> Iterator[ContinuousBatchingEngine]:
     """A server's engine that trains; sizes: of training."""
     settings = EngineSettings(
-        num_slots=8, num_blocks=256, max_batch_tokens=128, max_running=8, share_prefixes=False, turns=turns
+        num_slots=num_slots, num_blocks=256, max_batch_tokens=128, max_running=8, share_prefixes=False, turns=turns
     )
     with tempfile.TemporaryDirectory() as folder:
         engine = ContinuousBatchingEngine(
