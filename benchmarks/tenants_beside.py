@@ -212,8 +212,12 @@ def told(found: dict[str, Any]) -> str:
 
 
 def _cell(values: Sequence[float]) -> str:
-    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
-    return f"{statistics.median(values):.3g}" + ("" if least == most else f" ({least} to {most})")
+    median, least, most = map(_figures, (statistics.median(values), min(values), max(values)))
+    return median if least == most else f"{median} ({least} to {most})"
+
+
+def _figures(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -43,7 +43,7 @@ def test_the_table_has_medians_and_spread_of_both() -> None:
     other = {**case, "new_s": [0.5]}
     printed = tenants_beside.told({"roadie": {"8": case}, "skyrl": {"8": other}}).splitlines()
     tokens = tenants_beside.NUM_ROWS * tenants_beside.NUM_TOKENS
-    speed = f"{tokens // 2:.3g} ({tokens // 4:.3g} to {tokens:.3g})"
+    speed = f"{tokens // 2:,} ({tokens // 4:,} to {tokens:,})"
     assert printed[2] == f"| forward and backward, tokens a second | 8 | {speed} | {speed} |"
     assert "| state, MiB a tenant | 8 | 1 | 1 |" in printed
     assert "| from a step to a token by its weights, ms | 8 | 30 | 500 |" in printed
