@@ -103,7 +103,7 @@ $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: $(INSTALLED_FROM) | $(RUN)/python
-	$(PIP) -e .
+	$(PIP) -e ".[cli]"
 	touch $@
 
 $(VENV)/.development: $(INSTALLED_FROM) | $(RUN)/python

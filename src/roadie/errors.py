@@ -3,6 +3,7 @@
     Exception
     └── RoadieError
         ├── ConfigError       (ValueError)    a setting, or a config that does not fit the model
+        │   └── MissingExtra  (ModuleNotFoundError)  a package that is installed only where it is wanted
         ├── UnsupportedLayer  (TypeError, ValueError)  a targeted module that RoAd cannot adapt
         ├── AdapterError      (ValueError)    adapter parameters of the wrong shape, size or value
         ├── RoutingError      (ValueError)    the rows of a batch and the adapters asked for do not fit
@@ -43,6 +44,10 @@ class RoadieError(Exception):
 
 class ConfigError(RoadieError, ValueError):
     """A setting is not valid, or a config does not fit the model it is applied to."""
+
+
+class MissingExtra(ConfigError, ModuleNotFoundError):
+    """A package is not installed that only a part of roadie needs; the message names the extra that brings it."""
 
 
 class UnsupportedLayer(RoadieError, TypeError, ValueError):

@@ -131,4 +131,4 @@ def test_the_verb_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
     refused = CliRunner().invoke(app, ["eval", "arc_easy"])
     assert refused.exit_code == 2
-    assert "pip install 'roadie[eval]'" in refused.output
+    assert 'pip install "roadie[eval]"' in refused.output

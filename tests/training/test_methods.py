@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 import roadie
-from roadie.errors import ConfigError
+from roadie.errors import ConfigError, MissingExtra
 from roadie.training.checkpoints import work_path
 from roadie.training.encoding import IGNORED
 from roadie.training.many.job import Job
@@ -89,8 +90,8 @@ def test_gradients_of_a_base_in_4_bits_are_right_after_a_loss_was_measured(tiny_
 
 
 def test_4_bits_without_bitsandbytes_say_what_to_install(texts, tiny_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("roadie.training.models.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"got load_in_4bit without bitsandbytes; run: pip install 'roadie\[quant\]'"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtra, match=r'got no bitsandbytes; wanted .*; run: pip install "roadie\[quant\]"'):
         train(texts, tmp_path / "out", model=str(tiny_path), recipe=replace(QUICK, load_in_4bit=True))
     assert not list(tmp_path.iterdir())
 
@@ -274,8 +275,8 @@ def test_dpo_of_a_share_and_of_rotations_in_a_row_starts_at_ln_2(pairs, tiny_pat
 
 
 def test_dpo_without_trl_says_what_to_install(pairs, tiny_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("roadie.training.run.find_spec", lambda name: None if name == "trl" else object())
-    with pytest.raises(ConfigError, match=r"got method='dpo' without trl; run: pip install 'roadie\[trl\]'"):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(MissingExtra, match=r'got no trl; wanted .*; run: pip install "roadie\[trl\]"'):
         train(pairs, tmp_path / "out", model=str(tiny_path), recipe=DPO)
     assert not list(tmp_path.iterdir())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import logging
 import sys
@@ -107,15 +106,10 @@ def test_what_does_not_exist_is_refused():
 
 
 def test_hub_data_sets_need_the_package_datasets(monkeypatch):
-    real = builtins.__import__
-
-    def without_datasets(name, *rest, **more):
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without_datasets)
-    with pytest.raises(DataError, match="pip install datasets"):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        DataError, match=r'neither a file nor a folder, and got no datasets; .* pip install "roadie\[train\]"'
+    ):
         list(read("owner/name"))
 
 

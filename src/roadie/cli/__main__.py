@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roadie.cli.app import main
+from roadie.cli import main
 
 if __name__ == "__main__":
     main()

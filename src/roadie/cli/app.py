@@ -139,8 +139,3 @@ def root(
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("roadie").setLevel(logging.INFO if verbose else logging.WARNING)
-
-
-def main() -> None:
-    """The console script."""
-    app(prog_name="roadie")

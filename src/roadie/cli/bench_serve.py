@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from roadie.errors import ConfigError
+from roadie.extras import need
 
 if TYPE_CHECKING:
     from roadie.traffic.client import Answer
@@ -62,6 +63,7 @@ def bench_serve(
     """
     import asyncio
 
+    need("serve", "httpx2")
     from roadie.traffic import Popularity, Target, Workload, drive, models_of, plan, summarise
     from roadie.traffic.chart import chart
     from roadie.training.folders import check_file

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from roadie.extras import need
+
 if TYPE_CHECKING:
     from roadie.ray.config import Deployment
 
@@ -55,7 +57,7 @@ def deploy(
 
     All of it: docs/ray.md.
     """
-    _check_installed()
+    need("ray")
     from roadie.ray.config import prepare, read
 
     deployment = read(config)
@@ -68,18 +70,6 @@ def deploy(
         _look_at(deployment, is_end=stop)
     else:
         _deploy(deployment)
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    from roadie.errors import ConfigError
-
-    missing = [library for library in ("ray", "fastapi", "fsspec") if find_spec(library) is None]
-    if missing:
-        raise ConfigError(
-            f"got no {', '.join(missing)}; wanted what a deployment needs; run: pip install 'roadie[ray]'"
-        )
 
 
 def _shown(deployment: Deployment) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from roadie.cli.options import AllowPickle, Model, Revision, TrustRemoteCode
 from roadie.errors import ConfigError
+from roadie.extras import need
 
 BASE = "base"
 
@@ -65,7 +66,7 @@ def evaluate(
     from roadie.cli.quiet import quiet_libraries
     from roadie.training.folders import check_file
 
-    _check_installed()
+    need("eval")
     if as_json is not None:
         check_file(as_json)
     with quiet_libraries():
@@ -96,13 +97,6 @@ def evaluate(
     if as_json is not None:
         as_json.parent.mkdir(parents=True, exist_ok=True)
         as_json.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        raise ConfigError("got no lm_eval; wanted lm-eval with its tasks; run: pip install 'roadie[eval]'")
 
 
 def _names(known: tuple[str, ...], wanted: list[str] | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from roadie.cli.options import AllowPickle, Model, Revision, TrustRemoteCode
+from roadie.extras import need
 
 if TYPE_CHECKING:
     from roadie.serving.http.launch import Started
@@ -124,7 +125,7 @@ def serve(
     """
     from roadie.cli.quiet import quiet_libraries
 
-    _check_installed()
+    need("serve")
     _check_training(train, train_state)
     with quiet_libraries():
         from roadie import embedded
@@ -181,16 +182,6 @@ def serve(
         has_answered_all = run(launch, load, is_embedded=is_embedded, on_started=_announce, extend=extend)
     if not has_answered_all:
         raise typer.Exit(LOST_SOME)
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    from roadie.errors import ConfigError
-
-    missing = [library for library in ("fastapi", "prometheus_client", "uvicorn") if find_spec(library) is None]
-    if missing:
-        raise ConfigError(f"got no {', '.join(missing)}; wanted what a server needs; run: pip install 'roadie[serve]'")
 
 
 def _check_training(train: bool, state: Path | None) -> None:

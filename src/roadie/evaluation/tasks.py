@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from roadie.errors import ConfigError
+from roadie.extras import need
 from roadie.serving.engine import AdapterWish, Engine
 
 
@@ -34,12 +35,13 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """lm-eval's results of each adapter. adapters: their names, or names for wishes (None: the base model).
 
-    on_answer: told how many answers have come. Raises `ConfigError` for tasks that are not there, and what
+    on_answer: told how many answers have come. Raises `ConfigError` for tasks that are not there, `MissingExtra`, and what
     `Engine.submit` raises.
     """
     wishes = adapters if isinstance(adapters, Mapping) else {name: name for name in adapters}
     if not wishes:
         raise ConfigError("got no adapter to evaluate; wanted one at least, or the base model")
+    need("eval")
     from lm_eval.tasks import TaskManager
 
     from roadie.evaluation.harness import AdapterLM, Crowd

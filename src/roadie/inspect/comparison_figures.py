@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from roadie.errors import ConfigError
+from roadie.extras import need
 from roadie.inspect.comparison import Comparison, Sharing
 from roadie.inspect.drawing import MOST_LINES, Scale, lines, tree
 from roadie.inspect.maps import MANY, WIDTH, cut, layer_map, matrix
@@ -22,7 +22,7 @@ _DISTANCE = "distance, ||Ra - Rb|| / √D"
 def comparison_pictures(comparison: Comparison) -> list[Picture]:
     """Distances and alignments in the order of the tree, the tree, and agreement by layer.
 
-    Raises `ConfigError` where scipy is not installed.
+    Raises `MissingExtra` where scipy is not installed.
     """
     branches, heights, order = _clustered(comparison)
     names = [cut(comparison.names[n]) for n in order]
@@ -122,14 +122,10 @@ def _tree(branches: Any, heights: Any, names: Sequence[str]) -> Picture:
 
 def _clustered(comparison: Comparison) -> tuple[Any, Any, list[int]]:
     """scipy's branches and heights, and the order of the adapters in the tree."""
-    try:
-        from scipy.cluster.hierarchy import dendrogram, linkage
-        from scipy.spatial.distance import squareform
-    except ImportError as error:
-        raise ConfigError(
-            "got several adapters to draw, and scipy is not installed; wanted it for their tree; run: "
-            'pip install "roadie[inspect]"'
-        ) from error
+    need("inspect", "scipy")
+    from scipy.cluster.hierarchy import dendrogram, linkage
+    from scipy.spatial.distance import squareform
+
     distance = np.array(comparison.distance)
     links = linkage(squareform((distance + distance.T) / 2, checks=False), method="average", optimal_ordering=True)
     drawn = dendrogram(links, no_plot=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from roadie.errors import ConfigError
+from roadie.extras import need
 from roadie.inspect.drawing import FONT_POINTS
 from roadie.inspect.theme import NAMED, Theme, with_variables
 
@@ -60,7 +60,7 @@ class Picture:
 def to_svg(picture: Picture) -> str:
     """`picture` as an SVG element for an HTML page: colours are CSS variables, its ids belong to it alone.
 
-    Raises `ConfigError` without matplotlib.
+    Raises `MissingExtra` without matplotlib.
     """
     with _settings(NAMED):
         figure = _drawn(picture, NAMED)
@@ -70,7 +70,7 @@ def to_svg(picture: Picture) -> str:
 
 
 def to_png(picture: Picture, theme: Theme) -> bytes:
-    """`picture` as a PNG file, with its alternative text as the Description; raises `ConfigError` without matplotlib."""
+    """`picture` as a PNG file, with its alternative text as the Description; raises `MissingExtra` without matplotlib."""
     with _settings(theme):
         figure = _drawn(picture, theme)
         figure.suptitle(picture.whole_title, fontsize=FONT_POINTS + 1.5, color=theme.ink)
@@ -94,13 +94,9 @@ def _drawn(picture: Picture, theme: Theme) -> Figure:
 @contextmanager
 def _settings(theme: Theme) -> Iterator[None]:
     """matplotlib's own settings, with ours on top and nobody else's; undone afterwards."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(
-            "got a picture to draw, and matplotlib is not installed; wanted it for reports and PNGs; run: "
-            'pip install "roadie[inspect]"'
-        ) from error
+    need("inspect", "matplotlib")
+    import matplotlib
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_parameters(theme))  # type: ignore[arg-type]

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from roadie.extras import need
+
 if TYPE_CHECKING:
     from ray.serve import Application
 
@@ -23,6 +25,7 @@ def app(arguments: Mapping[str, Any]) -> Application:
 
     arguments: what a deploy.yaml says, or `config`, the path of one. Raises `ConfigError`.
     """
+    need("ray")
     from roadie.ray.application import application
 
     return application(arguments)

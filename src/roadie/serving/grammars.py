@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from roadie.errors import ConfigError
+from roadie.extras import need
 
 MAX_CHARS = 1 << 16
 """Of one constraint: the longest takes about a second to compile."""
@@ -178,10 +179,7 @@ class Grammars:
                 self._kept.popitem(last=False)
 
     def _compiled(self, constraint: Constraint) -> Grammar:
-        if not is_installed():
-            raise ConfigError(
-                "got a constraint, and no llguidance; wanted it installed; run: pip install 'roadie[serve]'"
-            )
+        need("serve", "llguidance")
         import llguidance
 
         if self._own is None:

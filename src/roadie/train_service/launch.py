@@ -12,13 +12,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from fastapi import APIRouter
 
 from roadie.engine import TrainingSettings
-from roadie.errors import StateNotWritten
+from roadie.errors import MissingExtra, StateNotWritten
 from roadie.serving.http.extensions import Extension
 from roadie.serving.http.launch import Ground, Launch
 from roadie.train_service.database import Database
@@ -56,9 +55,10 @@ def extensions(state: Path) -> Callable[[Ground], Sequence[Extension]]:
 
 def _tinker(ground: Ground, database: Database, state: Path) -> Sequence[Extension]:
     """Tinker's API, where its SDK is installed, whose types it speaks in."""
-    if find_spec("tinker") is None:
-        _log.warning("Tinker's API is left out: its SDK is not installed; pip install 'roadie[train-service]'")
+    try:
+        from roadie.train_service.tinker_api.extension import extension
+    except MissingExtra as lack:
+        _log.warning("Tinker's API is left out: %s", lack)
         return ()
-    from roadie.train_service.tinker_api.extension import extension
 
     return (extension(ground, database, state / "weights"),)

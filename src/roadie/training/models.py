@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from roadie import embedded
 from roadie.errors import ConfigError
+from roadie.extras import need
 from roadie.training.places import check_model_place
 
 if TYPE_CHECKING:
@@ -86,11 +86,10 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None, *, in_4bit
 
 
 def _four_bits(dtype: torch.dtype | None) -> Any:
-    """nf4, computed with in `dtype`; raises `ConfigError` without bitsandbytes."""
+    """nf4, computed with in `dtype`; raises `MissingExtra` without bitsandbytes."""
     from transformers import BitsAndBytesConfig
 
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("got load_in_4bit without bitsandbytes; run: pip install 'roadie[quant]'")
+    need("quant", "bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.float32
     )

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from roadie.checkpoint import WEIGHTS_NAME
 from roadie.distributed.processes import Processes, join
 from roadie.engine.targets import check_any
 from roadie.errors import ConfigError
+from roadie.extras import need
 from roadie.training.arguments import trainer_arguments
 from roadie.training.checkpoints import (
     WorkFolder,
@@ -157,9 +157,7 @@ def _check_surroundings(recipe: Recipe, report_to: Sequence[str], together: Proc
             f"got {devices} processes or GPUs for method='dpo'; wanted one, since TRL's batches depend on their number; start "
             "one process, and make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
         )
-    missing = [name for name in ("trl", "datasets") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"got method='dpo' without {' and '.join(missing)}; run: pip install 'roadie[trl]'")
+    need("trl")
 
 
 def _with_rate(asked: Recipe, former: float | None, source: ModelSource) -> Recipe:

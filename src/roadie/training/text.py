@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from roadie.errors import MissingExtra
+from roadie.extras import need
 from roadie.training.places import may_be_repository
 from roadie.training.rows import DataError, Record, Text, parse_record
 
@@ -172,9 +174,11 @@ def _hub_rows(name: str, config: str | None, source: str) -> Iterable[object]:
     check_there(source)
     missing = f"{source}: got neither a file nor a folder"
     try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{missing}; a hub data set needs the package datasets; run: pip install datasets") from None
+        need("train")
+    except MissingExtra as lack:
+        raise DataError(f"{missing}, and {lack}") from None
+    import datasets
+
     try:
         return datasets.load_dataset(name, config, split="train")
     except Exception as error:  # the package raises many kinds, from the network and from the data set itself

@@ -83,7 +83,7 @@ class Service:
             return None
         field_name, constraint = asked
         if not is_installed():
-            raise lacking(field_name, "llguidance, which keeps answers to constraints (pip install 'roadie[serve]')")
+            raise lacking(field_name, 'llguidance, which keeps answers to constraints (pip install "roadie[serve]")')
         try:
             await asyncio.get_running_loop().run_in_executor(self.compiling, self.engine.prepare, constraint)
         except ConfigError as error:

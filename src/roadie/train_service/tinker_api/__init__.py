@@ -5,3 +5,9 @@ runs        a tenant's requests, in the order of seq_id            presets    Lo
 futures     what was asked, and its result                         records    sessions, runs, checkpoints, samplers in SQLite
 samplers    weights to sample from, and samples                    store      folders of weights
 """
+
+from __future__ import annotations
+
+from roadie.extras import need
+
+need("train-service")
