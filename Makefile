@@ -8,6 +8,7 @@
 #   make test-vllm                                the tests of the vLLM plug-in, in .venv-vllm (3.5 GB)
 #   make test-ray                                 the tests on Ray Serve, in .venv-ray (0.4 GB above .venv)
 #   make test-eval                                the tests with lm-eval, in .venv-eval (0.3 GB above .venv)
+#   make docs                                     the documentation site, every link checked, in .venv-docs (0.1 GB)
 #   make test CONSTRAINTS=constraints-lowest.txt VENV=.venv-lowest    with the oldest versions that are supported
 
 PYTHON ?= python3
@@ -17,9 +18,11 @@ VLLM_VENV ?= .venv-vllm
 RAY_VENV ?= .venv-ray
 EVAL_VENV ?= .venv-eval
 DEEPSPEED_VENV ?= .venv-deepspeed
+DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 ARGS ?=
 DATA ?= data
+export NO_MKDOCS_2_WARNING = 1
 
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
@@ -29,7 +32,7 @@ CHECKED := $(wildcard src tests scripts examples benchmarks)
 CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick quality-real quality-real-quick structure format build clean
+.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick quality-real quality-real-quick structure format docs docs-serve build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -92,12 +95,19 @@ format: $(VENV)/.development ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix $(CHECKED)
 	$(RUN)/ruff format $(CHECKED)
 
+docs: $(DOCS_VENV)/.installed ## the documentation site into build/site, strictly: every link and anchor is checked (no network)
+	$(DOCS_VENV)/bin/mkdocs --quiet build --strict
+	$(DOCS_VENV)/bin/python scripts/docs_check.py build/site
+
+docs-serve: $(DOCS_VENV)/.installed ## the site on http://127.0.0.1:8000, built again when a page changes
+	$(DOCS_VENV)/bin/mkdocs serve --no-strict $(ARGS)
+
 build: $(VENV)/.development ## wheel and source archive into dist/
 	$(RUN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(RUN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) $(RAY_VENV) $(EVAL_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) $(RAY_VENV) $(EVAL_VENV) $(DOCS_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 
 $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -141,4 +151,10 @@ $(EVAL_VENV)/.installed: constraints-eval.txt $(VENV)/.development
 	test -x $(EVAL_VENV)/bin/python || $(PYTHON) -m venv $(EVAL_VENV)
 	$(EVAL_VENV)/bin/python -c '$(ABOVE)' "$$($(RUN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(EVAL_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-eval.txt "lm_eval[api]"
+	touch $@
+
+# mkdocstrings reads the sources and imports nothing, so that this environment needs no torch.
+$(DOCS_VENV)/.installed: constraints-docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-docs.txt mkdocs-material mkdocstrings-python
 	touch $@
