@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -19,6 +21,9 @@ from tests.families.checks import BOUND, EXPERTS, Adapted, logits, loss, truth
 from tests.families.models import FAMILIES, ROWS, TOKENS, Family
 from tests.versions import needs_stacked_experts
 from torch import Tensor, nn
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import roadie
 from roadie.bank.live import live_adapter
@@ -337,11 +342,39 @@ def test_what_cannot_be_adapted_is_refused_by_name() -> None:
     model = family("qwen3_moe").model()
     experts_of(model)[0]._is_expert_parallel = True
     refused(model, "several processes")
-    model = family("qwen3_moe").model()
-    experts_of(model)[1].down_proj = nn.Parameter(experts_of(model)[1].down_proj.to(torch.float8_e4m3fn), False)
-    refused(model, "float8_e4m3fn.*dequantised")
     with pytest.raises(ConfigError, match="got target_experts 'all'; wanted 'each', 'shared'"):
         of_experts("all")
+
+
+def test_quantised_experts_are_refused_by_name() -> None:
+    of_class = r"layers\.0\.mlp\.experts.*got experts of class {} with gate_up_proj of {}.*load the model dequantised"
+    model: Any = family("qwen3_moe").model()
+    replace_with_fp8_linear(model, quantization_config=FineGrainedFP8Config(), pre_quantized=True)
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.float8_e4m3fn
+    refused(model, of_class.format("FP8Experts", "torch.float8_e4m3fn"))
+    model = family("gpt_oss").model()
+    for layer in model.model.layers:
+        layer.mlp.experts = Mxfp4GptOssExperts(model.config)
+    refused(model, of_class.format("Mxfp4GptOssExperts", "torch.uint8"))
+    for layer in model.model.layers:  # loaded, the weights are objects of kernels, and no parameters
+        for name in ("gate_up_proj", "down_proj"):
+            del layer.mlp.experts._parameters[name]
+            setattr(layer.mlp.experts, name, SimpleNamespace())
+    refused(model, of_class.format("Mxfp4GptOssExperts", "class SimpleNamespace"))
+    with (
+        roadie.AdapterBank(model, slots=2) as bank,
+        pytest.raises(AdapterError, match=r"Mxfp4GptOssExperts.*dequantised"),
+    ):
+        bank.admit("a", live_adapter(adapted("gpt_oss"), "first"))
+
+
+def test_experts_that_an_older_transformers_does_not_describe_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its registry, where it has one, says neither whether gate and up are in turns nor what else a rotation must know."""
+    model: Any = family("qwen3_moe").model()
+    for experts in experts_of(model):
+        del experts.is_concatenated
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    refused(model, r"layers\.0\.mlp\.experts.*got experts of class Qwen3MoeExperts.*in transformers 5\.17 or newer")
 
 
 def test_what_does_not_take_such_adapters_says_so() -> None:

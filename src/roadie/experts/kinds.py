@@ -23,6 +23,7 @@ from roadie.errors import ConfigError
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 """transformers' implementations that are computed here with rotations between."""
 _MARKS = {"has_bias", "has_gate", "is_concatenated", "is_transposed"}
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -143,26 +144,26 @@ def experts_in(model: nn.Module) -> dict[str, nn.Module]:
 def _is_stacked(path: str, module: nn.Module) -> bool:
     if "expert" not in path.rpartition(".")[2] and "Experts" not in type(module).__name__:
         return False
-    return any(p.dim() >= 3 for p in module.parameters(recurse=False))
+    are_packed = any(name in module.__dict__ for name in _WEIGHTS)  # objects of kernels, such as those of loaded MXFP4
+    return are_packed or any(p.dim() >= 3 for p in module.parameters(recurse=False))
 
 
 def refusal(module: Any, model: Any) -> str | None:
     """Why the experts of a module in `model` cannot be adapted: got, wanted, do; None where they can."""
-    kind = type(module).__name__
+    kind, packed = type(module).__name__, _packed(module)
+    if packed is not None:
+        return (
+            f"got experts of class {kind} with {packed}; wanted floating-point weights of three dimensions: rotations lie "
+            "between the projections, which kernels of FP8 and MXFP4 compute at once; load the model dequantised"
+        )
     if not is_experts(module):
         return (
             f"got experts of class {kind}, which is not computed by transformers' registry of experts implementations; wanted "
             "one that is, in transformers 5.17 or newer; put it into exclude_modules, or leave target_experts out"
         )
-    weights = [getattr(module, f"{name}_proj", None) for name in ("gate_up" if module.has_gate else "up", "down")]
-    for weight in weights:
-        if not isinstance(weight, Tensor) or weight.dim() != 3 or weight.dtype not in _DTYPES:
-            got = "no such weights" if not isinstance(weight, Tensor) else f"{weight.dtype} {list(weight.shape)}"
-            return (
-                f"got experts of class {kind} with {got}; wanted floating-point weights of three dimensions: rotations lie "
-                "between the projections, which kernels of FP8 and MXFP4 compute at once; load the model dequantised"
-            )
-    if getattr(module, "_is_expert_parallel", False) or any(hasattr(weight, "to_local") for weight in weights):
+    if getattr(module, "_is_expert_parallel", False) or any(
+        hasattr(each.weight, "to_local") for each in projections(module)
+    ):
         return "got experts that several processes share; wanted whole ones; load the model without expert or tensor parallelism"
     if getattr(model, "use_kernels", False):
         return (
@@ -175,6 +176,18 @@ def refusal(module: Any, model: Any) -> str | None:
             f"got experts_implementation={name!r}, which leaves no place between the projections; wanted one of "
             f"{', '.join(IMPLEMENTATIONS)}; call model.set_experts_implementation('grouped_mm')"
         )
+    return None
+
+
+def _packed(module: nn.Module) -> str | None:
+    """What one weight of experts is, by dtype and shape or by class, where it cannot be rotated as it is."""
+    needed = {f"{each.name}_proj" for each in projections(module)} if is_experts(module) else set()
+    for name in _WEIGHTS:
+        weight = getattr(module, name, None)
+        if isinstance(weight, Tensor) and (weight.dim() != 3 or weight.dtype not in _DTYPES):
+            return f"{name} of {weight.dtype} {list(weight.shape)}"
+        if not isinstance(weight, Tensor) and (weight is not None or name in needed):
+            return f"{name} of class {type(weight).__name__}"
     return None
 
 

@@ -38,6 +38,8 @@ INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_emb
 """Arguments of a model that have a row in front, and then its tokens."""
 _LEFT_OUT = ("past_key_values", "labels", "cache_position", "position_ids", "use_cache")
 """Arguments that the run on one row does without: what it would change, and what has no row in front."""
+_PAGES = "cache"
+"""The argument of packed calls that holds keys and values in pages; flat tokens of their one row can only be its tokens."""
 _OF_SHARED = ("device_mesh", "_is_flat_param", "ds_id")
 """What parameters have of which other processes hold parts: FSDP2 and tensor parallelism, FSDP1, ZeRO-3."""
 SAME = 1e-2
@@ -245,8 +247,8 @@ class Sight:
     def of(cls, call: Call, pick: Callable[[Tensor], Tensor]) -> Sight | None:
         """Run the model on what `pick` makes of each tensor that has the rows in front; None where that is not possible."""
         shared = (hasattr(parameter, name) for parameter in call.model.parameters() for name in _OF_SHARED)
-        if call.model in _cannot_be_run or any(shared):
-            return None  # other processes would have to run theirs too
+        if call.model in _cannot_be_run or any(shared) or _PAGES in call.kwargs:
+            return None  # other processes would have to run theirs too, and pages that others read would be written to
         seen, num_rows, thread = cls(), len(_inputs(call.args, call.kwargs)[0]), threading.get_ident()
         kwargs = {name: value for name, value in call.kwargs.items() if name not in _LEFT_OUT}
 
