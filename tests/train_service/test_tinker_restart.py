@@ -22,6 +22,8 @@ from tests.train_service.tinker_server import ALICE, NAME, ROWS, Http, datum, of
 
 from roadie import embedded
 from roadie.serving.http.keys import add_to_file, entry_of
+from roadie.train_service.tinker_api import records
+from roadie.train_service.tinker_api.records import Checkpoint
 
 
 def losses(http: Http, model: str, first: int, steps: int) -> list[float]:
@@ -81,6 +83,39 @@ def test_a_run_goes_on(model: Any, wanted: list[float], tmp_path: Path, is_kept:
         ]
         assert names == [path]
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_no_kill_comes_between_an_effect_and_its_answer(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends before it has told of what it has done: it is there once, and so is the answer."""
+    with serving(tmp_path, model) as server:
+        http = Http(server)
+        run = http.model()
+        losses(http, run, 1, 1)
+        futures = of_server(server).futures
+        monkeypatch.setattr(futures, "finish", lambda *_: None)
+        saved = [
+            http.ok("save_weights", {"model_id": run, "seq_id": 3, "path": "a"})["request_id"],
+            http.ok("save_weights_for_sampler", {"model_id": run, "seq_id": 4, "path": "b"})["request_id"],
+        ]
+        until(lambda: of_server(server).records.count(Checkpoint, "run = ?", (run,)) == 2)
+    with serving(tmp_path, model) as server:
+        http = Http(server)
+        paths = [http.result(id)["path"] for id in saved]
+        other = http.model()
+        monkeypatch.setattr(of_server(server).futures, "finish", lambda *_: None)
+        body = {"model_id": other, "seq_id": 1, "path": paths[0], "optimizer": True}
+        loaded = http.ok("load_weights", body)["request_id"]
+        until(lambda: of_server(server).records.require(records.Run, other, "alice").kept_seq == 1)
+        ended = http.ok("unload_model", {"model_id": run})["request_id"]
+    with serving(tmp_path, model) as server:
+        http = Http(server)
+        assert http.result(loaded)["path"] == paths[0]
+        assert http.ok("unload_model", {"model_id": run})["request_id"] == ended
+        assert http.result(ended)["model_id"] == run
+        found = http.client.get(f"/api/v1/training_runs/{run}/checkpoints").json()["checkpoints"]
+        assert sorted(each["tinker_path"] for each in found) == sorted(paths)
 
 
 def test_samplers_and_samples_go_on(model: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from roadie.engine import TenantState
 from roadie.errors import ConfigError
+from roadie.train_service.database import Write
 from roadie.train_service.tinker_api.records import EPHEMERAL, SEGMENTS, Checkpoint, Records, new_id
 from roadie.train_service.tinker_api.store import Store
 
@@ -29,9 +30,12 @@ class Checkpoints:
         found = self._records.where(Checkpoint, "run = ? AND kind = ? AND name = ?", (run, kind, name))
         return found[0].id if found else new_id()
 
-    def add(self, checkpoint: Checkpoint, state: TenantState, *, overwrite: bool) -> Checkpoint:
+    def add(
+        self, checkpoint: Checkpoint, state: TenantState, also: Callable[[Write], None], *, overwrite: bool = False
+    ) -> None:
         """Save weights (and the optimiser, of a training checkpoint); when this returns they outlive the process.
 
+        also: what is written in the same transaction.
         Raises `ConfigError` for a name that cannot be one, or is taken, and `StateNotWritten`; nothing has changed then.
         """
         if not _NAME.fullmatch(checkpoint.name):
@@ -48,7 +52,9 @@ class Checkpoints:
         folder = self._store.save_state(state) if whole else self._store.save_adapter(state.adapter)
         saved = replace(checkpoint, folder=folder, num_bytes=self._store.num_bytes(folder))
         try:
-            self._records.put(saved)
+            with self._records.transaction() as write:
+                self._records.put(saved, write)
+                also(write)
         except Exception:
             self._store.remove(folder)
             raise
@@ -56,7 +62,6 @@ class Checkpoints:
             if each.id != saved.id:
                 self._on_gone(each)
             self._store.remove(each.folder)
-        return saved
 
     def copy(self, path: str, tenant: str, *, with_optimiser: bool) -> str:
         """A new folder with what is in a training checkpoint. Raises `ApiError` (404), `ConfigError`, `StateNotWritten`."""

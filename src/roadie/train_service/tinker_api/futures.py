@@ -141,11 +141,15 @@ class Futures:
 
     def _write(self, id: str, result: Result) -> None:
         with self._database.transaction(durable=False) as write:
-            write(
-                "UPDATE futures SET format = ?, result = ?, finished_s = ?, body = CASE WHEN kind IN (?, ?) THEN NULL ELSE body "
-                "END WHERE id = ?",
-                (result.format, result.content, time.time(), SAMPLE, CREATE, id),
-            )
+            self.write(id, result, write)
+
+    def write(self, id: str, result: Result, write: Write) -> None:
+        """Write a result in the transaction that has the effect, so that no kill comes between; `finish` tells of it."""
+        write(
+            "UPDATE futures SET format = ?, result = ?, finished_s = ?, body = CASE WHEN kind IN (?, ?) THEN NULL ELSE body "
+            "END WHERE id = ?",
+            (result.format, result.content, time.time(), SAMPLE, CREATE, id),
+        )
 
     def _tell(self, id: str) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ import re
 import sqlite3
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -179,9 +179,18 @@ class Records:
         """How many there are."""
         return int(self._database.rows(f"SELECT COUNT(*) FROM {_TABLES[kind]} WHERE {condition}", values)[0][0])
 
-    def change(self, kind: type[Any], id: str, *, durable: bool = True, **values: Value) -> None:
-        """Set some of a record's values."""
+    def change(
+        self,
+        kind: type[Any],
+        id: str,
+        also: Callable[[Write], None] = lambda _: None,
+        *,
+        durable: bool = True,
+        **values: Value,
+    ) -> None:
+        """Set some of a record's values; also: what is written in the same transaction."""
         with self._database.transaction(durable=durable) as write:
+            also(write)
             settings = ", ".join(f"{name} = ?" for name in values)
             write(f"UPDATE {_TABLES[kind]} SET {settings} WHERE id = ?", (*values.values(), id))
 
@@ -194,9 +203,10 @@ class Records:
         """See `Database.transaction`."""
         return self._database.transaction()
 
-    def keep(self, run: str, seq: int, folder: str | None) -> None:
-        """A run goes on from this folder, and what was asked of it up to this seq_id need not be done again."""
+    def keep(self, run: str, seq: int, folder: str | None, also: Callable[[Write], None] = lambda _: None) -> None:
+        """A run goes on from this folder, and what was asked of it up to this seq_id need not be done again; `also` with it."""
         with self._database.transaction() as write:
+            also(write)
             write("UPDATE runs SET kept = ?, kept_seq = ?, asked_s = ? WHERE id = ?", (folder, seq, time.time(), run))
             write("UPDATE futures SET body = NULL WHERE owner = ? AND seq <= ? AND finished_s IS NOT NULL", (run, seq))
 

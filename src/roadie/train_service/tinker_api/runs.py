@@ -27,6 +27,7 @@ from tinker import types
 from roadie.engine import AdamSettings, StepResult, TenantState
 from roadie.errors import AdapterError, ConfigError, EngineFailed, QueueFull, RoadieError, ShuttingDown
 from roadie.serving import ContinuousBatchingEngine
+from roadie.train_service.database import Write
 from roadie.train_service.tinker_api import records, wire
 from roadie.train_service.tinker_api.checkpoints import Checkpoints, check_ttl
 from roadie.train_service.tinker_api.futures import CREATE, PROTOBUF, Asked, Futures, Result, failure, json_result
@@ -156,58 +157,57 @@ class Run:
 
     def _save(self, asked: Asked) -> None:
         request = types.SaveWeightsRequest.model_validate_json(asked.body)
-        save = partial(self._saved, "training", request, overwrite=request.overwrite)
-        self._answer_once(asked, "save_weights", lambda state: {"path": save(asked.seq, state).path})
+        self._save_named(asked, "training", request, overwrite=request.overwrite)
 
     def _save_external(self, asked: Asked) -> None:
         request = types.SaveWeightsExternalRequest.model_validate_json(asked.body)
         if request.age_encryption_recipients:
             raise ConfigError("got age_encryption_recipients; this server does not encrypt; leave them out")
-        self._answer_once(
-            asked,
-            "save_weights_external",
-            lambda state: {"path": self._saved("external", request, asked.seq, state).path},
-        )
+        self._save_named(asked, "external", request)
 
     def _save_for_sampler(self, asked: Asked) -> None:
         request = types.SaveWeightsForSamplerRequest.model_validate_json(asked.body)
         if request.path is None and request.sampling_session_seq_id is not None:
             self._save_for_session(asked, request)
-            return
-        self._answer_once(
-            asked,
-            "save_weights_for_sampler",
-            lambda state: {"path": self._saved("sampler", request, asked.seq, state).path},
-        )
+        else:
+            self._save_named(asked, "sampler", request)
 
     def _save_for_session(self, asked: Asked, request: types.SaveWeightsForSamplerRequest) -> None:
         """Weights that are sampled from at once, by one session; in flight: all sessions of it have the newest."""
-        sampler = f"{self._record.session}:sample:{request.sampling_session_seq_id}"
+        session, base_model = self._record.session, self._record.base_model
+        sampler = f"{session}:sample:{request.sampling_session_seq_id}"
         kind, name = (INFLIGHT, INFLIGHT) if request.kind == "inflight" else (EPHEMERAL, sampler)
         if asked.is_done:
             return
-        checkpoint = self._ground.checkpoints.id_of(self.id, kind, name)
-        published = self._ground.samplers.publish(self._name, self.tenant, checkpoint)
+        checkpoint = self._checkpoint(self._ground.checkpoints.id_of(self.id, kind, name), kind, name)
+        published = self._ground.samplers.publish(self._name, self.tenant, checkpoint.id)
 
-        def save(state: TenantState) -> dict[str, str]:
-            self._ground.checkpoints.add(self._checkpoint(checkpoint, kind, name), state, overwrite=True)
+        def also(write: Write) -> None:
             self._ground.records.put(
-                Sampler(sampler, self.tenant, self._record.session, time.time(), self._record.base_model, checkpoint)
+                Sampler(sampler, self.tenant, session, time.time(), base_model, checkpoint.id), write
             )
+
+        def save(state: TenantState) -> Result:
+            self._ground.checkpoints.add(checkpoint, state, also, overwrite=True)
             published.result()
-            return {"sampling_session_id": sampler}
+            return json_result({"sampling_session_id": sampler, "type": asked.kind})
 
-        self._answer_once(asked, "save_weights_for_sampler", save)
+        self._answer(asked, self._ground.engine.training.state(self._name), save)
 
-    def _saved(self, kind: str, request: Any, seq: int, state: TenantState, *, overwrite: bool = False) -> Checkpoint:
-        checkpoint = self._checkpoint(
-            records.new_id(),
-            kind,
-            request.path or f"{seq:06d}",
-            request.ttl_seconds,
-            getattr(request, "user_metadata", None),
-        )
-        return self._ground.checkpoints.add(checkpoint, state, overwrite=overwrite)
+    def _save_named(self, asked: Asked, kind: str, request: Any, *, overwrite: bool = False) -> None:
+        """A checkpoint of the state in this request's turn; not again after a restart, and so written with the answer."""
+        if asked.is_done:
+            return
+        name, metadata = request.path or f"{asked.seq:06d}", getattr(request, "user_metadata", None)
+        checkpoint = self._checkpoint(records.new_id(), kind, name, request.ttl_seconds, metadata)
+        result = json_result({"path": checkpoint.path, "type": asked.kind})
+
+        def save(state: TenantState) -> Result:
+            also = partial(self._ground.futures.write, asked.id, result)
+            self._ground.checkpoints.add(checkpoint, state, also, overwrite=overwrite)
+            return result
+
+        self._answer(asked, self._ground.engine.training.state(self._name), save)
 
     def _checkpoint(
         self, id: str, kind: str, name: str, ttl_s: int | None = None, metadata: dict[str, str] | None = None
@@ -231,19 +231,15 @@ class Run:
         created = ground.engine.training.create(self._name, ground.store.load_state(kept), owner=self.tenant)
         ground.engine.training.remove(before)
 
+        result = json_result({"path": request.path, "model_id": self.id, "type": "load_weights"})
+
         def answer(_: None) -> Result:
-            self._keep(asked.seq, kept)
-            return json_result({"path": request.path, "model_id": self.id, "type": "load_weights"})
+            self._keep(asked.seq, kept, partial(ground.futures.write, asked.id, result))
+            return result
 
         self._answer(asked, created, answer)
 
     # What becomes of them, in the thread of `tasks`.
-
-    def _answer_once(self, asked: Asked, kind: str, save: Callable[[TenantState], dict[str, str]]) -> None:
-        """Do something with the state as it is in this request's turn; not again after a restart."""
-        if not asked.is_done:
-            state = self._ground.engine.training.state(self._name)
-            self._answer(asked, state, lambda found: json_result({**save(found), "type": kind}))
 
     def _answer(self, asked: Asked, future: Future[Any], make: Callable[[Any], Result]) -> None:
         self._when_done(None if asked.is_done else asked.id, future, make)
@@ -300,8 +296,8 @@ class Run:
         finally:
             self._is_keeping = False
 
-    def _keep(self, seq: int, folder: str | None) -> None:
-        self._ground.records.keep(self.id, seq, folder)
+    def _keep(self, seq: int, folder: str | None, also: Callable[[Write], None] = lambda _: None) -> None:
+        self._ground.records.keep(self.id, seq, folder, also)
         before, self.kept, self.kept_seq = self.kept, folder, seq
         if before != folder:
             self._ground.store.remove(before)
@@ -348,7 +344,7 @@ class Runs:
         """Go on with those of which something waits."""
         for id in dict.fromkeys(asked.owner for asked in self._ground.futures.waiting(samples=False)):
             record = self._ground.records.find(records.Run, id)
-            if record is not None:
+            if record is not None and not record.is_over:
                 try:
                     self.active(record)
                 except RoadieError as error:
@@ -397,15 +393,22 @@ class Runs:
 
     def unload(self, id: str, tenant: str) -> str:
         """End a run: its checkpoints stay, the run does not go on; the id of the future. Raises as `of` does."""
-        run, future = self.of(id, tenant), f"{id}:end"
+        ground, future = self._ground, f"{id}:end"
+        if ground.records.require(records.Run, id, tenant).is_over and ground.futures.exists(future):
+            return future
+        run, result = self.of(id, tenant), json_result({"model_id": id, "type": "unload_model"})
         with self._lock:
             self._active.pop(id, None)
         run.end()
-        self._ground.records.change(records.Run, id, is_over=1, kept=None)
-        self._ground.store.remove(run.kept)
-        self._ground.futures.open(Asked(future, tenant, id, 2**53, "unload_model", b""))
-        self._ground.futures.finish(future, json_result({"model_id": id, "type": "unload_model"}))
-        self._ground.futures.let_go(id)
+
+        def answer(write: Write) -> None:
+            ground.futures.open(Asked(future, tenant, id, 2**53, "unload_model", b""), write)
+            ground.futures.write(future, result, write)
+
+        ground.records.change(records.Run, id, answer, is_over=1, kept=None)
+        ground.futures.finish(future, result)
+        ground.store.remove(run.kept)
+        ground.futures.let_go(id)
         return future
 
     def ask(self, id: str, tenant: str, seq: int | None, kind: str, body: bytes) -> str:
