@@ -26,9 +26,9 @@ export NO_MKDOCS_2_WARNING = 1
 
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
-INSTALLED_FROM := pyproject.toml $(CONSTRAINTS) setup.py $(wildcard src/roadie/kernels/cpu/*.[ch])
+INSTALLED_FROM := pyproject.toml packages/roadie-embedded-model/pyproject.toml $(CONSTRAINTS) setup.py $(wildcard src/roadie/kernels/cpu/*.[ch])
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
-CHECKED := $(wildcard src tests scripts examples benchmarks)
+CHECKED := $(wildcard src packages tests scripts examples benchmarks)
 CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
@@ -102,22 +102,22 @@ docs: $(DOCS_VENV)/.installed ## the documentation site into build/site, strictl
 docs-serve: $(DOCS_VENV)/.installed ## the site on http://127.0.0.1:8000, built again when a page changes
 	$(DOCS_VENV)/bin/mkdocs serve --no-strict $(ARGS)
 
-build: $(VENV)/.development ## wheel and source archive into dist/
-	$(RUN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+build: $(VENV)/.development ## wheels and source archive into dist/
+	$(RUN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . packages/roadie-embedded-model
 	$(RUN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) $(RAY_VENV) $(EVAL_VENV) $(DOCS_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) $(RAY_VENV) $(EVAL_VENV) $(DOCS_VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info packages/*/build packages/*/src/*.egg-info
 
 $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: $(INSTALLED_FROM) | $(RUN)/python
-	$(PIP) -e ".[cli]"
+	$(PIP) -e ".[cli,demo]" -e packages/roadie-embedded-model
 	touch $@
 
 $(VENV)/.development: $(INSTALLED_FROM) | $(RUN)/python
-	$(PIP) -e ".[dev]"
+	$(PIP) -e ".[demo,dev]" -e packages/roadie-embedded-model
 	touch $(VENV)/.runtime $@
 
 # DeepSpeed is built from source, without its kernels, against the torch that is there.

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from roadie import embedded
 from roadie.embedded import corpus
 
 VOCABULARY = 2048
@@ -218,9 +219,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parents[1] / "src" / "roadie" / "embedded" / "model"
-    )
+    parser.add_argument("--output", type=Path, default=embedded.model_path())
     parser.add_argument("--steps", type=int, default=1300, help="batches of 4096 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS")

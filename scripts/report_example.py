@@ -21,7 +21,7 @@ from PIL import Image
 
 from roadie import inspect as looking
 from roadie.adapter import Adapter
-from roadie.embedded import model_path
+from roadie.embedded import NAME
 from roadie.inspect.states import StateChange
 from roadie.training.demo import run_demo
 from roadie.training.inspection import TextSettings, find_subjects, gather
@@ -59,9 +59,8 @@ def demo_adapters(folder: Path) -> tuple[Mapping[str, Adapter], tuple[StateChang
     kinds = sorted(path.name for path in (folder / "demo").iterdir() if path.is_dir())
     text = str(IMAGES.parent / "mathematics.md")
     gathered = gather(find_subjects([str(folder / "demo" / kind) for kind in kinds]), text=TextSettings((text,)))
-    name = "/".join(model_path().parts[-3:])  # not where this checkout happens to lie
     named = {
-        kind: replace(adapter, config={**adapter.config, "base_model_name_or_path": name})
+        kind: replace(adapter, config={**adapter.config, "base_model_name_or_path": NAME})
         for kind, adapter in gathered.adapters.items()
     }
     return named, gathered.states

@@ -1,6 +1,6 @@
 """Train the three adapters that ship beside the embedded model: those of `roadie demo`.
 
-python scripts/train_embedded_adapters.py        a minute on two cores; writes src/roadie/embedded/adapters
+python scripts/train_embedded_adapters.py        a minute on two cores; writes those of packages/roadie-embedded-model
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from pathlib import Path
 
 from roadie import embedded
 from roadie.training.demo import FULL, run_demo
-
-BASE = "roadie/embedded/model"
-"""`embedded.name_here` finds the model by these three parts, wherever the package lies."""
 
 
 def main() -> None:
@@ -32,7 +29,7 @@ def main() -> None:
 def install(trained: Path, folder: Path) -> None:
     """The two files of an adapter, in place of those that are there."""
     config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = BASE
+    config["base_model_name_or_path"] = embedded.NAME
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copy(trained / "adapter_model.safetensors", folder)

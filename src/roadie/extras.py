@@ -14,6 +14,7 @@ from roadie.errors import MissingExtra
 
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cli": ("what the command line is made of", ("rich", "typer", "yaml")),
+    "demo": ("the embedded model, in a checkout packages/roadie-embedded-model", ("roadie_embedded_model",)),
     "eval": ("lm-eval with its tasks", ("lm_eval",)),
     "inspect": ("what draws pictures", ("matplotlib", "scipy")),
     "quant": ("what computes with quantised weights", ("bitsandbytes", "torchao")),

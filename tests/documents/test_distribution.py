@@ -1,4 +1,4 @@
-"""What is shipped: the embedded model, the marker of types, the licence, and the CPU kernel: built, or its sources."""
+"""What is shipped: the marker of types, the licence, the CPU kernel, built or its sources; the embedded model apart from it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def copied_sources(copy: Path) -> Path:
     return copy
 
 
+CORE_WHEEL_BYTES = 2_000_000
+DATA = ROOT / "packages" / "roadie-embedded-model"
+
+
 def build_in(sources: Path, out: Path, environment: dict[str, str], *kinds: str) -> None:
     """A wheel, and also a source archive ("wheel", "sdist"), of `sources` into `out`."""
     build = (
@@ -63,9 +67,21 @@ def shipped(*left_out: str) -> set[str]:
 def test_the_wheel_holds_every_file_of_the_package(archives: Path) -> None:
     with zipfile.ZipFile(next(archives.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
-    assert {"roadie/py.typed", "roadie/embedded/model/model.safetensors"} <= shipped(*COMPILED) <= names
+    assert {"roadie/py.typed", "roadie/embedded/corpus.py"} <= shipped(*COMPILED) <= names
     assert not [name for name in names if name.endswith(COMPILED)]
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_is_small_and_the_embedded_model_one_of_its_own(archives: Path, tmp_path: Path) -> None:
+    assert next(archives.glob("*.whl")).stat().st_size < CORE_WHEEL_BYTES
+    copy = shutil.copytree(DATA, tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
+    build_in(copy, tmp_path, dict(os.environ), "wheel")
+    with zipfile.ZipFile(next(tmp_path.glob("roadie_embedded_model-*-py3-none-any.whl"))) as wheel:
+        names = set(wheel.namelist())
+    assert {path.relative_to(copy / "src").as_posix() for path in (copy / "src").rglob("*.[jms]*")} <= names
+    assert {f"roadie_embedded_model/{name}" for name in ("__init__.py", "model/model.safetensors")} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert (DATA / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_the_source_archive_holds_every_file_of_the_package(archives: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from roadie import embedded
+from roadie.errors import MissingExtra
+from roadie.training.models import ModelSource
 
 SIZE_LIMIT = 20_000_000
 
@@ -86,6 +89,24 @@ def test_it_beats_every_model_without_context_on_text_it_never_saw(model: Any, t
     with torch.no_grad():
         loss = model(input_ids=rows, labels=rows).loss.item()
     assert loss < without_context - 0.5
+
+
+def test_where_the_model_is_not_installed_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "roadie_embedded_model", None)
+    recorded = str(embedded.model_path())  # of this checkout
+    monkeypatch.setattr(embedded, "_IN_A_CHECKOUT", Path("/nowhere"))
+    for wish in (ModelSource(), ModelSource().for_adapters([embedded.NAME, recorded])):
+        with pytest.raises(MissingExtra, match=r'the embedded model, .*; run: pip install "roadie\[demo\]"'):
+            _ = wish.place
+    assert ModelSource("owner/name").for_adapters([embedded.NAME]).place == "owner/name"
+
+
+def test_the_model_that_is_installed_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "roadie_embedded_model").mkdir()
+    (tmp_path / "roadie_embedded_model" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert embedded.adapters_path() == tmp_path / "roadie_embedded_model" / "adapters"
+    assert embedded.name_here(embedded.NAME) == str(tmp_path / "roadie_embedded_model" / "model")
 
 
 def test_the_directory_is_small_safe_and_readable():

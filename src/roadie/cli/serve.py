@@ -140,7 +140,7 @@ def serve(
         endpoint = Endpoint(host, port, api_keys, anonymous)
         source = ModelSource(model, revision, trust_remote_code, allow_pickle)
         source = source.for_adapters(recorded_bases(adapters) if adapters is not None else [])
-        is_embedded = source.place == str(embedded.model_path())
+        is_embedded = source.place == embedded.name_here(embedded.NAME)
         launch = Launch(
             endpoint,
             Folders(adapters, tuple(allow_from or ()), state),

@@ -39,7 +39,7 @@ class ModelSource:
     @property
     def place(self) -> str:
         """The folder or hub repository to load from."""
-        return self.name or str(embedded.model_path())
+        return str(embedded.model_path()) if self.name in (None, "", embedded.NAME) else self.name
 
     def for_adapters(self, recorded: Iterable[str | None]) -> ModelSource:
         """This source, with a name: where it has none, the base model that adapters name, else the embedded one.
