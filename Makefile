@@ -1,6 +1,6 @@
 # Every target builds what it needs; nothing outside this folder is written, but for pip's own cache.
 #   make demo                                     the demo, in a new environment
-#   make test                                     all tests
+#   make test                                     all tests, but those of make test-long
 #   make test-fast                                the core's tests, in under two minutes
 #   make test ARGS="tests/laws -k compose"        some of them
 #   make bench                                    all benchmarks, 15 minutes on two cores
@@ -32,7 +32,7 @@ CHECKED := $(wildcard src packages tests scripts examples benchmarks)
 CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick quality-real quality-real-quick structure format docs docs-serve build clean
+.PHONY: help demo test test-long test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick quality-real quality-real-quick structure format docs docs-serve build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,8 +40,11 @@ help: ## this list
 demo: $(VENV)/.runtime ## train three adapters on the embedded model, merge them, mix them in one batch
 	$(RUN)/roadie demo
 
-test: $(VENV)/.development ## all tests (ARGS="..." goes to pytest)
+test: $(VENV)/.development ## all tests but the long ones (ARGS="..." goes to pytest)
 	$(RUN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-long: $(VENV)/.development ## those that take the better part of a minute each (ARGS="..." goes to pytest)
+	$(RUN)/python -m pytest -m long -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-fast: $(VENV)/.development ## the core's tests, in under two minutes on two cores (ARGS="..." goes to pytest)
 	$(RUN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(CORE) $(ARGS)

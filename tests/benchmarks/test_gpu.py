@@ -554,6 +554,7 @@ def test_a_run_that_does_not_even_know_its_machine_makes_no_record(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_keeps_what_it_had_and_goes_on_from_there(tmp_path: Path) -> None:
     """The whole of it at toy sizes, in two parts."""
     command = [

@@ -21,6 +21,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_accelerate_trains_one_adapter_and_then_it_is_refused(folder: Path, launch) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
     command = [*accelerate, "--num_processes", "2", "-m", "roadie.cli", *ARGUMENTS]

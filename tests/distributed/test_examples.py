@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_examples(tmp_path: Path, launch) -> None:
     done = launch(Path(__file__).parent / "program_examples.py", tmp_path)
     said = [line for line in done.stdout.splitlines() if "loss" in line]

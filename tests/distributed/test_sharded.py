@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.once import once
 from tests.patience import HANG_S
 from tests.versions import OLD_TRANSFORMERS
 
@@ -37,10 +38,12 @@ OF_LOSSES = 2**7 * unit_roundoff(torch.float32)
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, launch) -> Path:
     """A folder with what program_sharded.py and program_stock.py have written."""
-    folder = tmp_path_factory.mktemp("sharded")
-    launch(FOLDER / "program_sharded.py", folder)
-    subprocess.run([sys.executable, FOLDER / "program_stock.py", folder], check=True, timeout=HANG_S)
-    return folder
+
+    def fill(folder: Path) -> None:
+        launch(FOLDER / "program_sharded.py", folder)
+        subprocess.run([sys.executable, FOLDER / "program_stock.py", folder], check=True, timeout=HANG_S)
+
+    return once(tmp_path_factory, "sharded", fill)
 
 
 def trace(done: Path, way: str, variant: str, rank: int = 0) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.once import once
 from tests.versions import needs_trainer_to_resume_on_several_cpus
 from transformers.loss.loss_utils import LOSS_MAPPING
 
@@ -60,9 +61,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, base: Path, texts: Path) -> Pa
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, base: Path, texts: Path, launch) -> Path:
     """The folder of two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    launch(FOLDER / "program_train.py", base, texts, folder)
-    return folder
+    return once(tmp_path_factory, "two", lambda folder: launch(FOLDER / "program_train.py", base, texts, folder))
 
 
 def record(folder: Path) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tests.once import once
 
 from roadie import checkpoint
 from roadie.distributed.processes import Processes
@@ -43,7 +44,10 @@ def write_jobs(folder: Path, base: Path) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, launch) -> Path:
     """A folder with the outputs of one process (one), of two (jobs, rows), and of two of which one dies (dies, dead)."""
-    folder = tmp_path_factory.mktemp("many")
+    return once(tmp_path_factory, "many", lambda folder: fill(folder, launch))
+
+
+def fill(folder: Path, launch) -> None:
     base = TINY["build"](folder / "base")
     for name in ("one", "jobs", "rows", "dies"):
         write_jobs(folder / name, base)
@@ -59,7 +63,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, launch) -> Path:
     assert snapshot is not None
     assert snapshot.step == 4
     launch(PROGRAM, "resume", base, folder, fails=True)
-    return folder
 
 
 def history(output: Path, key: str) -> list[float]:

@@ -243,6 +243,7 @@ def process(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kills_under_the_sdk_lose_nothing(process: Server, wanted: list[float]) -> None:
     """One client, which knows nothing of it, trains on through kills at random moments; its checkpoints are all there."""
     dice = random.Random(0)

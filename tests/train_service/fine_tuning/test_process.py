@@ -81,6 +81,8 @@ def start(client: openai.OpenAI, kind: str, epochs: int) -> str:
     return client.fine_tuning.jobs.create(model=BASE, training_file=file_id, method=method, seed=0).id
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_any_moment_jobs_go_on_and_models_are_there(tmp_path: Path) -> None:
     add_to_file(tmp_path / "keys.yaml", entry_of("alice", ALICE, None, is_admin=False))
     with served(tmp_path) as (client, running):
