@@ -236,6 +236,7 @@ EXTRAS = {
     "stages": [16, 2, 64],
     "stages_pattern": {"q": [2, 64], "k": [16]},
     "target_experts": "shared",
+    "target_towers": True,
     "trainable_token_indices": [3],
     "variant_pattern": {"q": "road_2"},
 }

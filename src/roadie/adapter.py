@@ -375,8 +375,9 @@ def check_settings(config: Mapping[str, Any]) -> None:
     """Raise `ConfigError`, naming the key, unless the keys that `resolve_layer` reads hold the right kinds of value."""
     Variant.parse(config.get("variant", DEFAULT_VARIANT))
     check_group_size(config.get("group_size", DEFAULT_GROUP_SIZE))
-    if not isinstance(config.get("adapt_group_size", False), bool):
-        raise ConfigError(f"got adapt_group_size {_shortened(config['adapt_group_size'])}; wanted True or False.")
+    for key in ("adapt_group_size", "target_towers"):
+        if not isinstance(config.get(key, False), bool):
+            raise ConfigError(f"got {key} {_shortened(config[key])}; wanted True or False.")
     if config.get("target_experts") not in (None, EACH, SHARED):
         raise ConfigError(
             f"got target_experts {_shortened(config['target_experts'])}; wanted 'each', 'shared' or None."

@@ -187,6 +187,7 @@ EXTRAS = {
     "stages": [4],
     "stages_pattern": {"nothing": [2, 4]},
     "target_experts": "each",
+    "target_towers": True,
     "trainable_token_indices": [3],
     "variant_pattern": {"nothing": "road_2"},
 }

@@ -40,6 +40,26 @@ float64; `tests/anchors/test_experts.py` compares "batched_mm" and "grouped_mm" 
 
 """
 
+_TOWERS = """
+## Pictures and sounds
+
+Of a model that reads pictures or sounds too, "all-linear" is the language model, and the log names what it leaves out: towers,
+and what joins them to the language model (`model.visual` of Qwen2.5-VL, `model.vision_tower` and `model.multi_modal_projector` of
+LLaVA). `RoadConfig(target_modules="all-linear", target_towers=True)` adapts these too. Some of them are named as any layer is, by
+ends of paths, which mean layers of that name everywhere, or by an expression for whole paths:
+
+```python
+config = roadie.RoadConfig(target_modules=r"model\\.language_model\\..*_proj|model\\.vision_tower\\..*\\.fc[12]")
+```
+
+`tests/tuner/test_towers.py` has these, and rows with pictures, each with an adapter of its own. The language model is what
+transformers' `get_decoder()` gives, without towers inside of it: in 90 of the 100 multimodal classes of transformers 5.23.0 that
+their default configurations make. Three others have no tower by default; Evolla, Kyutai's speech-to-text, Pi0, Qwen2.5-Omni as a
+whole, T5Gemma 2, UDOP and vision-encoder-decoders are adapted whole, as are models of sounds like Whisper and those that write no
+text (CLIP). Files of adapters in an older layout (LLaVA before transformers 4.52) are loaded: their keys are renamed as
+transformers renames those of weights; what finds no place then is refused by name.
+"""
+
 
 def line(family: Family, row: Row) -> str:
     """A family's line of a table."""
@@ -71,7 +91,7 @@ def document() -> str:
     rows = [(family, row_of(family)) for family in FAMILIES]
     of_experts = [(family, row_of(family, with_experts=True)) for family in FAMILIES if family.kind in WITH_EXPERTS]
     head = _HEAD.format(count=len(rows), version=transformers.__version__)
-    return head + _table(rows) + _EXPERTS + _table(of_experts, "### ")
+    return head + _table(rows) + _EXPERTS + _table(of_experts, "### ") + _TOWERS
 
 
 def _table(rows: list[tuple[Family, Row]], level: str = "## ") -> str:

@@ -27,6 +27,7 @@ EXTRA_DEFAULTS: Mapping[str, Any] = {
     "stages": None,
     "stages_pattern": {},
     "target_experts": None,
+    "target_towers": False,
     "trainable_token_indices": None,
     "variant_pattern": {},
 }

@@ -1,8 +1,9 @@
 """Which layers of a model an adapter adapts, found as PEFT finds them, but without PEFT.
 
-"all-linear" is every linear layer but the output embeddings and those that cannot be adapted (`roadie.linear`); a list holds
-names or ends of module paths; any other text is a regular expression for whole paths. Linear layers are torch.nn.Linear
-(subclasses too) and transformers' Conv1D. With `target_experts` all stacked experts are adapted too, but those that are excluded.
+"all-linear" is every linear layer of the language model but the output embeddings and those that cannot be adapted
+(`roadie.linear`), with `target_towers` also those of towers of pictures and sounds; a list holds names or ends of module paths;
+any other text is a regular expression for whole paths. Linear layers are torch.nn.Linear (subclasses too) and transformers'
+Conv1D. With `target_experts` all stacked experts are adapted too, but those that are excluded.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from roadie.linear import (
     in_features,
     is_linear,
     out_features,
+    outside_language,
     without_refused,
 )
 from roadie.share import Share
@@ -45,7 +47,8 @@ def adapted_layers(
     """
     share = None if config.get("share") is None else Share.parse(config["share"])
     if modules is None:
-        modules = targeted(model, config.get("target_modules") or ALL_LINEAR, config.get("exclude_modules") or None)
+        wanted, excluded = config.get("target_modules") or ALL_LINEAR, config.get("exclude_modules") or None
+        modules = targeted(model, wanted, excluded, with_towers=config.get("target_towers", False))
     found = []
     for path, module in modules.items():
         widths = {path: _out_features(path, module)}
@@ -99,7 +102,11 @@ def target_names(model: nn.Module, layers: Sequence[AdaptedLayer]) -> list[str]:
 
 
 def targeted(
-    model: Any, targets: str | Collection[str], excluded: str | Collection[str] | None = None
+    model: Any,
+    targets: str | Collection[str],
+    excluded: str | Collection[str] | None = None,
+    *,
+    with_towers: bool = False,
 ) -> dict[str, nn.Module]:
     """The modules of `model` that `targets` mean and `excluded` does not, by path; names that match nothing are warned of.
 
@@ -107,7 +114,7 @@ def targeted(
     """
     check_any(model, targets, "targets")
     left_out = {} if excluded is None else _chosen(model, excluded)
-    found = _targeted(model, targets, left_out)
+    found = _targeted(model, targets, left_out, with_towers=with_towers)
     if not found:
         raise ConfigError(f"got exclude={_shown(excluded or ())}, which leaves no target; wanted one at least")
     for setting, names in (("targets", targets), ("names to exclude", excluded)):
@@ -126,11 +133,14 @@ def check_any(model: nn.Module, targets: str | Collection[str], setting: str) ->
         )
 
 
-def _targeted(model: Any, targets: str | Collection[str], left_out: Collection[str]) -> dict[str, nn.Module]:
+def _targeted(
+    model: Any, targets: str | Collection[str], left_out: Collection[str], *, with_towers: bool
+) -> dict[str, nn.Module]:
     if targets == ALL_LINEAR:
         output = model.get_output_embeddings()
         linear = {path: m for path, m in model.named_modules() if is_linear(m) and m is not output}
-        return {path: linear[path] for path in without_refused(model, linear) if path not in left_out}
+        paths = without_refused(model, linear, outside={} if with_towers else outside_language(model))
+        return {path: linear[path] for path in paths if path not in left_out}
     found = {path: module for path, module in _chosen(model, targets).items() if path not in left_out}
     check_named(model, found)
     return found

@@ -6,6 +6,7 @@ call it (`roadie.linear.reads`), and no meaning where the layer gives something 
 """
 
 from roadie.linear.kinds import in_features, is_linear, out_features
+from roadie.linear.language import outside_language
 from roadie.linear.names import by_likeness, has_name, ignored_names
 from roadie.linear.outputs import check_output
 from roadie.linear.reads import read_in_a_forward, weight_reads
@@ -20,6 +21,7 @@ __all__ = [
     "in_features",
     "is_linear",
     "out_features",
+    "outside_language",
     "read_in_a_forward",
     "refusals",
     "unpaired",

@@ -53,20 +53,27 @@ def refusal(path: str, reason: str) -> str:
 
 
 def without_refused(
-    model: nn.Module, paths: Iterable[str], reasons: Mapping[str, str] | None = None, *, are_experts_meant: bool = False
+    model: nn.Module,
+    paths: Iterable[str],
+    reasons: Mapping[str, str] | None = None,
+    *,
+    outside: Mapping[str, str] | None = None,
+    are_experts_meant: bool = False,
 ) -> list[str]:
     """Those of `paths`, all linear layers of `model`, that can be adapted; one log line names what is left out.
 
-    reasons: by path; None: what `refusals` and `unpaired` say of the model. are_experts_meant: whether stacked experts are
-    adapted.
+    reasons: by path; None: what `refusals` and `unpaired` say of the model. outside: whole parts of the model that are not
+    meant, with the reason. are_experts_meant: whether stacked experts are adapted.
     """
     reasons = {**unpaired(model), **refusals(model)} if reasons is None else reasons
-    wanted = list(paths)
+    outside = outside or {}
+    inside = tuple(f"{part}." for part in outside)
+    wanted = [path for path in paths if path not in outside and not path.startswith(inside)]
     stacked = [] if are_experts_meant else stacked_experts(model)
     experts = dict.fromkeys(
         stacked, "a parameter that holds the weights of many experts is no layer (target_experts adapts it)"
     )
-    _say_left_out({**{path: reasons[path] for path in wanted if path in reasons}, **experts})
+    _say_left_out({**{path: reasons[path] for path in wanted if path in reasons}, **experts, **outside})
     return [path for path in wanted if path not in reasons]
 
 
@@ -78,7 +85,7 @@ def _say_left_out(reasons: Mapping[str, str]) -> None:
         kinds.setdefault(reason, {}).setdefault(kind, []).append(path)
     if kinds:
         parts = [f"{', '.join(_counted(paths))}: {reason}" for reason, paths in kinds.items()]
-        logger.warning("'all-linear' leaves out what cannot be adapted: %s", "; ".join(parts))
+        logger.warning("'all-linear' leaves out: %s", "; ".join(parts))
 
 
 def _counted(alike: Mapping[str, list[str]]) -> list[str]:

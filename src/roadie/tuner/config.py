@@ -18,6 +18,7 @@ from roadie.errors import ConfigError
 from roadie.rotation import Variant
 from roadie.tuner.registry import register
 
+ALL_LINEAR = "all-linear"
 BIAS_CHOICES = ("none", "all", "road_only")
 
 
@@ -31,8 +32,10 @@ class RoadConfig(PeftConfig):
             the out_features of every adapted layer (of the shard of each rank under tensor parallelism).
         init_weights: start as the identity (True), or at random values, for tests (False).
         target_modules: names or suffixes of the modules to adapt, a regular expression, or "all-linear": every linear layer but
-            the output layer, and but those that cannot be adapted (`roadie.linear`), which the log names; None takes PEFT's
-            default for the architecture.
+            the output layer, and but those that cannot be adapted (`roadie.linear`), which the log names; of a model that reads
+            pictures or sounds too those of its language model. None takes PEFT's default for the architecture.
+        target_towers: "all-linear" means the other parts of such a model too: its towers, and what joins them to the language
+            model. Some of them are named by target_modules, or left out by exclude_modules.
         modules_to_save: modules that are trained whole and saved along.
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
         layers_to_transform: index or indices of the layers to adapt, counted in `layers_pattern`; None for all.
@@ -65,6 +68,10 @@ class RoadConfig(PeftConfig):
     group_size: int = field(default=64, metadata={"help": "Outputs are paired inside groups of this even size."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity; False: random, for tests."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    target_towers: bool = field(
+        default=False,
+        metadata={"help": "all-linear means towers of pictures and sounds too, not the language model alone."},
+    )
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole and saved along."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
@@ -120,7 +127,7 @@ class RoadConfig(PeftConfig):
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
                 f"Got layers_pattern={self.layers_pattern!r}; add the indices, or drop the pattern."
             )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ConfigError(
@@ -168,6 +175,8 @@ class RoadConfig(PeftConfig):
         content = super().to_dict()
         if content["modules_to_save"] is not None:  # to which PEFT adds the head of a task each time
             content["modules_to_save"] = list(dict.fromkeys(content["modules_to_save"]))
+        if content["target_modules"] != ALL_LINEAR:  # which names the towers' layers by now, for every reader
+            content["target_towers"] = False
         extra = {name for name, default in checkpoint.EXTRA_DEFAULTS.items() if content[name] != default}
         content = {name: v for name, v in content.items() if name in extra or name not in checkpoint.EXTRA_DEFAULTS}
         return {**content, "variant": checkpoint.prefix_for(extra) + self.variant} if extra else content

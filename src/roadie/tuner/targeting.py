@@ -14,7 +14,7 @@ from torch import nn
 from roadie.adapter import experts_kind, matches_end
 from roadie.errors import ConfigError
 from roadie.experts import experts_in
-from roadie.linear import has_name, ignored_names, without_refused
+from roadie.linear import has_name, ignored_names, outside_language, without_refused
 
 PATTERNS = ("variant_pattern", "group_size_pattern", "stages_pattern", "input_stages_pattern")
 
@@ -37,7 +37,8 @@ def add_head_of_task(config: Any) -> None:
 def with_names_of_all_linear(config: Any, model: nn.Module, reasons: Mapping[str, str]) -> Any:
     """`config`, whose "all-linear" becomes the paths of the linear layers that can be adapted; those left out are logged.
 
-    reasons: why layers cannot be, by path.
+    Of a model that reads more than text those of its language model, unless `config` targets towers too. reasons: why layers
+    cannot be adapted, by path.
     Changes `config`. Raises `ConfigError` where none is left.
     """
     before = config.target_modules
@@ -46,7 +47,9 @@ def with_names_of_all_linear(config: Any, model: nn.Module, reasons: Mapping[str
         return config
     wanted = [path for path, _ in model.named_modules() if path in config.target_modules]
     are_meant = getattr(config, "target_experts", None) is not None
-    config.target_modules = set(without_refused(model, wanted, reasons, are_experts_meant=are_meant))
+    outside = {} if getattr(config, "target_towers", False) else outside_language(model)
+    found = without_refused(model, wanted, reasons, outside=outside, are_experts_meant=are_meant)
+    config.target_modules = set(found)
     if not config.target_modules:
         raise ConfigError(
             f"got target_modules='all-linear' for {type(model).__name__}, none of whose linear layers can be adapted (see "
