@@ -29,10 +29,18 @@
     └── LearningRateWarning                   updates of an adapter are so small that it learns next to nothing
 
 Every exception also derives from the built-in exception that stock PEFT raises in the same situation, so that
-``except ValueError`` keeps working. Messages say what was got, what was wanted and what to do.
+``except ValueError`` keeps working. Messages say what was got, what was wanted and what to do. A note of each (PEP 678), which
+tracebacks show from Python 3.11 on and messages do not have, names its section in the documentation.
 """
 
 from __future__ import annotations
+
+from typing import Any, TypeVar
+
+HELP = "docs/troubleshooting.md"
+"""Where each class has a section, whose anchor is its name in lower case."""
+
+_Error = TypeVar("_Error", bound="RoadieError")
 
 TOLD_BY_ANOTHER_PROCESS = "told_by_another_process"
 """Attribute that is true of an error which another process raised, and reports."""
@@ -40,6 +48,12 @@ TOLD_BY_ANOTHER_PROCESS = "told_by_another_process"
 
 class RoadieError(Exception):
     """Base class of everything roadie raises on purpose."""
+
+    def __new__(cls: type[_Error], *args: Any, **kwargs: Any) -> _Error:
+        error = super().__new__(cls, *args, **kwargs)
+        documented = next(each for each in cls.__mro__ if each.__module__ == __name__)
+        vars(error)["__notes__"] = [f"More: {HELP}#{documented.__name__.lower()}"]
+        return error
 
 
 class ConfigError(RoadieError, ValueError):

@@ -30,6 +30,13 @@ def test_the_program_of_the_guide(told: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_program_of_the_tutorial(told: None, tmp_path: Path) -> None:
+    printed = run(blocks_of("tutorials/training-service.md"), tmp_path).splitlines()
+    assert [line.split()[:2] for line in printed[:6]] == [["step", str(step)] for step in range(6)]
+    assert printed[6].endswith("/weights/no-e")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_an_adapter_learns_from_a_reward_that_is_checked(
     told: None, monkeypatch: pytest.MonkeyPatch, seed: int

@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from tests.guides import DOCS
 from typer.testing import CliRunner
 
 import roadie
@@ -165,7 +166,7 @@ def test_too_little_text_is_refused_before_a_model_is_loaded(monkeypatch: pytest
         run_demo(QUICK)
 
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "tutorials" / "demo.md").read_text(encoding="utf-8")
 
 
 def shape(line: str) -> str:
@@ -173,13 +174,13 @@ def shape(line: str) -> str:
     return re.sub(r" +", " ", re.sub(r"\d[\d.,]*(e[-+]\d+)?", "#", line)).strip()
 
 
-def test_the_readme_shows_what_the_demo_prints(result: DemoResult):
+def test_the_page_shows_what_the_demo_prints(result: DemoResult):
     """Line by line, but for the numbers and the text that was generated."""
     console = Console(soft_wrap=False, highlight=False, width=80, record=True, file=io.StringIO())
     for show in (show_size, show_losses, show_exactness, show_continuations):
         show(console, result)
     printed = console.export_text().strip().split("\n")
-    block = re.search(r"<!-- demo-output -->\n```text\n(.*?)\n```\n<!-- /demo-output -->", README, flags=re.DOTALL)
+    block = re.search(r"<!-- demo-output -->\n```text\n(.*?)\n```\n<!-- /demo-output -->", PAGE, flags=re.DOTALL)
     assert block is not None
     shown = block[1].split("\n")
     (heading,) = [index for index, line in enumerate(printed) if line.startswith("One mixed batch")]
