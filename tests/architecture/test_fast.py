@@ -40,6 +40,13 @@ def test_what_is_marked_slow_is_left_out_and_the_mark_is_known() -> None:
     assert '"slow: ' in options
 
 
+def test_what_is_marked_long_is_left_out_by_default_and_runs_with_every_change() -> None:
+    options = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"-m", "not long"' in options
+    assert re.search(r"^test-long:.*\n.* -m long ", MAKEFILE, flags=re.MULTILINE)
+    assert "part make test-long\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 def found_in(path: Path) -> Iterator[tuple[str, ast.FunctionDef, bool]]:
     """The tests of a file: where, what, and whether it is marked slow, itself or with its file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
