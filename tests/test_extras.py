@@ -132,7 +132,7 @@ for path in sorted(root.rglob("*.py")):
 """
 OF_EXTRAS = (
     *("roadie.cli.", "roadie.evaluation.harness", "roadie.kernels.triton.", "roadie.ray.", "roadie.serving.http"),
-    *("roadie.train_service.", "roadie.training.preference_trainer", "roadie.vllm."),
+    *("roadie.train_service.", "roadie.traffic.backend", "roadie.training.preference_trainer", "roadie.vllm."),
 )
 
 

@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("the embedded model, in a checkout packages/roadie-embedded-model", ("roadie_embedded_model",)),
     "eval": ("lm-eval with its tasks", ("lm_eval",)),
     "inspect": ("what draws pictures", ("matplotlib", "scipy")),
+    "measure": ("what sends requests and measures the answers", ("guidellm",)),
     "quant": ("what computes with quantised weights", ("bitsandbytes", "torchao")),
     "ray": ("what a deployment needs", ("fastapi", "fsspec", "ray")),
     "serve": ("what a server needs", ("fastapi", "prometheus_client", "uvicorn", "yaml")),

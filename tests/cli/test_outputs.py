@@ -43,12 +43,11 @@ def verbs(adapter, texts, tmp_path):
         "png": ["inspect", adapter, "--png"],
         "compare": ["compare", adapter, adapter, "-o"],
         "json": ["bench-serve", "-m", "a", "--json"],
-        "plot": ["bench-serve", "-m", "a", "--plot"],
     }
 
 
 FOLDERS = ("convert", "fit", "inverse", "merge", "png", "to-lora", "train")
-VERBS = (*FOLDERS, "compare", "demo", "inspect", "json", "plot", "work")
+VERBS = (*FOLDERS, "compare", "demo", "inspect", "json", "work")
 
 
 def refused(result):
@@ -95,7 +94,7 @@ def test_a_folder_that_is_not_empty_is_refused_first(roadie_cli, trained, texts,
     assert [path.name for path in there.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("verb", ["inspect", "json", "plot", "compare"])
+@pytest.mark.parametrize("verb", ["inspect", "json", "compare"])
 def test_a_folder_in_the_place_of_a_file_is_refused_first(
     roadie_cli, trained, texts, tmp_path, nothing_is_loaded, verb
 ):

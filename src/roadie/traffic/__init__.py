@@ -1,26 +1,14 @@
-"""Traffic for a server: a workload of many adapters, sent to anything that speaks OpenAI's API, and measured.
+"""Traffic of many adapters for a server: what guidellm, which makes and measures it, does not have.
 
-arrivals = plan(Workload(models=("legal", "terse"), popularity=Popularity.ZIPF, num_requests=200, rate_per_s=20))
-answers = asyncio.run(drive(Target("http://127.0.0.1:8000"), arrivals))
-print(summarise(answers).text())
+Popularity(("legal", "terse"), skew=1.0).of(prompt)     which adapter a request is of
+drive(Traffic(url, popularity), [...])                  guidellm, each of whose requests asks for an adapter of its own
+by_model(report)                                        how each adapter fared, and how fairly they were served
 """
 
 from __future__ import annotations
 
-from roadie.traffic.client import Answer, Target, drive, models_of
-from roadie.traffic.summary import Distribution, Summary, summarise
-from roadie.traffic.workload import Arrival, Popularity, Workload, plan
+from roadie.traffic.models import Popularity, models_of
+from roadie.traffic.report import Fared, Found, by_model
+from roadie.traffic.run import Traffic, drive
 
-__all__ = [
-    "Answer",
-    "Arrival",
-    "Distribution",
-    "Popularity",
-    "Summary",
-    "Target",
-    "Workload",
-    "drive",
-    "models_of",
-    "plan",
-    "summarise",
-]
+__all__ = ["Fared", "Found", "Popularity", "Traffic", "by_model", "drive", "models_of"]

@@ -420,3 +420,17 @@ def test_a_stream_tells_its_usage_only_where_it_is_asked_for(open_server: Runnin
         assert all(event["choices"] and event["usage"] is None for event in parts)
     *parts, last = events(open_server, path, max_tokens=3, **asked, stream_options={"include_usage": True})
     assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 3)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_every_event_of_a_stream_has_the_usage_so_far_where_it_is_asked_for(open_server: Running, path: str) -> None:
+    asked = {"prompt": "a"} if path == "/v1/completions" else {"messages": HELLO}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    told = [each["usage"] for each in events(open_server, path, max_tokens=3, n=2, **asked, stream_options=options)]
+    counts = [usage["completion_tokens"] for usage in told]
+    assert counts == sorted(counts)
+    assert {1, 2, 3, 4, 5, 6} <= set(counts)
+    assert {usage["prompt_tokens"] for usage in told} == {told[-1]["prompt_tokens"]}
+    assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in told)
+    alone = events(open_server, path, max_tokens=3, **asked, stream_options={"continuous_usage_stats": True})
+    assert all(event["usage"] is None for event in alone)

@@ -1,164 +1,149 @@
-"""`roadie bench-serve`: workloads that are what they say, and times that are right, against an engine whose times are known."""
+"""`roadie bench-serve`: who is asked for how often, how each fared, and guidellm, where it is installed, against an engine."""
 
 from __future__ import annotations
 
-import asyncio
+import importlib.util
 import json
 import math
-import random
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.serving.http.fake_engine import FakeEngine
-from tests.serving.http.harness import KEYS, LEGAL_KEY, running
+from tests.serving.http.harness import KEYS, LEGAL_KEY, free_port, running
 from typer.testing import CliRunner
 
 from roadie.cli.app import app
 from roadie.errors import ConfigError, ServingError
-from roadie.traffic import Answer, Arrival, Popularity, Target, Workload, drive, models_of, plan, summarise
-from roadie.traffic.chart import chart
+from roadie.traffic import Popularity, Traffic, by_model, models_of
 
 MODELS = tuple(f"m{number}" for number in range(10))
+PROMPTS = [f"prompt {number}" for number in range(2000)]
 
 
-def asked(popularity: Popularity, count: int = 2000) -> list[str]:
-    return [arrival.model for arrival in plan(Workload(MODELS, popularity, count))]
+@pytest.mark.parametrize("skew", [0.0, 1.0, 2.0])
+def test_the_kth_model_is_asked_for_by_zipfs_law(skew: float) -> None:
+    counts = Counter(map(Popularity(MODELS, skew).of, PROMPTS))
+    weights = [rank**-skew for rank in range(1, 11)]
+    for name, weight in zip(MODELS, weights, strict=True):
+        share = weight / sum(weights)
+        assert abs(counts[name] - 2000 * share) < 5 * math.sqrt(2000 * share * (1 - share))  # five standard deviations
 
 
-def test_popularity_is_what_it_says() -> None:
-    assert set(asked(Popularity.IDENTICAL)) == {"m0"}
-    distinct = asked(Popularity.DISTINCT)
-    assert all(len(set(distinct[start : start + 10])) == 10 for start in range(0, 2000, 10))
-    uniform, zipf = Counter(asked(Popularity.UNIFORM)), Counter(asked(Popularity.ZIPF))
-    weights = {Popularity.UNIFORM: [1.0] * 10, Popularity.ZIPF: [1 / rank for rank in range(1, 11)]}
-    for counts, each in ((uniform, weights[Popularity.UNIFORM]), (zipf, weights[Popularity.ZIPF])):
-        for name, weight in zip(MODELS, each, strict=True):
-            share = weight / sum(each)
-            assert abs(counts[name] - 2000 * share) < 5 * math.sqrt(
-                2000 * share * (1 - share)
-            )  # five standard deviations
+def test_a_prompt_is_always_of_one_model_and_seeds_give_other_ones() -> None:
+    once, again, other = (list(map(Popularity(MODELS, 0.0, seed).of, PROMPTS)) for seed in (0, 0, 1))
+    assert once == again
+    assert sum(one == two for one, two in zip(once, other, strict=True)) < 400  # of 200 that are expected
 
 
-def test_times_lengths_and_beginnings_are_as_asked_for() -> None:
-    workload = Workload(
-        ("a",), num_requests=2000, rate_per_s=50, prompt_words=20, shared_words=5, max_tokens=100, spread=0.5
-    )
-    arrivals = plan(workload)
-    assert arrivals == plan(workload)
-    times = [arrival.at_s for arrival in arrivals]
-    assert times == sorted(times)
-    assert abs(times[-1] - 2000 / 50) < 5 * math.sqrt(2000) / 50  # a sum of exponential gaps
-    assert len({tuple(arrival.prompt.split()[:5]) for arrival in arrivals}) == 1
-    assert len({tuple(arrival.prompt.split()[5:9]) for arrival in arrivals}) > 1900
-    assert {min(lengths := [len(a.prompt.split()) for a in arrivals]), max(lengths)} == {10, 30}
-    assert {min(tokens := [a.max_tokens for a in arrivals]), max(tokens)} == {50, 150}
+@pytest.mark.parametrize("wrong", [{"models": ()}, {"skew": -1.0}, {"skew": math.nan}])
+def test_popularities_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="wanted"):
+        Popularity(**{"models": ("a",), **wrong})
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"models": ()},
-        {"num_requests": 0},
-        {"rate_per_s": 0.0},
-        {"rate_per_s": math.inf},
-        {"spread": 1.0},
-        {"shared_words": 33},
-    ],
+    "wrong", [{"num_requests": 0}, {"max_tokens": 0}, {"rate_per_s": 0.0}, {"rate_per_s": math.inf}]
 )
-def test_workloads_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
+def test_traffic_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="wanted"):
-        Workload(**{"models": ("a",), **wrong})  # type: ignore[arg-type]
+        Traffic("http://127.0.0.1:1", Popularity(("a",)), **wrong)
 
 
-def test_percentiles_are_nearest_ranks() -> None:
-    times = [number / 1000 for number in range(1, 101)]
-    random.Random(0).shuffle(times)
-    arrival = Arrival(0.0, "a", "x", 2)
-    summary = summarise([Answer(arrival, 1.0, 1.0, 2.0 + value, (1.0 + value, 1.5 + value), 3, 2) for value in times])
-    assert [round(summary.first_token.percentile(percent)) for percent in (50, 90, 99, 100, 0.5)] == [
-        50,
-        90,
-        99,
-        100,
-        1,
-    ]
-    assert round(summary.first_token.mean, 6) == 50.5
-    assert {round(value) for value in summary.between_tokens.values_ms} == {500}
-    assert summary.seconds == pytest.approx(1.1)
-    assert summary.tokens_per_s == pytest.approx(200 / 1.1)
+def test_a_scenario_has_what_is_asked_for() -> None:
+    traffic = Traffic("http://x", Popularity(("a", "b")), "key", 7, 2.5, 3, prompt_words=5, max_tokens=6)
+    found = traffic.scenario("kind")
+    assert found["profile"] == {"kind": "poisson", "rate": 2.5, "max_concurrency": 3}
+    assert found["constraints"] == [{"kind": "max_requests", "count": 7}]
+    rows = found["data"][0]["data"]
+    assert ([len(prompt.split()) for prompt in rows["prompt"]], rows["output_tokens_count"]) == ([5] * 7, [6] * 7)
+    assert (found["backend"]["models"], found["backend"]["api_key"]) == (["a", "b"], "key")
+    assert Traffic("http://x", Popularity(("a",)), concurrency=9).scenario("kind")["profile"]["streams"] == 9
+    left = traffic.scenario("kind", ["--profile", "kind=sweep", "--constraint=kind=max_duration,seconds=5"])
+    assert set(left) == {"backend", "data", "seed"}
 
 
-def test_times_are_those_of_the_server() -> None:
-    """An engine that takes 20 ms a token: no measured time is shorter than it can be, and the order is right."""
-    with running(FakeEngine(step_s=0.02)) as server:
-        arrivals = plan(Workload(("legal", "terse"), num_requests=8, max_tokens=6, rate_per_s=100))
-        answers = asyncio.run(drive(Target(server.url), arrivals))
-        summary = summarise(answers)
-    assert (summary.num_failed, summary.completion_tokens, summary.num_models) == (0, 48, 2)
-    for answer in answers:
-        assert answer.due_s <= answer.sent_s <= answer.token_times_s[0] <= answer.end_s
-        assert len(answer.token_times_s) == 6
-        assert (
-            answer.token_times_s[-1] - answer.sent_s > 5 * 0.02
-        )  # the first may be read late, where a machine is busy
-    assert summary.whole.values_ms[0] > 5 * 20
+def answered(model: str, first_ms: float, between_ms: float | None = 5.0) -> dict[str, Any]:
+    arguments = json.dumps({"body": {"model": model}})
+    times = {
+        "time_to_first_token_ms": first_ms,
+        "inter_token_latency_ms": between_ms,
+        "request_latency": first_ms / 500,
+    }
+    return {"request_args": arguments, "output_tokens": 2, **times}
 
 
-def test_a_client_that_falls_behind_does_not_make_a_server_look_better() -> None:
-    with running(FakeEngine(step_s=0.01)) as server:
-        arrivals = [Arrival(0.001, "base", "a", 10)] * 4
-        answers = asyncio.run(drive(Target(server.url, max_at_once=1), arrivals))
-    waits = sorted(answer.token_times_s[0] - answer.due_s for answer in answers)
-    assert waits[-1] > 3 * 0.09  # behind three answers of 10 tokens
+def report(*requests: dict[str, Any], failed: int = 0) -> dict[str, Any]:
+    strategy = {"type_": "poisson", "rate": 4.0}
+    asked = {"successful": list(requests), "errored": [{}] * failed, "incomplete": []}
+    return {"benchmarks": [{"config": {"strategy": strategy}, "requests": asked}]}
 
 
-def test_failures_are_counted_and_told(tmp_path: Path) -> None:
-    with running(FakeEngine(broken=("terse",))) as server:
-        answers = asyncio.run(drive(Target(server.url), plan(Workload(("legal", "terse"), Popularity.DISTINCT, 10))))
-        summary = summarise(answers)
-        assert (summary.num_requests, summary.num_failed) == (10, 5)
-        assert "status 400" in summary.errors[0]
-        assert asyncio.run(models_of(Target(f"{server.url}/v1/"))) == (("base",), ("legal", "pirate", "terse"))
-    with pytest.raises(ServingError, match="got no answer"):
-        asyncio.run(models_of(Target(server.url)))
+def test_each_model_has_its_own_times_and_those_asked_for_most_come_first() -> None:
+    times = [answered("b", float(ms)) for ms in range(100, 0, -1)]
+    (found,) = by_model(report(answered("a", 7.0, None), *times, failed=3))
+    assert [*found.models] == ["b", "a"]
+    b = found.models["b"]
+    assert (b.requests, b.tokens, b.first_token_ms, b.first_token_p99_ms, b.whole_ms) == (100, 200, 50.0, 99.0, 100.0)
+    assert (found.title, found.failed) == ("poisson 4.0", 3)
+    assert found.as_json()["models"]["a"]["between_tokens_ms"] is None
+    assert "2 models" in found.text()
 
 
-def test_the_picture_is_svg_and_its_title_text() -> None:
-    arrival = Arrival(0.0, "a", "x", 2)
-    summary = summarise([Answer(arrival, 0.0, 0.0, 1.0 + n, (0.5 + n, 1.0 + n), 3, 2) for n in range(1000)])
-    picture = ElementTree.fromstring(chart(summary, "<script>&"))
-    space = "{http://www.w3.org/2000/svg}"
-    assert [element.tag for element in picture.iter() if element.tag == f"{space}script"] == []
-    lines = picture.findall(f"{space}polyline")
-    assert len(lines) == 3
-    for line in lines:
-        points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
-        assert points == sorted(points, key=lambda point: (point[0], -point[1]))
-        assert len(points) <= 402
+def test_fairness_is_one_where_all_wait_alike_and_falls_where_one_waits() -> None:
+    def fairness(*means: float) -> float:
+        return by_model(report(*(answered(f"m{place}", mean) for place, mean in enumerate(means))))[0].fairness
+
+    assert fairness(5.0, 5.0, 5.0) == pytest.approx(1.0)
+    assert fairness(1.0, 1.0, 4.0) == pytest.approx(36 / (3 * 18))
+    assert fairness(*[1e-9] * 3, 1.0) == pytest.approx(1 / 4)
 
 
-def test_the_verb_measures_a_server_and_writes_what_it_found(tmp_path: Path) -> None:
+def test_a_long_table_is_cut() -> None:
+    (found,) = by_model(report(*(answered(f"m{place}", 1.0) for place in range(30))))
+    assert found.text().splitlines()[-1] == "and 18 more"
+    assert len(found.as_json()["models"]) == 30
+
+
+def test_the_models_of_a_server_are_its_adapters() -> None:
     with running(FakeEngine(), keys=KEYS) as server:
-        (tmp_path / "key").write_text(LEGAL_KEY + "\n")
-        places = [
-            "--key-file",
-            str(tmp_path / "key"),
-            "--json",
-            str(tmp_path / "out.json"),
-            "--plot",
-            str(tmp_path / "out.svg"),
-        ]
-        options = ["--requests", "12", "--tokens", "5", "--popularity", "zipf", *places]
+        assert models_of(f"{server.url}/v1/", LEGAL_KEY) == ("legal",)
+        with pytest.raises(ServingError, match="status 401"):
+            models_of(server.url)
+    with pytest.raises(ServingError, match="got no answer"):
+        models_of(f"http://127.0.0.1:{free_port()}")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("guidellm") is not None, reason="guidellm is installed")
+def test_without_guidellm_the_verb_says_what_to_install() -> None:
+    with running(FakeEngine()) as server:
+        done = CliRunner().invoke(app, ["bench-serve", server.url])
+    assert (done.exit_code, "roadie[measure]" in done.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_guidellm_asks_for_many_adapters_and_its_own_options_go_first(tmp_path: Path) -> None:
+    pytest.importorskip("guidellm")
+    key, told = tmp_path / "key", tmp_path / "told.json"
+    key.write_text(LEGAL_KEY + "\n")
+    options = ["-n", "12", "-c", "2", "--tokens", "5", "--key-file", str(key), "--json", str(told)]
+    with running(FakeEngine(step_s=0.002), keys=KEYS) as server:
         done = CliRunner().invoke(app, ["bench-serve", server.url, *options])
         assert done.exit_code == 0, done.output
-        assert "12 requests of 1 models" in done.output
-        lines = [line for line in done.stderr.splitlines() if line.startswith("answered ")]
-        assert [line.split()[1] for line in lines] == [f"{number}/12" for number in range(1, 13)]
-        found = json.loads((tmp_path / "out.json").read_text())
-        assert (found["completion_tokens"], found["time_to_first_token_ms"]["count"]) == (60, 12)
-        assert ElementTree.parse(tmp_path / "out.svg")
-        failed = CliRunner().invoke(app, ["bench-serve", server.url, "--model", "terse", *options])
-        assert (failed.exit_code, "12 failed" in failed.output) == (1, True)
-        ElementTree.parse(tmp_path / "out.svg")
+        (found,) = json.loads(told.read_text())
+        assert (found["title"], found["models"]["legal"]["requests"], found["models"]["legal"]["tokens"]) == (
+            "concurrent 2",
+            12,
+            60,
+        )
+    with running(FakeEngine(step_s=0.002, broken=("terse",))) as server:
+        profile = ["--", "--profile", "kind=synchronous", "--disable-console"]
+        done = CliRunner().invoke(
+            app, ["bench-serve", server.url, "--skew", "0", "--json", str(told), *options[:6], *profile]
+        )
+        (found,) = json.loads(told.read_text())
+    asked = {name: each["requests"] for name, each in found["models"].items()}
+    assert set(asked) <= {"legal", "pirate"}
+    assert (done.exit_code, found["failed"] + sum(asked.values()), found["title"]) == (1, 12, "synchronous 1")
+    assert 0 < found["failed"] < 12

@@ -82,7 +82,7 @@ class CompletionChoice(Answer):
 
 
 class Completion(Answer):
-    """Also each event of a stream: finish_reason is null until the last, usage null but in the event that has no choices."""
+    """Also each event of a stream: finish_reason is null until the last, usage null but where it is asked for."""
 
     id: str
     object: Literal["text_completion"]

@@ -28,6 +28,7 @@ from roadie.serving.http.fields import (
     Label,
     Lacks,
     Off,
+    StreamOptions,
     Text,
     TextAlone,
     is_list,
@@ -61,16 +62,6 @@ Stops: TypeAlias = Annotated[
     Annotated[Stop, TEXT] | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS), LIST],
     one_of("a text or a list of texts", text=is_text, list=is_list),
 ]
-
-
-class StreamOptions(Body):
-    """How a stream is to be."""
-
-    include_usage: bool | None = None
-    """One more event before the end, without choices, with `usage`."""
-    include_obfuscation: bool | None = None
-    """Taken, and not used."""
-    continuous_usage_stats: Annotated[Off, Lacks("usage in every event")] = None
 
 
 class GenerationBody(Formats):
@@ -128,6 +119,11 @@ class GenerationBody(Formats):
     def wants_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_usage_so_far(self) -> bool:
+        """Whether each event of a stream has the usage so far."""
+        return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def sampling(
         self, max_tokens: int, logprobs: int | None, choice: int, extra_stop: tuple[str, ...] = ()

@@ -105,7 +105,8 @@ class _Writer:
     ) -> dict[str, Any]:
         head = {"index": choice.index, "delta": delta, "logprobs": self._logprobs(choice, output.logprobs)}
         ids = self._ids(output.token_ids)
-        return self._object("chat.completion.chunk", [{**head, "finish_reason": finish, **ids}], None)
+        so_far = self.found.flow.totals.usage() if self.body.wants_usage_so_far else None
+        return self._object("chat.completion.chunk", [{**head, "finish_reason": finish, **ids}], so_far)
 
     def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         return {"content": [_as_json(entry, self.pieces) for entry in logprobs]} if choice.has_logprobs else None

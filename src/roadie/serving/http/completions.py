@@ -46,7 +46,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     ]
     writer = _Writer(call, flow, choices)
     if body.stream:
-        return StreamReply(flow, writer.events(body.wants_usage), service.settings.request_timeout_s)
+        return StreamReply(flow, writer.events(body), service.settings.request_timeout_s)
     return WholeReply(flow, writer.whole(), service.settings.request_timeout_s)
 
 
@@ -157,13 +157,14 @@ class _Writer:
             self.choices[index].keep(output)
         return self._object([choice.whole() for choice in self.choices], self.flow.totals.usage())
 
-    async def events(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, body: CompletionBody) -> AsyncIterator[dict[str, Any]]:
         async for index, output in self.flow.outputs():
             choice = self.choices[index]
             is_first = not choice.has_started
             text, logprobs = choice.take(output)
             ids = choice.ids(output.token_ids, with_prompt=is_first)
             if text or output.logprobs or choice.finish is not None or ids.get("token_ids"):
-                yield self._object([choice.as_json(text, logprobs) | ids], None)
-        if with_usage:
+                so_far = self.flow.totals.usage() if body.wants_usage_so_far else None
+                yield self._object([choice.as_json(text, logprobs) | ids], so_far)
+        if body.wants_usage:
             yield self._object([], self.flow.totals.usage())

@@ -72,6 +72,17 @@ class Body(BaseModel):
     __pydantic_extra__: dict[str, None] = Field(init=False)
 
 
+class StreamOptions(Body):
+    """How a stream is to be."""
+
+    include_usage: bool | None = None
+    """One more event before the end, without choices, with `usage`."""
+    include_obfuscation: bool | None = None
+    """Taken, and not used."""
+    continuous_usage_stats: bool | None = None
+    """With include_usage: every event has the `usage` so far. An extra of vLLM."""
+
+
 _BEAMS = Lacks("beam search")
 _PROCESSORS, _TOKEN_IDS = Lacks("logits processors of requests"), Lacks("ids of tokens in answers")
 _TOKEN_LISTS = Lacks("lists of tokens that may or may not come, but logit_bias")

@@ -14,7 +14,7 @@ from roadie.serving.http.metrics import Meter
 
 @dataclass
 class Totals:
-    """Tokens of a call so far; those of a prompt once, however many choices it has."""
+    """Tokens of a call so far; those of a prompt once, however many choices it has. cached_tokens: of choices that have ended."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -45,7 +45,8 @@ class Flow:
         self._index = {request.request_id: index for index, request in enumerate(requests)}
         self._live: set[str] = set()
         self._choices_per_prompt = choices_per_prompt
-        self.totals = Totals()
+        self._completions = [0] * len(requests)
+        self.totals = Totals(sum(len(request.prompt_ids) for request in requests[::choices_per_prompt]))
         try:
             for request in requests:
                 engine.submit(request, self._take)
@@ -70,15 +71,17 @@ class Flow:
             if output.finish is not None:
                 self._live.discard(output.request_id)
                 _check_end(output)
-                self._count(index, output)
+            self._count(index, output)
             yield index, output
 
     def _count(self, index: int, output: Output) -> None:
-        assert output.usage is not None
-        self.totals.completion_tokens += output.usage.completion_tokens
-        if index % self._choices_per_prompt == 0:
-            self.totals.prompt_tokens += output.usage.prompt_tokens
-            self.totals.cached_tokens += output.usage.cached_tokens
+        told = output.usage
+        self._completions[index] = (
+            self._completions[index] + len(output.token_ids) if told is None else told.completion_tokens
+        )
+        self.totals.completion_tokens = sum(self._completions)
+        if told is not None and index % self._choices_per_prompt == 0:
+            self.totals.cached_tokens += told.cached_tokens
 
     def close(self) -> None:
         """Cancel what has not ended; does nothing where all has."""
