@@ -44,9 +44,10 @@ def main(seed=0):
         rules = tinker.SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, stop=[], seed=seed + 1000 * step)
         asked = [sampler.sample(tinker.ModelInput.from_ints(each), SAMPLES, rules) for each in prompts]
         scored = [rows(prompt, each.result(), tokenizer.decode) for prompt, each in zip(prompts, asked, strict=True)]
-        training.forward_backward([row for found, _ in scored for row in found], "importance_sampling")
-        training.optim_step(tinker.AdamParams(learning_rate=2e-2)).result()
         rewards.append(sum(mean for _, mean in scored) / len(scored))
+        shown = {"reward": rewards[-1]}  # on the server's page
+        training.forward_backward([row for found, _ in scored for row in found], "importance_sampling", shown)
+        training.optim_step(tinker.AdamParams(learning_rate=2e-2)).result()
         print(f"step {step:2}  reward {rewards[-1]:.2f}")
     print(training.save_state("no-e").result().path)
     return rewards

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.patience import HANG_S, until
 from tests.serving.http.harness import Running
-from tests.train_service.tinker_server import ALICE, NAME, PLACE, client, datum, serving, tinker
+from tests.train_service.tinker_server import ALICE, BOB, NAME, PLACE, client, datum, serving, tinker
 
 from roadie import checkpoint, embedded
 from roadie.errors import ConfigError
@@ -129,6 +129,25 @@ def test_a_reward_rises(service: Any, loss: str) -> None:
         training.optim_step(STEP).result(HANG_S)
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
     assert sum(rewards[-3:]) / 3 > 0.8
+
+
+def test_a_run_is_shown_to_its_own_key(service: Any, server: Running) -> None:
+    training = new(service)
+    losses = []
+    for reward in (0.25, 0.5):
+        asked = training.forward_backward([datum(each) for each in TOKENS], "cross_entropy", {"reward": reward})
+        training.optim_step(STEP).result(HANG_S)
+        losses.append(asked.result(HANG_S).metrics["loss:sum"])
+    training.forward([datum(TOKENS[0])], "cross_entropy").result(HANG_S)
+    run = server.http(ALICE).get("/v1/status").json()["runs"][0]
+    assert (run["id"], run["kind"], run["state"]) == (training.model_id, "training_run", "running")
+    steps = [{"step": step + 1, "loss": losses[step], "reward": (0.25, 0.5)[step]} for step in range(2)]
+    assert run["steps"] == [pytest.approx(step) for step in steps]
+    assert run["tokens"] == 2 * sum(len(each) - 1 for each in TOKENS)
+    assert run["tokens_per_s"] > 0
+    assert server.http(BOB).get("/v1/status").json()["runs"] == []
+    with pytest.raises(tinker.RequestFailedError, match="reward=nan; wanted a finite number"):
+        training.forward_backward([datum(TOKENS[0])], "cross_entropy", {"reward": float("nan")}).result(HANG_S)
 
 
 def test_samples_are_what_was_asked_for(trained: Any) -> None:

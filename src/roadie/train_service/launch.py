@@ -22,6 +22,7 @@ from roadie.serving.http.extensions import Extension
 from roadie.serving.http.launch import Ground, Launch
 from roadie.train_service.database import Database
 from roadie.train_service.fine_tuning.part import fine_tuning
+from roadie.train_service.progress import Progress
 
 _log = logging.getLogger("roadie")
 MODELS = "models"
@@ -44,16 +45,16 @@ def with_training(launch: Launch, state: Path) -> Launch:
 
 def extensions(state: Path) -> Callable[[Ground], Sequence[Extension]]:
     """The parts of the service, for `serving.http.launch.run`. Raises `ConfigError` where another server has the folder."""
-    database = Database(state / "state.sqlite")
+    database, progress = Database(state / "state.sqlite"), Progress()
 
     def extend(ground: Ground) -> Sequence[Extension]:
-        parts = [*_tinker(ground, database, state), fine_tuning(ground, database, state, state / MODELS)]
-        return (*parts, Extension(APIRouter(), {}, stop=database.close))
+        jobs = fine_tuning(ground, database, state, state / MODELS, progress=progress)
+        return (*_tinker(ground, database, state, progress), jobs, Extension(APIRouter(), {}, stop=database.close))
 
     return extend
 
 
-def _tinker(ground: Ground, database: Database, state: Path) -> Sequence[Extension]:
+def _tinker(ground: Ground, database: Database, state: Path, progress: Progress) -> Sequence[Extension]:
     """Tinker's API, where its SDK is installed, whose types it speaks in."""
     try:
         from roadie.train_service.tinker_api.extension import extension
@@ -61,4 +62,4 @@ def _tinker(ground: Ground, database: Database, state: Path) -> Sequence[Extensi
         _log.warning("Tinker's API is left out: %s", lack)
         return ()
 
-    return (extension(ground, database, state / "weights"),)
+    return (extension(ground, database, state / "weights", progress),)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from tests.serving.http.fake_engine import FakeEngine
 from tests.serving.http.harness import ADMIN_KEY, KEYS, LEGAL_KEY, USER_KEY, Running, running
 
-from roadie.serving.http.extensions import Extension
+from roadie.serving.http.extensions import Extension, RunFigures, StepFigures
 from roadie.serving.http.gate import MAX_DISCARDED_BYTES, Route, Routes
 from roadie.serving.http.settings import HttpSettings
 
@@ -81,6 +81,16 @@ def test_a_route_says_which_bodies_it_takes_and_how_long_they_may_be(server: Run
     assert http.post("/v1/wholes", content=b"x", headers={"content-type": "text/html"}).status_code == 415
     assert http.post("/v1/completions", content=b"x" * 101).status_code == 413
     assert server.http().post("/v1/wholes", content=b"x", headers=plain).status_code == 401
+
+
+def test_what_trains_is_shown_to_its_own_key() -> None:
+    of_alice = RunFigures("a", "training_run", "running", None, 7, 0.5, (StepFigures(1, 2.0, None),))
+    parts = [Extension(APIRouter(), {}), Extension(APIRouter(), {}, runs_of={"alice": [of_alice], "lawyer": []}.__getitem__)]
+    with running(FakeEngine(), keys=KEYS, extensions=parts) as server:
+        told = {key: server.http(key).get("/v1/status").json()["runs"] for key in (USER_KEY, LEGAL_KEY)}
+    steps = [{"step": 1, "loss": 2.0, "reward": None}]
+    run = {"id": "a", "kind": "training_run", "state": "running", "num_steps": None, "tokens": 7, "tokens_per_s": 0.5}
+    assert told == {USER_KEY: [{**run, "steps": steps}], LEGAL_KEY: []}
 
 
 def test_an_adapter_of_ones_own_is_nobody_elses(server: Running) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import APIRouter
 from tests.patience import HANG_S, until
 from tests.serving.http.fake_engine import FakeEngine
 from tests.serving.http.harness import KEYS, USER_KEY, Running, running
 
 from roadie import embedded
 from roadie.errors import ConfigError
+from roadie.serving.http.extensions import Extension, RunFigures, StepFigures
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -207,6 +209,40 @@ def test_figures_and_adapters_are_live(browser: Any, server: Running) -> None:
     assert find(browser, "#state").text == "ready"
     server.service.gate.is_open = False
     until(lambda: find(browser, "#state").text == "takes no requests")
+
+
+@needs_a_browser
+def test_what_trains_is_live(browser: Any, server: Running) -> None:
+    steps = [StepFigures(1, 4.5, None), StepFigures(2, 3.25, 0.5), StepFigures(3, 3.5, 0.75)]
+    runs = [
+        RunFigures("<b>job</b>", "fine_tuning.job", "running", 12, 1234, 56.7, tuple(steps[:2])),
+        RunFigures("new", "training_run", "idle", None, 0, 0.0, ()),
+    ]
+    look(browser, server)
+    until(lambda: texts(browser, "#adapters td:first-child") == ["legal", "pirate", "terse"])
+    assert not find(browser, "#training").is_displayed()  # this server does not train
+    with running(FakeEngine(), extensions=[Extension(APIRouter(), {}, runs_of=lambda _: runs)]) as training:
+        look(browser, training)
+        until(lambda: texts(browser, "#runs td:first-child") == ["<b>job</b>", "new"])
+        shown = ["<b>job</b>", "running", "2 of 12", "3.25", "", "0.5", "", "1,234", "56.7"]
+        assert texts(browser, "#runs tr:first-child td") == shown
+        assert texts(browser, "#runs tr:last-child td") == [
+            "new",
+            "idle",
+            "\u2013",
+            "\u2013",
+            "",
+            "\u2013",
+            "",
+            "0",
+            "0",
+        ]
+        assert find(browser, "#runs polyline").get_attribute("points") == "0.0,2.0 100.0,18.0"
+        runs[0] = RunFigures("<b>job</b>", "fine_tuning.job", "running", 12, 2345, 56.7, tuple(steps))
+        until(lambda: texts(browser, "#runs tr:first-child td")[2:6:3] == ["3 of 12", "0.75"])
+        take_picture(browser, "training")
+        assert texts(browser, "#runs-count") == ["1 running"]
+        assert complaints(browser) == []
 
 
 @needs_a_browser

@@ -103,6 +103,16 @@ def test_the_result_is_a_file_of_the_figures(server: Running, fruit: Any) -> Non
         assert row["valid_loss"] == str(step.get("valid_loss", ""))
 
 
+def test_a_job_is_shown_to_its_own_key(server: Running, fruit: Any) -> None:
+    runs = {run["id"]: run for run in server.http(ALICE).get("/v1/status").json()["runs"]}
+    run = runs[fruit.id]
+    assert (run["kind"], run["state"], run["num_steps"], run["tokens_per_s"]) == (fruit.object, "succeeded", 12, 0.0)
+    steps = figures(server.openai(ALICE), fruit.id)
+    assert run["steps"] == [{"step": each["step"], "loss": each["train_loss"], "reward": None} for each in steps]
+    assert 0 < run["tokens"] < fruit.trained_tokens  # the last token of a row is only predicted
+    assert fruit.id not in [each["id"] for each in server.http(BOB).get("/v1/status").json()["runs"]]
+
+
 def test_checkpoints_are_models_too(server: Running, fruit: Any) -> None:
     client = server.openai(ALICE)
     found = list(client.fine_tuning.jobs.checkpoints.list(fruit.id, limit=2))
@@ -143,6 +153,12 @@ def test_training_goes_on_from_a_model_that_was_made_here_and_preferences_change
     for step in steps[:2]:
         assert step["train_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert steps[-1]["train_loss"] < 0.1 > steps[-1]["valid_loss"]
+    (run,) = (run for run in server.http(ALICE).get("/v1/status").json()["runs"] if run["id"] == job.id)
+    margins = [each["reward"] for each in run["steps"]]
+    assert margins[0] == pytest.approx(0, abs=1e-3)
+    assert (
+        math.log1p(math.exp(-margins[-1])) <= steps[-1]["train_loss"]
+    )  # the loss is convex, and this its mean margin's
 
 
 def test_preferences_are_learnt_as_dpo_is_written(server: Running) -> None:

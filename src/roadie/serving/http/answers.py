@@ -322,8 +322,28 @@ class Figures(Answer):
     uptime_s: float
 
 
+class StepAnswer(Answer):
+    """A step of a run: its loss as the run's API tells it, and its reward where one was told."""
+
+    step: int
+    loss: float | None
+    reward: float | None
+
+
+class RunAnswer(Answer):
+    """A run of this key that has trained since the server started. steps: the last ones."""
+
+    id: str
+    kind: str
+    state: str
+    num_steps: int | None
+    tokens: int
+    tokens_per_s: float
+    steps: list[StepAnswer]
+
+
 class Status(Answer):
-    """`GET /v1/status`: what the page shows. adapters: those this key may use."""
+    """`GET /v1/status`: what the page shows. adapters: those this key may use; runs: null where the server does not train."""
 
     ready: bool
     model: str
@@ -333,6 +353,7 @@ class Status(Answer):
     is_admin: bool
     figures: Figures
     adapters: list[AdapterAnswer]
+    runs: list[RunAnswer] | None
 
 
 class Health(Answer):

@@ -12,6 +12,28 @@ from roadie.serving.http.gate import Route
 from roadie.serving.http.keys import Caller
 
 
+@dataclass(frozen=True)
+class StepFigures:
+    """A step of a run. loss, reward: None where none was told."""
+
+    step: int
+    loss: float | None
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What is shown of a run. kind: what its API calls it; num_steps: it is to make, where known; tokens: learnt from."""
+
+    id: str
+    kind: str
+    state: str
+    num_steps: int | None
+    tokens: int
+    tokens_per_s: float
+    steps: tuple[StepFigures, ...]
+
+
 def _nobody(adapter: str) -> None:
     return None
 
@@ -26,6 +48,7 @@ class Extension:
 
     owner_of: whose an adapter is, by the name of the key; None where it is nobody's own: the keys say then who may use it.
     start: called when the engine has been started; stop: before it is stopped.
+    runs_of: what trains for a caller, by the name of the key, said at once; None where this trains nothing.
     """
 
     router: APIRouter
@@ -33,6 +56,7 @@ class Extension:
     owner_of: Callable[[str], str | None] = _nobody
     start: Callable[[], None] = _nothing
     stop: Callable[[], None] = _nothing
+    runs_of: Callable[[str], Sequence[RunFigures]] | None = None
 
 
 def who_may_use(extensions: Sequence[Extension]) -> Callable[[Caller, str], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
@@ -68,7 +69,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/v1/status", response_model=Status, tags=["operations"], summary="What the page shows")
 async def status(request: Request) -> Any:
-    """How the engine and the adapters stand that this key may use."""
+    """How the engine stands, and what this key may see of adapters and training."""
     service, caller = service_of(request), request.state.caller
     return {
         "ready": service.engine.is_ready and service.gate.is_open,
@@ -78,7 +79,13 @@ async def status(request: Request) -> Any:
         "is_admin": caller.is_admin,
         "figures": _figures(service),
         "adapters": [as_json(status, caller) for status in visible(service, request)],
+        "runs": _runs(service, caller.name),
     }
+
+
+def _runs(service: Service, tenant: str) -> list[dict[str, Any]] | None:
+    told = [each.runs_of(tenant) for each in service.extensions if each.runs_of is not None]
+    return [asdict(run) for runs in told for run in runs] if told else None
 
 
 def _figures(service: Service) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from roadie import checkpoint
-from roadie.engine import ForwardResult, TenantState, TrainingEngine
+from roadie.engine import ForwardResult, TenantState, TrainingEngine, TrainingRow
 from roadie.errors import RoadieError
 from roadie.learning_rate import default_learning_rate
 from roadie.train_service.fine_tuning.data import BadFile, Reader, Rows
@@ -35,6 +35,7 @@ from roadie.train_service.fine_tuning.files import Files
 from roadie.train_service.fine_tuning.jobs import Job, Jobs, Model
 from roadie.train_service.fine_tuning.limits import Limits
 from roadie.train_service.fine_tuning.plan import Plan, adapter_config, checkpoint_name, decided, model_name
+from roadie.train_service.progress import Progress
 
 Course: TypeAlias = "Generator[Future[Any], Any, None]"
 
@@ -51,7 +52,8 @@ class JobFailed(RoadieError):
 class Bench:
     """What jobs are made with.
 
-    base: names of the base model, its own first; states, models: folders; others: for what takes long.
+    base: names of the base model, its own first; states, models: folders; others: for what takes long; progress: told how
+    jobs go on.
     """
 
     engine: TrainingEngine
@@ -63,6 +65,7 @@ class Bench:
     states: Path
     models: Path
     others: Executor
+    progress: Progress
 
     def read(self, job: Job, param: str) -> Future[list[Rows]]:
         """The rows of a job's file."""
@@ -122,6 +125,7 @@ def train(bench: Bench, job: Job) -> Course:
         method = _Preferences if job.method == "dpo" else _Texts
         learner = method(bench, job, plan, tenant, rows, held_out)
         yield from learner.prepare()
+        bench.progress.begin(job.tenant, job.id, "fine_tuning.job", plan.num_steps)
         bench.jobs.forget_steps(job.id, step)
         yield from _steps(learner, step)
 
@@ -156,6 +160,7 @@ def _steps(learner: _Texts, step: int) -> Course:
             return
         loss = yield from learner.learn(step)
         step += 1
+        bench.progress.stepped(job.id, step)
         is_epoch, is_end = plan.ends_epoch(step), step == plan.num_steps
         figures = {"step": step, "total_steps": plan.num_steps, "train_loss": loss}
         if is_epoch and learner.held_out:
@@ -191,7 +196,12 @@ class _Texts:
         made = self.bench.engine.optim_step(self.tenant, self.plan.settings(step))
         result: ForwardResult = yield done
         yield made
+        self.tell(rows, result.loss)
         return result.loss
+
+    def tell(self, rows: Sequence[TrainingRow], loss: float, reward: float | None = None) -> None:
+        """For who watches."""
+        self.bench.progress.learnt(self.job.id, sum(len(row.tokens) for row in rows), loss, reward)
 
     def held_out_loss(self) -> Generator[Future[Any], Any, float]:
         """The mean loss of all learnt tokens that are not trained on."""
@@ -282,7 +292,9 @@ class _Preferences(_Texts):
         made = engine.optim_step(self.tenant, self.plan.settings(step))
         yield done
         yield made
-        return _mean_loss(margins)
+        loss = _mean_loss(margins)
+        self.tell(rows, loss, sum(margins) / len(margins))
+        return loss
 
     def held_out_loss(self) -> Generator[Future[Any], Any, float]:
         """See `_Texts.held_out_loss`: the mean over pairs."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from roadie.serving.http.failures import ApiError
 from roadie.train_service.database import Database, Write
+from roadie.train_service.progress import Progress
 
 UNFINISHED = ("validating_files", "queued", "running", "paused")
 ACTIVE = ("validating_files", "queued", "running")
@@ -111,8 +112,8 @@ class Model:
 class Jobs:
     """See the module; thread-safe. Writing raises `StateNotWritten` for a full disk, and nothing has changed then."""
 
-    def __init__(self, database: Database, models: Path) -> None:
-        self._database, self._models = database, models
+    def __init__(self, database: Database, models: Path, progress: Progress | None = None) -> None:
+        self._database, self._models, self._progress = database, models, progress or Progress()
         self.places: dict[str, Path] = {}
         """Where the adapters of all tenants are, by the names that they are served by."""
         self._owners: dict[str, str] = {}
@@ -201,7 +202,9 @@ class Jobs:
             if not moved.rowcount:
                 return None
             _say(write, job_id, message, level)
-            return Job.of(write("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone())
+            found = Job.of(write("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone())
+        self._progress.stands(job_id, to)
+        return found
 
     def fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
         """A job that has not ended otherwise has failed."""

@@ -18,27 +18,37 @@ from roadie.train_service.fine_tuning.limits import Limits
 from roadie.train_service.fine_tuning.routes import Desk, routes
 from roadie.train_service.fine_tuning.runner import Runner
 from roadie.train_service.fine_tuning.tables import PART
+from roadie.train_service.progress import Progress
 
 FOLDER = "fine-tuning"
 NUM_READERS = 2
 
 
 def fine_tuning(
-    ground: Ground, database: Database, state: Path, models: Path, limits: Limits | None = None
+    ground: Ground,
+    database: Database,
+    state: Path,
+    models: Path,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
 ) -> Extension:
-    """The part. state: the folder of the service's state; models: a folder within those that adapters may be loaded from."""
+    """The part. state: the folder of the service's state; models: a folder within those that adapters may be loaded from.
+
+    progress: told how jobs go on, and shown; others may tell it of their runs.
+    """
     limits = limits or Limits()
     database.add(PART)
     states, made = state / "jobs", models / FOLDER
     for folder in (states, made):
         folder.mkdir(exist_ok=True)
-    files, jobs = Files(state / "files", database, limits), Jobs(database, made)
+    progress = progress or Progress()
+    files, jobs = Files(state / "files", database, limits), Jobs(database, made, progress)
     ground.registry.lend(jobs.places)
     engine = ground.engine.training
     longest = min(ground.engine.limits.max_context_tokens, engine.settings.max_tokens_per_pass or 2**31)
     reader = Reader(copy.deepcopy(ground.tokenizer), longest, limits)
     others = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="roadie-fine-tuning")
     base = (*ground.names, BASE)
-    runner = Runner(Bench(engine, reader, files, jobs, limits, base, states, made, others))
+    runner = Runner(Bench(engine, reader, files, jobs, limits, base, states, made, others, progress))
     desk = Desk(files, jobs, limits, ground.model, base, runner.wake)
-    return Extension(desk.router, routes(limits), jobs.owner_of, runner.start, runner.stop)
+    return Extension(desk.router, routes(limits), jobs.owner_of, runner.start, runner.stop, progress.of)

@@ -24,10 +24,11 @@ from typing import Any
 
 from tinker import types
 
-from roadie.engine import AdamSettings, StepResult, TenantState
+from roadie.engine import AdamSettings, ForwardResult, StepResult, TenantState
 from roadie.errors import AdapterError, ConfigError, EngineFailed, QueueFull, RoadieError, ShuttingDown
 from roadie.serving import ContinuousBatchingEngine
 from roadie.train_service.database import Write
+from roadie.train_service.progress import Progress
 from roadie.train_service.tinker_api import records, wire
 from roadie.train_service.tinker_api.checkpoints import Checkpoints, check_ttl
 from roadie.train_service.tinker_api.futures import CREATE, PROTOBUF, Asked, Futures, Result, failure, json_result
@@ -59,6 +60,7 @@ class Ground:
     tasks: Tasks
     checkpoints: Checkpoints
     samplers: Samplers
+    progress: Progress
 
 
 class RunLeft(Exception):
@@ -86,6 +88,7 @@ class Run:
             "load_weights": self._load,
         }
         created = ground.engine.training.create(self._name, source, owner=record.tenant)
+        ground.progress.begin(self.tenant, self.id, "training_run")
         if ground.futures.is_waiting(f"{self.id}:0"):
             answer = {"model_id": self.id, "type": "create_model" if record.kept is None else "load_weights"}
             self._when_done(f"{self.id}:0", created, lambda _: json_result(answer))
@@ -139,10 +142,17 @@ class Run:
             return
         training = self._ground.engine.training
         ask = training.forward if request.forward_only else training.forward_backward
-        rows, settings = wire.rows_of(request), wire.loss_settings(request)
+        rows, (settings, reward) = wire.rows_of(request), wire.loss_settings(request)
         future = ask(self._name, rows, request.loss_fn, settings, all_logprobs=True)
         self._has_gradients = self._has_gradients or not request.forward_only
-        self._answer(asked, future, lambda result: Result(PROTOBUF, wire.forward_bytes(result)))
+        num_tokens = sum(len(row.tokens) for row in rows)
+
+        def answer(result: ForwardResult) -> Result:
+            if not request.forward_only:
+                self._ground.progress.learnt(self.id, num_tokens, result.loss, reward)
+            return Result(PROTOBUF, wire.forward_bytes(result))
+
+        self._answer(asked, future, answer)
 
     def _optim_step(self, asked: Asked) -> None:
         params = types.OptimStepRequest.model_validate_json(asked.body).optim_params
@@ -153,7 +163,12 @@ class Run:
         )
         future = self._ground.engine.training.optim_step(self._name, settings)
         self._has_gradients, self._has_changed = False, True
-        self._answer(asked, future, _step_result)
+
+        def answer(result: StepResult) -> Result:
+            self._ground.progress.stepped(self.id, result.step)
+            return json_result({"metrics": {"optim/step": result.step, "optim/gradient_norm": result.gradient_norm}})
+
+        self._answer(asked, future, answer)
 
     def _save(self, asked: Asked) -> None:
         request = types.SaveWeightsRequest.model_validate_json(asked.body)
@@ -313,6 +328,7 @@ class Run:
             self._ahead.clear()
             self._ground.tasks.submit(self._ground.futures.let_go, self.id, self._next_seq - 1)
             self._ground.engine.training.remove(self._name)
+            self._ground.progress.stands(self.id, "idle")
 
     def leave(self) -> bool:
         """Give the place in the engine up, where nobody has asked for a while and all is kept; whether it has."""
@@ -326,10 +342,6 @@ class Run:
 def _new_name(id: str) -> str:
     """Of a tenant in the engine: the one before may still be leaving."""
     return f"{id}#{next(_numbers)}"
-
-
-def _step_result(result: StepResult) -> Result:
-    return json_result({"metrics": {"optim/step": result.step, "optim/gradient_norm": result.gradient_norm}})
 
 
 class Runs:
@@ -407,6 +419,7 @@ class Runs:
 
         ground.records.change(records.Run, id, answer, is_over=1, kept=None)
         ground.futures.finish(future, result)
+        ground.progress.stands(id, "unloaded")
         ground.store.remove(run.kept)
         ground.futures.let_go(id)
         return future

@@ -11,6 +11,7 @@ from typing import Any
 
 from roadie.serving import ContinuousBatchingEngine
 from roadie.train_service.database import Database
+from roadie.train_service.progress import Progress
 from roadie.train_service.tinker_api.checkpoints import Checkpoints
 from roadie.train_service.tinker_api.futures import Futures
 from roadie.train_service.tinker_api.records import Records
@@ -34,15 +35,17 @@ class BaseModel:
 class TinkerService:
     """See the package. folder: of weights."""
 
-    def __init__(self, engine: ContinuousBatchingEngine, base: BaseModel, database: Database, folder: Path) -> None:
+    def __init__(
+        self, engine: ContinuousBatchingEngine, base: BaseModel, database: Database, folder: Path, progress: Progress
+    ) -> None:
         self.engine, self.base = engine, base
         self.records, self.futures = Records(database), Futures(database)
         self.store, self._tasks = Store(folder), Tasks()
         self.secret = secrets.token_bytes(32)  # of links, which end with the process
         self.samplers = Samplers(engine, self.futures, self.records, self.store, self._tasks)
         self.checkpoints = Checkpoints(self.records, self.store, self.samplers.gone)
-        ground = Ground(engine, self.futures, self.records, self.store, self._tasks, self.checkpoints, self.samplers)
-        self.runs = Runs(ground)
+        parts = (self.store, self._tasks, self.checkpoints, self.samplers, progress)
+        self.runs = Runs(Ground(engine, self.futures, self.records, *parts))
 
     def start(self) -> None:
         """Go on with what was asked for before; the engine has been started."""

@@ -57,14 +57,17 @@ def rows_of(request: pb.ForwardBackwardRequest) -> list[TrainingRow]:
     return rows
 
 
-def loss_settings(request: pb.ForwardBackwardRequest) -> dict[str, float]:
-    """What the loss is told; raises `ConfigError` for words."""
+def loss_settings(request: pb.ForwardBackwardRequest) -> tuple[dict[str, float], float | None]:
+    """What the loss is told, and the reward, which is for who watches; raises `ConfigError` for words."""
     found: dict[str, float] = dict(request.loss_fn_config)
     for name, value in request.loss_fn_config_v2.items():
         if value.WhichOneof("value") == "text":
             raise ConfigError(f"got {name}={value.text[:100]!r} for the loss; wanted a number")
         found[name] = value.number
-    return found
+    reward = found.pop("reward", None)
+    if reward is not None and not math.isfinite(reward):
+        raise ConfigError(f"got reward={reward}; wanted a finite number")
+    return found, reward
 
 
 def _row(datum: pb.Datum) -> TrainingRow:

@@ -2,6 +2,7 @@
 "use strict";
 
 const POLL_MS = 2000, SAMPLES = 60, MOST_ROWS = 200, SETTLE_MS = 250, BASE = "base";
+const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
 const columns = new Map(); // name -> column
 const rates = [];
@@ -47,6 +48,7 @@ function show(status) {
   document.title = `roadie: ${status.model}`;
   showFigures(status.figures);
   showAdapters(status.adapters);
+  showRuns(status.runs);
   if (status.chat && !isChat) converse();
   if (!hasChosen) choose(status.adapters);
 }
@@ -107,6 +109,42 @@ function row(adapter) {
   if (adapter.error) state.title = adapter.error;
   const counts = [adapter.slot ?? "–", adapter.running, adapter.queued, adapter.requests, adapter.tokens];
   made.append(element("td", adapter.name), state, ...counts.map((count) => element("td", String(count), "number")));
+  return made;
+}
+
+// Training: of each run the last step's figures, and their course.
+
+function showRuns(runs) {
+  $("training").hidden = !runs;
+  if (!runs) return;
+  $("runs-count").textContent = `${runs.filter((run) => run.state === "running").length} running`;
+  $("runs").replaceChildren(...runs.map(runRow));
+}
+
+function runRow(run) {
+  const made = element("tr"), now = run.steps[run.steps.length - 1], figureCell = (value) => element("td", value, "number");
+  const name = element("td", run.id), state = element("td", run.state, `state-${run.state}`);
+  name.title = run.kind;
+  made.append(name, state, figureCell(now ? now.step + (run.num_steps ? ` of ${run.num_steps}` : "") : "–"));
+  for (const figure of ["loss", "reward"]) {
+    const cell = element("td"), values = run.steps.map((step) => step[figure]);
+    if (values.some((value) => value !== null)) cell.append(course(values, `Course of the ${figure}`));
+    made.append(figureCell(now && now[figure] !== null ? number.format(now[figure]) : "–"), cell);
+  }
+  made.append(figureCell(whole.format(run.tokens)), figureCell(number.format(run.tokens_per_s)));
+  return made;
+}
+
+function course(values, label) {
+  const made = document.createElementNS(SVG, "svg"), line = document.createElementNS(SVG, "polyline");
+  const told = values.map((value, index) => [index, value]).filter(([, value]) => value !== null);
+  const least = Math.min(...told.map(([, value]) => value)), most = Math.max(...told.map(([, value]) => value));
+  const points = told.map(([index, value]) =>
+    `${(100 * index / Math.max(1, values.length - 1)).toFixed(1)},${(18 - 16 * (value - least) / (most - least || 1)).toFixed(1)}`);
+  line.setAttribute("points", points.join(" "));
+  for (const [name, value] of [["viewBox", "0 0 100 20"], ["preserveAspectRatio", "none"], ["role", "img"], ["class", "course"],
+    ["aria-label", label]]) made.setAttribute(name, value);
+  made.append(line);
   return made;
 }
 
