@@ -81,13 +81,13 @@ def draw(path: Path) -> None:
     plt.close(figure)
 
 
-def _finish(panel: Any, across: str, up: str, title: str) -> None:
+def _finish(panel: Any, across: str, up: str, title: str, **legend: Any) -> None:
     panel.set_xlabel(across)
     panel.set_ylabel(up)
     panel.set_title(title, fontsize=10)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, **legend)
 
 
 if __name__ == "__main__":
