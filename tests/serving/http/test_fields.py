@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from tests.serving.http.fake_engine import FakeEngine
 from tests.serving.http.harness import Running, running
 
@@ -12,7 +14,7 @@ from roadie import embedded
 from roadie.serving.belongings import OwnChat
 from roadie.serving.http.settings import HttpSettings
 
-COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETE, CHAT, RESPOND = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "Hello"}]
 ASKING = {COMPLETE: {"prompt": "a"}, CHAT: {"messages": HELLO}}
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
@@ -35,7 +37,7 @@ NOTHING: dict[str, list[Any]] = {
     "use_beam_search": [False],
     "echo": [False],
     "logit_bias": [{}],
-    "stop": [[]],
+    "stop": [[], ""],
     "stop_token_ids": [[]],
     "ignore_eos": [False],
     "include_stop_str_in_output": [False],
@@ -56,6 +58,7 @@ NOTHING: dict[str, list[Any]] = {
     "safety_identifier": ["s"],
     "prompt_cache_key": ["k"],
     "prompt_cache_retention": ["24h"],
+    "prompt_cache_options": [{}, {"mode": "explicit"}],
     "adapters": [{}],
     "stream": [False],
 }
@@ -70,7 +73,7 @@ NULLS = (
     ),
     *("guided_whitespace_pattern", "structural_tag", "truncate_prompt_tokens", "allowed_token_ids", "prompt_logprobs"),
     *("kv_transfer_params", "cache_salt", "add_special_tokens", "temperature", "seed", "max_tokens", "logprobs"),
-    "a_field_of_tomorrow",
+    *("moderation", "a_field_of_tomorrow"),
 )
 OF_COMPLETIONS = {"best_of": [1], "suffix": [""]}
 OF_CHATS = {
@@ -142,6 +145,7 @@ SOMETHING: dict[str, Any] = {
     "spaces_between_special_tokens": False,
     "documents": [{"text": "a"}],
     "logits_processors": ["a"],
+    "moderation": {"model": "m"},
 }
 SOMETHING_OF_CHATS: dict[str, Any] = {
     "tools": [TOOL],
@@ -340,3 +344,50 @@ def test_a_template_that_cannot_be_used_is_an_error_of_the_request_alone() -> No
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
         assert ask(server, CHAT, model="pirate").status_code == 400  # a sandbox
         assert ask(server, COMPLETE, model="legal").status_code == 200
+
+
+def test_every_field_of_openais_requests_is_known_by_name(open_server: Running) -> None:
+    """Those of the official package: what this server does not have says so, and no field is unknown."""
+    for path, params in ((CHAT, CompletionCreateParamsBase), (RESPOND, ResponseCreateParamsBase)):
+        asked = {"model": "base", **({"messages": HELLO} if path == CHAT else {"input": "Hello"})}
+        wrong = {}
+        for name in params.__annotations__.keys() - asked.keys():
+            for value in ({"of": "tomorrow"}, ["tomorrow"], "tomorrow"):
+                answer = open_server.http().post(path, json={**asked, name: value}).json()
+                error = answer.get("error") or {"code": None, "param": None}
+                if (error["code"], error["param"]) == ("unknown_parameter", name):
+                    wrong[name] = error
+        assert not wrong
+
+
+def test_what_an_assistant_refused_is_what_it_said(open_server: Running) -> None:
+    said = [{"role": "assistant", "content": "No."}, *HELLO]
+    ask(open_server, CHAT, messages=[*HELLO, *said])
+    wanted = open_server.engine.requests[-1].prompt_ids
+    part = {"type": "refusal", "refusal": "No."}
+    for message in ({"content": [part]}, {"content": None, "refusal": "No."}, {"refusal": "No."}):
+        answer = ask(open_server, CHAT, messages=[*HELLO, {"role": "assistant", **message}, *HELLO])
+        assert (answer.status_code, open_server.engine.requests[-1].prompt_ids) == (200, wanted), answer.text
+    items = [*HELLO, {"type": "message", "role": "assistant", "content": [part]}, *HELLO]
+    answer = open_server.http().post(RESPOND, json={"model": "base", "input": items, "max_output_tokens": 2})
+    assert (answer.status_code, open_server.engine.requests[-1].prompt_ids) == (200, wanted), answer.text
+    broken = ask(open_server, CHAT, messages=[{"role": "assistant", "content": [{"type": "refusal"}]}])
+    assert (broken.status_code, broken.json()["error"]["param"]) == (400, "messages.0.content.0.text")
+
+
+OF_RESPONSES: dict[str, list[Any]] = {
+    "reasoning": [{}, {"effort": None, "summary": None}, {"effort": "none"}],
+    "max_tool_calls": [3],
+    "context_management": [[]],
+    "text": [{}, {"format": {"type": "text"}, "verbosity": "medium"}],
+    "truncation": ["disabled"],
+    "stream_options": [{"include_obfuscation": False}],
+    "include": [[]],
+}
+
+
+def test_values_that_ask_for_nothing_of_responses_are_taken(open_server: Running) -> None:
+    asked = {"model": "base", "input": "Hello", "max_output_tokens": 2}
+    sent = [{name: value} for name, values in OF_RESPONSES.items() for value in values]
+    answers = [open_server.http().post(RESPOND, json=asked | each) for each in sent]
+    assert not [(each, answer.text) for each, answer in zip(sent, answers, strict=True) if answer.status_code != 200]

@@ -188,7 +188,8 @@ def test_what_cannot_be_is_refused_by_name(knowing: Running, open_server: Runnin
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": [WEATHER], "tool_choice": "sometimes"}, "tool_choice"),
-        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [WEATHER], "guided_regex": "a+"}, "guided_regex"),
+        ({"tools": [WEATHER], "guided_json": "{"}, "guided_json"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"messages": [*HELLO, {"role": "assistant"}]}, "messages.1.content"),
@@ -300,3 +301,32 @@ def test_several_calls_may_come_and_they_are_parted() -> None:
         assert len(set(ids)) == len(ids)
         plain = converse(server, tools=[CLOCK], max_tokens=8, seed=1)["choices"][0]["message"]
         assert isinstance(plain["content"], str)
+
+
+@needs_grammars
+@pytest.mark.parametrize(
+    ("style", "of_calls", "of_json"), [("hermes", "<", "{"), ("mistral", "[", "{"), ("llama3", "n", "l")]
+)
+def test_an_answer_that_is_to_be_json_is_that_or_calls(style: str, of_calls: str, of_json: str) -> None:
+    """Their first letters decide (of llama3's, those of the first property), of which a bias leaves one."""
+    schema = {"type": "object", "properties": {"legs": {"enum": [4, 8]}}, "required": ["legs"]}
+    asked = {"type": "json_schema", "json_schema": {"name": "turtle", "schema": schema}}
+    fields: dict[str, Any] = {"tools": [WEATHER], "response_format": asked, "parallel_tool_calls": False}
+    fields |= {"max_tokens": 400, "n": 2, "model": "turtle"}
+    tokenizer = embedded.load_tokenizer()
+    texts = {
+        token_id: tokenizer.decode([token_id]).lstrip('{" ' if style == "llama3" else "") for token_id in range(2048)
+    }
+
+    def answers(without: str, **more: Any) -> list[dict[str, Any]]:
+        bias = {str(token_id): -100 for token_id, text in texts.items() if text.startswith(without)}
+        return converse(server, logit_bias=bias, **fields, **more)["choices"]
+
+    with real(style) as server:
+        for choice in answers(without=of_calls):
+            assert (choice["message"].get("tool_calls"), choice["finish_reason"]) == (None, "stop")
+            assert json.loads(choice["message"]["content"]) in ({"legs": 4}, {"legs": 8})
+        for choice in (*answers(without=of_json), *answers(without=of_calls, tool_choice="required")):
+            (called,) = choice["message"]["tool_calls"]
+            assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+            assert set(json.loads(called["function"]["arguments"])) == {"city", "unit"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Tag
 
 from roadie.bank.blends import MAX_BLEND, MAX_STRENGTH
 from roadie.serving.engine import (
@@ -34,6 +34,7 @@ from roadie.serving.http.fields import (
     is_list,
     is_text,
     one_of,
+    refusal_as_text,
     whole_characters,
 )
 from roadie.serving.http.formats import Formats
@@ -59,7 +60,7 @@ Strength: TypeAlias = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(served_name)]
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(whole_characters)]
 Stops: TypeAlias = Annotated[
-    Annotated[Stop, TEXT] | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS), LIST],
+    Annotated[Stop | Literal[""], TEXT] | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS), LIST],
     one_of("a text or a list of texts", text=is_text, list=is_list),
 ]
 
@@ -113,7 +114,7 @@ class GenerationBody(Formats):
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return () if not self.stop else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def wants_usage(self) -> bool:
@@ -245,7 +246,7 @@ class Message(Said):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Annotated[
-            Annotated[Text, TEXT] | Annotated[list[TextPart], LIST],
+            Annotated[Text, TEXT] | Annotated[list[Annotated[TextPart, BeforeValidator(refusal_as_text)]], LIST],
             one_of("a text or a list of parts", text=is_text, list=is_list),
         ]
         | None
@@ -402,7 +403,7 @@ class ChatBody(GenerationBody):
 
     def _check_contents(self) -> None:
         for place, message in enumerate(self.messages):
-            if "content" not in message.model_fields_set and not message.tool_calls:
+            if "content" not in message.model_fields_set and not message.tool_calls and not message.refusal:
                 param = f"messages.{place}.content"
                 raise ApiError(400, f"{param}: Field required", "missing_parameter", param=param)
 

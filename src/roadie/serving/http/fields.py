@@ -43,6 +43,12 @@ def is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def refusal_as_text(part: Any) -> Any:
+    """A part of a message that is a refusal is text that the assistant said."""
+    is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
+    return {"type": "text", "text": part.get("refusal")} if is_refusal else part
+
+
 TEXT, LIST = Tag("(text)"), Tag("(list)")
 Text: TypeAlias = Annotated[str, AfterValidator(whole_characters)]
 Label: TypeAlias = Annotated[Text, Field(max_length=1024)]
@@ -89,7 +95,7 @@ _TOKEN_LISTS = Lacks("lists of tokens that may or may not come, but logit_bias")
 
 
 class Unasked(Body):
-    """Fields that ask for nothing here; the first seven are taken whatever they say, and neither used nor logged."""
+    """Fields that ask for nothing here; the first eight are taken whatever they say, and neither used nor logged."""
 
     user: Label | None = None
     """Taken, and not used: requests are counted by their key."""
@@ -98,9 +104,11 @@ class Unasked(Body):
     service_tier: Label | None = None
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Label | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     safety_identifier: Label | None = None
     include_reasoning: bool | None = None
     """There is none to include."""
+    moderation: Annotated[None, Lacks("moderation")] = None
     reasoning_effort: Annotated[Literal["none"] | None, Lacks("levels of reasoning")] = None
     use_beam_search: Annotated[Off, _BEAMS] = None
     early_stopping: Annotated[Off, _BEAMS] = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from roadie.serving.grammars import Constraint
+import json
+from typing import Any
+
+from roadie.serving.grammars import Constraint, Kind
 from roadie.serving.http.bodies import ChatBody
 from roadie.serving.http.failures import ApiError, lacking
 from roadie.serving.http.service import Service
@@ -49,11 +52,24 @@ def _fields_about_tools(body: ChatBody) -> list[str]:
 
 
 def asked_of(body: ChatBody, offer: Offer | None, service: Service) -> tuple[str, Constraint] | None:
-    """What the answer must be, and the field that says so. Raises `ApiError` for what cannot be had together."""
+    """What the answer must be, and the field that says so. Raises `ApiError` for what cannot be had together.
+
+    Beside tools that may be called, an answer that is to be JSON is that, or calls alone; where one must be called, it is calls.
+    """
     asked = body.constraint()
-    if offer is None:
+    if offer is None or (asked is None and not offer.is_forced):
         return asked
-    if asked is not None:
-        message = f"got {asked[0]} beside tools that may be called; wanted one of them, or tool_choice 'none'"
-        raise ApiError(400, message, "invalid_value", param=asked[0])
-    return ("tools", offer.constraint(specials(offer.style, service.prompts.special_ids))) if offer.is_forced else None
+    field, schema = ("tools", None) if asked is None or offer.is_forced else (asked[0], _schema_of(*asked))
+    return field, offer.constraint(specials(offer.style, service.prompts.special_ids), schema)
+
+
+def _schema_of(field: str, constraint: Constraint) -> dict[str, Any]:
+    """The JSON schema of a constraint, to stand beside calls in one grammar."""
+    try:
+        schema = json.loads(constraint.source) if constraint.kind is Kind.JSON else None
+    except (ValueError, RecursionError):
+        schema = None
+    if not isinstance(schema, dict):
+        message = f"got {field} beside tools that may be called; wanted a JSON schema, or tool_choice 'none'"
+        raise ApiError(400, message, "invalid_value", param=field)
+    return schema

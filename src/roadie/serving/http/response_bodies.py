@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from roadie.bank.blends import MAX_BLEND
 from roadie.serving.http.bodies import (
@@ -29,6 +29,7 @@ from roadie.serving.http.fields import (
     Body,
     Label,
     Lacks,
+    NoEntries,
     NoItems,
     Off,
     StreamOptions,
@@ -38,6 +39,7 @@ from roadie.serving.http.fields import (
     is_list,
     is_text,
     one_of,
+    refusal_as_text,
 )
 from roadie.serving.http.formats import JsonSchema, ResponseFormat
 
@@ -56,7 +58,7 @@ class InputPart(Said):
 
 
 Parts: TypeAlias = Annotated[
-    Annotated[Text, TEXT] | Annotated[list[InputPart], LIST],
+    Annotated[Text, TEXT] | Annotated[list[Annotated[InputPart, BeforeValidator(refusal_as_text)]], LIST],
     one_of("a text or a list of parts", text=is_text, list=is_list),
 ]
 
@@ -103,6 +105,14 @@ class TextOptions(Body):
     verbosity: Annotated[Literal["medium"] | None, Lacks("levels of verbosity")] = None
 
 
+class Reasoning(Body):
+    """There is none."""
+
+    effort: Literal["none"] | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
 class ResponsesBody(Unasked):
     """`POST /v1/responses`."""
 
@@ -133,10 +143,15 @@ class ResponsesBody(Unasked):
     background: Annotated[Off, Lacks("work in the background")] = None
     include: Annotated[NoItems, Lacks("more to include")] = None
     prompt: Annotated[None, Lacks("stored prompts")] = None
-    reasoning: Annotated[None, Lacks("levels of reasoning")] = None
+    reasoning: Annotated[Reasoning | None, Lacks("levels of reasoning")] = None
     truncation: Annotated[Literal["disabled"] | None, Lacks("truncation of prompts")] = None
     top_logprobs: Annotated[Zero, Lacks("logprobs in responses; chats have them")] = None
-    max_tool_calls: Annotated[None, Lacks("tools of its own")] = None
+    max_tool_calls: Annotated[int, Field(ge=0)] | None = None
+    """Of OpenAI's own tools, of which there are none."""
+    context_management: Annotated[NoItems, Lacks("compaction of conversations")] = None
+    background_options: Annotated[NoEntries, Lacks("work in the background")] = None
+    access_programs: Annotated[NoEntries, Lacks("programs of access")] = None
+    image: Annotated[NoEntries, Lacks("images")] = None
 
     def as_chat(self) -> ChatBody:
         """The chat that is asked for. Raises `ApiError`."""

@@ -78,18 +78,20 @@ class Offer:
     is_forced: bool = False
     most: int | None = None
 
-    def constraint(self, special: Mapping[str, int]) -> Constraint:
-        """An answer of calls alone. special: ids of the marks that are special tokens."""
+    def constraint(self, special: Mapping[str, int], answer: Mapping[str, Any] | None = None) -> Constraint:
+        """An answer of calls alone, or JSON by the schema `answer`. special: ids of the marks that are special tokens."""
         before, between, after = (_marked(text, special) for text in self.style.frame)
         more = f"({between} call){{0,{MAX_CALLS - 1}}}" if self.most != 1 else ""
         calls, lines = [], []
         for place, (name, schema) in enumerate(self.parameters.items()):
-            head = quoted(f'{{"name": {json.dumps(name)}, "{self.style.arguments}": ')
+            # in the words that JSON is made of, so that where calls are bare an answer may begin as they do
+            parts = ("{", '"name"', ": ", json.dumps(name), ", ", f'"{self.style.arguments}"', ": ")
+            head = " ".join(map(quoted, parts))
             calls.append(f"call_{place}")
             lines += [f'call_{place}: {head} parameters_{place} "}}"', f"parameters_{place}: %json {_as_text(schema)}"]
-        return Constraint(
-            Kind.LARK, "\n".join([f"start: {before} call {more} {after}", f"call: {' | '.join(calls)}", *lines])
-        )
+        start = "start: calls" if answer is None else f"start: calls | answer\nanswer: %json {_as_text(answer)}"
+        lines = [start, f"calls: {before} call {more} {after}", f"call: {' | '.join(calls)}", *lines]
+        return Constraint(Kind.LARK, "\n".join(lines))
 
 
 def _marked(text: str, special: Mapping[str, int]) -> str:
