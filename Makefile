@@ -32,7 +32,7 @@ CHECKED := $(wildcard src packages tests scripts examples benchmarks)
 CORE := tests/laws tests/anchors tests/kernels tests/bank tests/tuner $(wildcard tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick quality-real quality-real-quick structure format docs docs-serve build clean
+.PHONY: help demo test test-long test-fast test-deepspeed test-vllm test-ray test-eval check bench gpu quality quality-quick quality-real quality-real-quick structure format docs docs-serve pictures build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -101,6 +101,11 @@ format: $(VENV)/.development ## rewrite the code in the project's style
 docs: $(DOCS_VENV)/.installed ## the documentation site into build/site, strictly: every link and anchor is checked (no network)
 	$(DOCS_VENV)/bin/mkdocs --quiet build --strict
 	$(DOCS_VENV)/bin/python scripts/docs_check.py build/site
+
+pictures: $(VENV)/.development ## the pictures of the documents made anew, but those of figures, which their reports make (needs Chromium; five minutes)
+	$(RUN)/python -m benchmarks.home_picture
+	$(RUN)/python scripts/pictures.py
+	$(RUN)/python scripts/report_example.py
 
 docs-serve: $(DOCS_VENV)/.installed ## the site on http://127.0.0.1:8000, built again when a page changes
 	$(DOCS_VENV)/bin/mkdocs serve --no-strict $(ARGS)
