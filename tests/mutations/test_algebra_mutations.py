@@ -145,7 +145,7 @@ MISTAKES: dict[str, tuple[str, str, Callable[[], None]]] = {
     "integers: factor forgotten": ("result = compose(result, factor)", "pass", integers),
     "integers: never inverted": ("inverse(rotation) if exponent < 0 else rotation", "rotation", integers),
     "integers: to the power 0": (
-        "if exponent == 0:\n        return _identity_like",
+        "if exponent == 0:\n        return identity_like",
         "if exponent == 0:\n        return (lambda r: r)",
         integers,
     ),

@@ -231,29 +231,33 @@ def adapters_apart() -> None:
 
 OF_OPERATIONS = {
     "compose: a layer that only one has": (
-        "return compose(**parts) if len(parts) == 2 else next(iter(parts.values()))",
-        'return compose(**parts) if len(parts) == 2 else parts["outer"]',
+        'compose_chains(parts.get("outer", ()), parts',
+        'compose_chains(parts["outer"], parts',
         adapters_combined,
     ),
-    "compose: order": ("return compose(**parts)", 'return compose(parts["inner"], parts["outer"])', adapters_combined),
+    "compose: order": (
+        'compose_chains(parts.get("outer", ()), parts.get("inner", ()))',
+        'compose_chains(parts.get("inner", ()), parts.get("outer", ()))',
+        adapters_combined,
+    ),
     "interpolate: from the end": (
-        'interpolate(_or_identity(parts, "start"), _or_identity(parts, "end"), t)',
-        'interpolate(_or_identity(parts, "end"), _or_identity(parts, "start"), t)',
+        'interpolate_chains(_or_identities(parts, "start"), _or_identities(parts, "end"), t)',
+        'interpolate_chains(_or_identities(parts, "end"), _or_identities(parts, "start"), t)',
         adapters_combined,
     ),
     "subtract: the other from the one": (
-        'subtract(_or_identity(parts, "the adapter"), _or_identity(parts, "the removed one"))',
-        'subtract(_or_identity(parts, "the removed one"), _or_identity(parts, "the adapter"))',
+        'compose_chains(parts.get("the adapter", ()), inverse_chain(parts.get("the removed one", ())))',
+        'compose_chains(parts.get("the removed one", ()), inverse_chain(parts.get("the adapter", ())))',
         adapters_combined,
     ),
     "mean: weights of the layers' own adapters alone": (
-        "weights = [part_of[name] for name in parts]",
-        "weights = [part_of[name] / sum(part_of[n] for n in parts) for name in parts]",
+        "weights = list(parts.values()), [part_of[name] for name in parts]",
+        "weights = list(parts.values()), [part_of[name] / sum(part_of[n] for n in parts) for name in parts]",
         adapters_averaged,
     ),
     "mean: correction forgotten": (
-        "if magnitude_corrected else weights, names",
-        "if False else weights, names",
+        "magnitude_corrected=magnitude_corrected, names",
+        "magnitude_corrected=False, names",
         adapters_averaged,
     ),
     "distance: over layers, not outputs": ("/ sum(width for _, width", "/ sum(1 for _, width", adapters_apart),
@@ -375,7 +379,7 @@ OF_CONVERSION = {
     "nearest: the sum": ("swap_unsigned(vector, size)) / 2", "swap_unsigned(vector, size))", nearest),
     "loss: forgotten": ("lost=0.0 if after is None else", "lost=0.0 if True else", nearest),
     "loss: change from 0": (
-        "change=squared_distance(rotation, one,",
+        "change=squared_distance(rotation, identity_like(rotation),",
         "change=squared_distance(rotation, rotation,",
         nearest,
     ),

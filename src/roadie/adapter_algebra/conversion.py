@@ -23,8 +23,9 @@ from torch import Tensor
 from roadie.adapter import Adapter, LayerParameters, refuse_chains
 from roadie.adapter_algebra.layers import about_layer, grouped_config, in_float64, rows_agree, stored
 from roadie.algebra import Metric, squared_distance
+from roadie.algebra.powers import identity_like
 from roadie.errors import ConfigError
-from roadie.rotation import Rotation, Variant, check_group_size, determinant, identity, swap_unsigned
+from roadie.rotation import Rotation, Variant, check_group_size, determinant, swap_unsigned
 
 
 @dataclass(frozen=True)
@@ -170,10 +171,9 @@ def nearest_scaled_rotation(rotation: Rotation) -> Rotation:
 def _loss(before: LayerParameters, after: Rotation | None) -> LayerLoss:
     """What a layer lost; after: None where it is the same."""
     rotation = in_float64("the adapter", before)
-    one = identity(rotation.out_features, rotation.group_size, dtype=torch.float64, device=rotation.direct.device)
     return LayerLoss(
         lost=0.0 if after is None else squared_distance(rotation, after, Metric.CHORDAL),
-        change=squared_distance(rotation, one, Metric.CHORDAL),
+        change=squared_distance(rotation, identity_like(rotation), Metric.CHORDAL),
         outputs=rotation.out_features,
         mirrored=int((determinant(rotation) < 0).sum()) // 2,
     )

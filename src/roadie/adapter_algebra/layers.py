@@ -3,7 +3,7 @@
 layers          of any of the adapters; to an adapter without a layer, that layer's rotation is the identity
 variant         the smallest that holds the result exactly: road_1 where both rows of every pair agree, else road_2
 group size      of each layer, that in which the adapters turn there
-chains          are combined as `roadie.algebra.chains` says, where one of the adapters has one of several stages
+chains          are combined as `roadie.algebra.chains` says; a plain adapter has chains of one rotation
 inputs          a rotation of a layer's input is combined with those of the same input; products there are in reverse order,
                 because ``R2 (R1 W Q1) Q2`` has ``Q1 Q2``
 precision       float64 inside; parameters are stored in float32, or float64 where an adapter has float64
@@ -38,7 +38,6 @@ from roadie.rotation import Rotation, Variant, chain_from_parameters, swap_unsig
 Named = Mapping[str, Adapter]
 Rotations = Mapping[str, Rotation]
 Chains = Mapping[str, tuple[Rotation, ...]]
-OfRotations = Callable[[Rotations], Rotation]
 OfChains = Callable[[Chains], Sequence[Rotation]]
 T = TypeVar("T")
 
@@ -50,48 +49,31 @@ _GROUPING = (
 _NOT_KEPT = ("variant", "variant_pattern", "modules_to_save", "bias", "trainable_token_indices", "target_experts")
 
 
-def combined(
-    adapters: Named,
-    combine: OfRotations,
-    combine_chains: OfChains | None = None,
-    *,
-    at_inputs: tuple[OfRotations, OfChains] | None = None,
-) -> Adapter:
-    """Each layer of any adapter: `combine` of the rotations of those that have it, by name, in float64.
+def combined(adapters: Named, combine: OfChains, *, at_inputs: OfChains | None = None) -> Adapter:
+    """Each layer of any adapter: `combine` of the chains of those that have it, by name, in float64.
 
-    combine_chains: the same for adapters of which one has a chain of several stages; None: such adapters are refused.
-    at_inputs: what stands for both at the inputs of layers; None: the same.
+    Where no adapter has a chain of several stages, they are chains of one rotation, all in one pairing.
+    at_inputs: what stands for it at the inputs of layers; None: the same.
     Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or a result is too large.
     """
-    of_input, of_input_chains = at_inputs or (combine, combine_chains)
-    if combine_chains is not None and of_input_chains is not None and any(map(has_chains, adapters.values())):
-        chains = _over_chains(adapters, combine_chains, of_input_chains)
-    else:
-        found = _over_rotations(adapters, lambda path, parts: (of_input if is_input(path) else combine)(parts))
-        chains = {path: (rotation,) for path, rotation in found.items()}
-    all_agree = all(rows_agree(rotation) for chain in chains.values() for rotation in chain)
+    single = all(len(layer.stages) == 1 for adapter in adapters.values() for layer in adapter.layers.values())
+
+    def chain(path: str, parts: Mapping[str, LayerParameters]) -> Sequence[Rotation]:
+        chains = {name: chain_in_float64(name, layer) for name, layer in parts.items()}
+        if single:
+            paired = in_one_pairing({name: rotation for name, (rotation,) in chains.items()})
+            chains = {name: (rotation,) for name, rotation in paired.items()}
+        return at_inputs(chains) if at_inputs is not None and is_input(path) else combine(chains)
+
+    chains = _over_parts(adapters, chain)
+    all_agree = all(rows_agree(rotation) for rotations in chains.values() for rotation in rotations)
     variant = Variant.ROAD_1 if all_agree else Variant.ROAD_2
     layers = {}
-    for path, chain in chains.items():
+    for path, rotations in chains.items():
         dtypes = {adapter.layers[path].theta.dtype for adapter in adapters.values() if path in adapter.layers}
         with about_layer(path):
-            layers[path] = stored_chain(chain, variant, torch.float64 if torch.float64 in dtypes else torch.float32)
+            layers[path] = stored_chain(rotations, variant, torch.float64 if torch.float64 in dtypes else torch.float32)
     return Adapter(layers, result_config(list(adapters.values()), layers, variant))
-
-
-def has_chains(adapter: Adapter) -> bool:
-    """Whether a layer has a chain of several stages."""
-    return any(len(layer.stages) > 1 for layer in adapter.layers.values())
-
-
-def _over_chains(adapters: Named, of_output: OfChains, of_input: OfChains) -> dict[str, Sequence[Rotation]]:
-    """As `_over_rotations`, of chains, which need no common pairing."""
-
-    def combine(path: str, parts: Mapping[str, LayerParameters]) -> Sequence[Rotation]:
-        chains = {name: chain_in_float64(name, layer) for name, layer in parts.items()}
-        return of_input(chains) if is_input(path) else of_output(chains)
-
-    return _over_parts(adapters, combine)
 
 
 def over_layers(adapters: Named, measure: Callable[[Rotations], T]) -> dict[str, T]:
@@ -100,15 +82,11 @@ def over_layers(adapters: Named, measure: Callable[[Rotations], T]) -> dict[str,
     Raises `AdapterError` or `ConfigError`, naming the layer, where the adapters do not fit together or are not finite, and
     where one has a chain of several stages.
     """
-    return _over_rotations(adapters, lambda _, parts: measure(parts))
-
-
-def _over_rotations(adapters: Named, measure: Callable[[str, Rotations], T]) -> dict[str, T]:
     for name, adapter in adapters.items():
         refuse_chains(adapter, name)
 
-    def measured(path: str, parts: Mapping[str, LayerParameters]) -> T:
-        return measure(path, in_one_pairing({name: in_float64(name, layer) for name, layer in parts.items()}))
+    def measured(_: str, parts: Mapping[str, LayerParameters]) -> T:
+        return measure(in_one_pairing({name: in_float64(name, layer) for name, layer in parts.items()}))
 
     return _over_parts(adapters, measured)
 

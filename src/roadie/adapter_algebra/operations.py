@@ -15,39 +15,29 @@ from roadie.adapter import Adapter
 from roadie.adapter_algebra.layers import Chains, Rotations, combined, over_layers
 from roadie.algebra import (
     Metric,
-    blend,
     blend_chains,
     compose_chains,
-    corrected_weights,
-    interpolate,
     interpolate_chains,
     inverse_chain,
     mean_chains,
     shares,
     squared_distance,
-    subtract,
 )
+from roadie.algebra.powers import identity_like
 from roadie.errors import AdapterError
-from roadie.rotation import Rotation, compose, identity, inverse
+from roadie.rotation import Rotation
 
 
 def compose_adapters(outer: Adapter, inner: Adapter) -> Adapter:
     """The adapter that does what `inner` does, then `outer`, in every layer; their rotations of inputs the other way round."""
 
-    def product(parts: Rotations) -> Rotation:
-        return compose(**parts) if len(parts) == 2 else next(iter(parts.values()))
-
-    def in_turn(parts: Chains) -> Sequence[Rotation]:
+    def product(parts: Chains) -> Sequence[Rotation]:
         return compose_chains(parts.get("outer", ()), parts.get("inner", ()))
 
-    def product_of_inputs(parts: Rotations) -> Rotation:
-        return compose(parts["inner"], parts["outer"]) if len(parts) == 2 else next(iter(parts.values()))
-
-    def in_turn_of_inputs(parts: Chains) -> Sequence[Rotation]:
+    def product_of_inputs(parts: Chains) -> Sequence[Rotation]:
         return compose_chains(parts.get("inner", ()), parts.get("outer", ()))
 
-    at_inputs = product_of_inputs, in_turn_of_inputs
-    return combined({"outer": outer, "inner": inner}, product, in_turn, at_inputs=at_inputs)
+    return combined({"outer": outer, "inner": inner}, product, at_inputs=product_of_inputs)
 
 
 def inverse_adapter(adapter: Adapter) -> Adapter:
@@ -77,25 +67,19 @@ def blend_adapters(adapters: Sequence[Adapter], weights: Sequence[float], *, nam
     if [weight_of[name] for name in active] == [1.0]:
         return next(iter(active.values()))
 
-    def mixture(parts: Rotations) -> Rotation:
-        return blend(list(parts.values()), [weight_of[name] for name in parts], names=list(parts))
-
-    def in_a_row(parts: Chains) -> Sequence[Rotation]:
+    def mixture(parts: Chains) -> Sequence[Rotation]:
         return blend_chains(list(parts.values()), [weight_of[name] for name in parts], names=list(parts))
 
-    return combined(active or dict(zip(names, adapters, strict=True)), mixture, in_a_row)
+    return combined(active or dict(zip(names, adapters, strict=True)), mixture)
 
 
 def interpolate_adapters(start: Adapter, end: Adapter, t: float) -> Adapter:
     """`start` at t = 0, `end` at 1, and between them the curve of one constant turn; see `roadie.algebra.interpolate`."""
 
-    def between(parts: Rotations) -> Rotation:
-        return interpolate(_or_identity(parts, "start"), _or_identity(parts, "end"), t)
-
-    def between_chains(parts: Chains) -> Sequence[Rotation]:
+    def between(parts: Chains) -> Sequence[Rotation]:
         return interpolate_chains(_or_identities(parts, "start"), _or_identities(parts, "end"), t)
 
-    return combined({"start": start, "end": end}, between, between_chains)
+    return combined({"start": start, "end": end}, between)
 
 
 def mean_adapters(
@@ -109,38 +93,24 @@ def mean_adapters(
     names = _names(adapters, names)
     part_of = dict(zip(names, shares(len(adapters), weights), strict=True))
 
-    def average(parts: Rotations) -> Rotation:
-        weights = [part_of[name] for name in parts]
-        rotations = list(parts.values())
-        return blend(
-            rotations, corrected_weights(rotations, weights) if magnitude_corrected else weights, names=list(parts)
-        )
+    def average(parts: Chains) -> Sequence[Rotation]:
+        chains, weights = list(parts.values()), [part_of[name] for name in parts]
+        return mean_chains(chains, weights, magnitude_corrected=magnitude_corrected, names=list(parts))
 
-    def in_a_row(parts: Chains) -> Sequence[Rotation]:
-        chains, of_parts = list(parts.values()), [part_of[name] for name in parts]
-        return mean_chains(chains, of_parts, magnitude_corrected=magnitude_corrected)
-
-    return combined(dict(zip(names, adapters, strict=True)), average, in_a_row)
+    return combined(dict(zip(names, adapters, strict=True)), average)
 
 
 def subtract_adapters(adapter: Adapter, removed: Adapter) -> Adapter:
     """What `adapter` does that `removed` does not: applied after `removed`, it gives `adapter`."""
 
-    def difference(parts: Rotations) -> Rotation:
-        return subtract(_or_identity(parts, "the adapter"), _or_identity(parts, "the removed one"))
-
-    def after_the_inverse(parts: Chains) -> Sequence[Rotation]:
+    def difference(parts: Chains) -> Sequence[Rotation]:
         return compose_chains(parts.get("the adapter", ()), inverse_chain(parts.get("the removed one", ())))
 
-    def difference_of_inputs(parts: Rotations) -> Rotation:
-        return compose(inverse(_or_identity(parts, "the removed one")), _or_identity(parts, "the adapter"))
-
-    def before_the_inverse(parts: Chains) -> Sequence[Rotation]:
+    def difference_of_inputs(parts: Chains) -> Sequence[Rotation]:
         return compose_chains(inverse_chain(parts.get("the removed one", ())), parts.get("the adapter", ()))
 
-    at_inputs = difference_of_inputs, before_the_inverse
     named = {"the adapter": adapter, "the removed one": removed}
-    return combined(named, difference, after_the_inverse, at_inputs=at_inputs)
+    return combined(named, difference, at_inputs=difference_of_inputs)
 
 
 def distance_adapters(first: Adapter, second: Adapter, metric: Metric = Metric.CHORDAL) -> float:
@@ -164,19 +134,12 @@ def _squares(first: Adapter, second: Adapter, metric: Metric) -> dict[str, tuple
 
 def _or_identity(parts: Rotations, name: str) -> Rotation:
     """The adapter's rotation of the layer at hand, the identity where it does not adapt it."""
-    like = next(iter(parts.values()))
-    return parts.get(name) or identity(
-        like.out_features, like.group_size, dtype=like.direct.dtype, device=like.direct.device
-    )
+    return parts.get(name) or identity_like(next(iter(parts.values())))
 
 
 def _or_identities(parts: Chains, name: str) -> Sequence[Rotation]:
     """As `_or_identity`, with the group sizes of the other's rotations."""
-    like = next(iter(parts.values()))
-    return parts.get(name) or [
-        identity(turn.out_features, turn.group_size, dtype=turn.direct.dtype, device=turn.direct.device)
-        for turn in like
-    ]
+    return parts.get(name) or [identity_like(rotation) for rotation in next(iter(parts.values()))]
 
 
 def _names(adapters: Sequence[Adapter], names: Sequence[str]) -> Sequence[str]:

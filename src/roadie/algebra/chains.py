@@ -71,13 +71,18 @@ def blend_chains(
 
 
 def mean_chains(
-    chains: Sequence[Sequence[Rotation]], weights: Sequence[float], *, magnitude_corrected: bool
+    chains: Sequence[Sequence[Rotation]],
+    weights: Sequence[float],
+    *,
+    magnitude_corrected: bool,
+    names: Sequence[str] = (),
 ) -> tuple[Rotation, ...]:
     """The mean of chains, rotation by rotation; weights: those of a mean. Raises as `blend_chains` does."""
     _check_alike(chains)
     stages = [list(stage) for stage in zip(*chains, strict=True)]
     return tuple(
-        blend(stage, corrected_weights(stage, weights) if magnitude_corrected else weights) for stage in stages
+        blend(stage, corrected_weights(stage, weights) if magnitude_corrected else weights, names=names)
+        for stage in stages
     )
 
 

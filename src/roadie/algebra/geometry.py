@@ -21,7 +21,7 @@ from enum import Enum
 
 import torch
 
-from roadie.algebra.powers import CANCELLATION, blend, logarithm, power
+from roadie.algebra.powers import CANCELLATION, blend, logarithm, power, wide
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, compose, inverse
 
@@ -142,11 +142,6 @@ def in_one_pairing(rotations: Mapping[str, Rotation]) -> dict[str, Rotation]:
         )
     size = next(iter(turning or sizes.values()))
     return {name: Rotation(rotation.direct, rotation.cross, size) for name, rotation in rotations.items()}
-
-
-def wide(rotation: Rotation) -> Rotation:
-    """The rotation in float64."""
-    return Rotation(rotation.direct.double(), rotation.cross.double(), rotation.group_size)
 
 
 def _norm(direct: torch.Tensor, cross: torch.Tensor) -> float:

@@ -54,7 +54,7 @@ def power(rotation: Rotation, exponent: float) -> Rotation:
         raise AdapterError(f"got exponent {exponent}; wanted a finite number")
     _check_finite(rotation, "a block", "check the parameters of the adapter")
     if float(exponent).is_integer():
-        result = _integer_power(_in_float64(rotation), int(exponent))
+        result = _integer_power(wide(rotation), int(exponent))
     else:
         result = _exponential(_scaled(logarithm(rotation), exponent))
     _check_finite(result, f"the power {exponent:g} of a block", "use a smaller exponent")
@@ -72,7 +72,7 @@ def blend(rotations: Sequence[Rotation], weights: Sequence[float], *, names: Seq
     names = names or [f"rotation {index} of {len(rotations)}" for index in range(len(rotations))]
     parts = [(index, weight) for index, weight in enumerate(weights) if weight != 0]
     if not parts:
-        return _identity_like(rotations[0])
+        return identity_like(rotations[0])
     if len(parts) == 1:
         index, weight = parts[0]
         with _about(names[index]):
@@ -92,7 +92,7 @@ def logarithm(rotation: Rotation) -> Rotation:
     Raises `AdapterError`, naming the outputs, where a block is not finite or has none.
     """
     _check_finite(rotation, "a block", "check the parameters of the adapter")
-    return differentiable(_logarithm, _derivative_of_logarithm, _in_float64(rotation))
+    return differentiable(_logarithm, _derivative_of_logarithm, wide(rotation))
 
 
 def _logarithm(rotation: Rotation) -> Rotation:
@@ -166,7 +166,7 @@ def _spectrum(block: Rotation) -> Spectrum:
 def _integer_power(rotation: Rotation, exponent: int) -> Rotation:
     """By squaring; exponent 1 gives the rotation itself."""
     if exponent == 0:
-        return _identity_like(rotation)
+        return identity_like(rotation)
     factor = inverse(rotation) if exponent < 0 else rotation
     result = factor
     for bit in reversed(range(abs(exponent).bit_length() - 1)):
@@ -251,11 +251,13 @@ def _scaled(generator: Rotation, factor: float) -> Rotation:
     return Rotation(generator.direct * factor, generator.cross * factor, generator.group_size)
 
 
-def _in_float64(rotation: Rotation) -> Rotation:
+def wide(rotation: Rotation) -> Rotation:
+    """The rotation in float64."""
     return Rotation(rotation.direct.double(), rotation.cross.double(), rotation.group_size)
 
 
-def _identity_like(rotation: Rotation) -> Rotation:
+def identity_like(rotation: Rotation) -> Rotation:
+    """The identity of as many outputs, in float64."""
     one = identity(rotation.out_features, rotation.group_size, dtype=torch.float64, device=rotation.direct.device)
     shape = rotation.direct.shape
     return Rotation(one.direct.expand(shape), one.cross.expand(shape), rotation.group_size)

@@ -22,9 +22,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import Adapter, LayerParameters, refuse_chains
 from roadie.adapter_algebra import blend_adapters, compose_adapters, mean_adapters
-from roadie.adapter_algebra.layers import Rotations, combined
+from roadie.adapter_algebra.layers import Chains, combined
 from roadie.bank.live import live_adapter, on_this_process
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation
@@ -177,11 +177,13 @@ def _compose(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapt
 
 def _linear(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
     weight_of = dict(zip(adapters, weights, strict=True))
+    for name, adapter in adapters.items():
+        refuse_chains(adapter, name)
 
-    def added(parts: Rotations) -> Rotation:
-        group_size = next(iter(parts.values())).group_size
-        direct = 1 + sum(weight_of[name] * (rotation.direct - 1) for name, rotation in parts.items())
-        cross = sum(weight_of[name] * rotation.cross for name, rotation in parts.items())
-        return Rotation(torch.as_tensor(direct), torch.as_tensor(cross), group_size)
+    def added(parts: Chains) -> Sequence[Rotation]:
+        (like,) = next(iter(parts.values()))
+        direct = 1 + sum(weight_of[name] * (rotation.direct - 1) for name, (rotation,) in parts.items())
+        cross = sum(weight_of[name] * rotation.cross for name, (rotation,) in parts.items())
+        return [Rotation(torch.as_tensor(direct), torch.as_tensor(cross), like.group_size)]
 
     return combined(adapters, added)
