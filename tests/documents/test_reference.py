@@ -25,6 +25,12 @@ def test_every_public_name_is_used_in_a_program_and_shown(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHOWN)
+def test_every_name_that_is_shown_is_used_in_code_that_is_run(name: str) -> None:
+    pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    assert any(re.search(rf"\b{name.rpartition('.')[2]}\b", code) for page in pages for code in blocks_of(page))
+
+
+@pytest.mark.parametrize("name", SHOWN)
 def test_every_name_that_is_shown_is_there_and_says_what_it_is(name: str) -> None:
     module, _, attribute = f"roadie.{name}".rpartition(".")
     assert getattr(importlib.import_module(module), attribute).__doc__
