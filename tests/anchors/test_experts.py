@@ -7,6 +7,7 @@ implementation of transformers that roadie computes. tests/families has more fam
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import sys
 from functools import cache
@@ -375,6 +376,21 @@ def test_experts_that_an_older_transformers_does_not_describe_are_refused(monkey
         del experts.is_concatenated
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     refused(model, r"layers\.0\.mlp\.experts.*got experts of class Qwen3MoeExperts.*in transformers 5\.17 or newer")
+
+
+def test_inputs_of_experts_are_left_alone_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"target_modules": ["q_proj"], "input_stages": [4]}
+    with caplog.at_level(logging.WARNING, "roadie"):
+        model = roadie.get_peft_model(family("qwen3_moe").model(), of_experts("each", **settings))
+    assert (
+        "the inputs of stacked experts alone, such as that of model.layers.0.mlp.experts.road_gate_up (4 in"
+        in caplog.text
+    )
+    inputs = {path.rpartition(".")[0] for path, _ in model.named_modules() if path.endswith(".road_input")}
+    assert {path.rpartition(".")[2] for path in inputs} == {"q_proj"}
+    settings = {"target_modules": ["q_proj"], "input_stages_pattern": {"experts.road_down": [4]}}
+    with pytest.warns(RuntimeWarning, match=r"input_stages_pattern keys did not match any.*\['experts\.road_down'\]"):
+        roadie.get_peft_model(family("qwen3_moe").model(), of_experts("each", **settings))
 
 
 def test_what_does_not_take_such_adapters_says_so() -> None:

@@ -9,11 +9,15 @@ pytest.importorskip("vllm", reason="needs vLLM, which has an environment of its 
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from vllm import envs
 from vllm.config import VllmConfig
 
-from roadie.errors import ConfigError
+from roadie.adapter import Adapter, LayerParameters
+from roadie.errors import AdapterError, ConfigError
+from roadie.rotation import Variant
 from roadie.vllm.limits import check_supported
+from roadie.vllm.matching import layer_rotations
 
 
 def config(**changes: Any) -> SimpleNamespace:
@@ -49,3 +53,13 @@ def test_the_key_of_the_compile_cache_knows_the_plugin() -> None:
         for additional in ({}, {"roadie": {"version": "1"}}, {"roadie": {"version": "2"}})
     }
     assert len(keys) == 3
+
+
+def test_rotations_of_stacked_experts_are_refused_with_what_is_missing() -> None:
+    layer = LayerParameters(torch.zeros(16), torch.ones(16), Variant.ROAD_1, 4)
+    adapter = Adapter({"model.layers.0.mlp.experts.road_down": layer})
+    said = (
+        r"vLLM plug-in, which does not rotate where .*LoRAExpertsMixin.*got a rotation of stacked experts, .*road_down;"
+    )
+    with pytest.raises(AdapterError, match=said):
+        layer_rotations(adapter, SimpleNamespace())

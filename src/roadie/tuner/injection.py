@@ -96,9 +96,20 @@ class Plan:
         """
         paths = [target.path for target in self.targets]
         self._warn_of_aliases()
+        self._warn_of_inputs(config)
         warn_of_what_matches_nothing(config, self.model, paths)
         if was_read:
             warn_of_layers_beyond(config, self.model, paths)
+
+    def _warn_of_inputs(self, config: Any) -> None:
+        """Say that the inputs of stacked experts are left alone where those of all layers are to be rotated."""
+        experts = [target.path for target in self.targets if experts_kind(target.path) is not None]
+        if experts and getattr(config, "input_stages", None):
+            logger.warning(
+                "input_stages leaves the inputs of stacked experts alone, such as that of %s (%d in all)",
+                experts[0],
+                len(experts),
+            )
 
     def _warn_of_aliases(self) -> None:
         """Say where one module has several targeted names: PEFT replaces it under the first alone."""

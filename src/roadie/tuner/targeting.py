@@ -177,10 +177,10 @@ def _unmatched_layers(config: Any, model: nn.Module) -> Iterator[str]:
 
 def _patterns(config: Any, targeted: Collection[str]) -> Iterator[str]:
     """As PEFT says it of LoRA's patterns."""
+    layers = [path for path in targeted if experts_kind(path) is None]
     for key in PATTERNS:
-        unused = [
-            p for p in getattr(config, key, None) or {} if not any(matches_end(p, path, key) for path in targeted)
-        ]
+        paths = layers if key == "input_stages_pattern" else targeted  # the inputs of experts are never rotated
+        unused = [p for p in getattr(config, key, None) or {} if not any(matches_end(p, path, key) for path in paths)]
         if unused:
             yield (
                 f"The following {key} keys did not match any targeted module and were ignored: {unused}. A pattern must "

@@ -45,7 +45,10 @@ def layer_rotations(adapter: Adapter, manager: Any) -> dict[str, LayerRotations]
 
 
 def _check_rotations_alone(adapter: Adapter) -> None:
-    refuse_experts(adapter.layers, "the vLLM plug-in, whose fused experts leave no place between their projections")
+    refuse_experts(
+        adapter.layers,
+        "the vLLM plug-in, which does not rotate where vLLM's experts apply LoRA (LoRAExpertsMixin, which experts on CPUs lack)",
+    )
     if adapter.other:
         raise AdapterError(
             f"got an adapter that also has {next(iter(adapter.other))}; vLLM serves rotations alone, no trained biases, "
