@@ -37,6 +37,7 @@ EXPERTS = {"first": "each", "second": "shared"}
 BOUND = 2000 * unit_roundoff(torch.float32)
 
 NO_CHECKPOINTS = "transformers has no gradient checkpointing there"
+NO_TEXT = "the model writes no text, or none in float64"
 
 
 @dataclass
@@ -213,6 +214,27 @@ def check_mixed_rows(adapted: Adapted) -> None:
                 _near_rows(mixed, adapted.outputs(rows), [row for row in range(rows) if names[row] == BASE], BASE)
 
 
+def check_beams(adapted: Adapted) -> None:
+    """A row of a batch is continued by its own adapter through beams, of which each row has several."""
+    if not adapted.plain.can_generate() or adapted.family.kind == "xlnet":  # which makes inputs in float32 for itself
+        raise NotImplementedError(NO_TEXT)
+    names = list(VARIANTS)
+    prompts = inputs(adapted.family, len(names), TOKENS)["input_ids"]
+    mixed = _beams(adapted, prompts, adapter_names=names)
+    for row, name in enumerate(names):
+        adapted.model.set_adapter(name)
+        assert torch.equal(mixed[row : row + 1], _beams(adapted, prompts[row : row + 1])), f"beams of {name}"
+
+
+def _beams(adapted: Adapted, prompts: Tensor, **arguments: Any) -> Tensor:
+    tokens = {"eos_token_id": None, "pad_token_id": 0, "decoder_start_token_id": 0}
+    with torch.no_grad():
+        made: Tensor = adapted.model.generate(
+            input_ids=prompts, num_beams=2, max_new_tokens=2, do_sample=False, **tokens, **arguments
+        )
+    return made
+
+
 def check_merge(adapted: Adapted) -> None:
     """Merged into the weights an adapter says the same, and the base model is what it was after."""
     model = adapted.model
@@ -259,6 +281,7 @@ CHECKS: dict[str, Callable[[Adapted], None]] = {
     "backward": check_backward,
     "checkpointed": check_checkpointed,
     "mixed rows": check_mixed_rows,
+    "beams": check_beams,
     "merge": check_merge,
     "files": check_files,
 }

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import transformers
-from tests.families.checks import CHECKS, NO_CHECKPOINTS, Row, row_of
+from tests.families.checks import CHECKS, NO_CHECKPOINTS, NO_TEXT, Row, row_of
 from tests.families.models import FAMILIES, WITH_EXPERTS, Family
 
+_NOT_THERE = (NO_CHECKPOINTS, NO_TEXT)
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
 _HEAD = """# Model families
@@ -21,7 +22,8 @@ were multiplied by dense rotation matrices, differentiated by autograd.
 
 - **forward**: logits of each adapter. **backward**: gradients of its parameters. **checkpointed**: the same with gradient
   checkpointing (non-reentrant); `-` where transformers has none.
-- **mixed rows**: `adapter_names` with both adapters and the base model in one batch, also with as many rows as tokens.
+- **mixed rows**: `adapter_names` with both adapters and the base model in one batch, also with as many rows as tokens. **beams**:
+  texts of both adapters in one batch, by beam search; `-` where the model writes no text (XLNet: none in float64).
 - **merge**: merged and unmerged outputs agree, and unmerging restores the base model. **files**: saved, and loaded into another
   copy.
 - **adapted**: adapted layers; **left out**: linear layers that "all-linear" leaves alone, besides the output layer.
@@ -49,6 +51,8 @@ LLaVA). `RoadConfig(target_modules="all-linear", target_towers=True)` adapts the
 ends of paths, which mean layers of that name everywhere, or by an expression for whole paths:
 
 ```python
+import roadie
+
 config = roadie.RoadConfig(target_modules=r"model\\.language_model\\..*_proj|model\\.vision_tower\\..*\\.fc[12]")
 ```
 
@@ -73,12 +77,12 @@ def _cell(row: Row, check: str) -> str:
         return "refused"
     if check not in row.said:
         return "yes"
-    return "-" if row.said[check] == NO_CHECKPOINTS else "refused"
+    return "-" if row.said[check] in _NOT_THERE else "refused"
 
 
 def messages(family: Family, row: Row) -> list[str]:
     """What is said of whatever is refused, on a line each."""
-    refused = {check: said for check, said in row.said.items() if said != NO_CHECKPOINTS}
+    refused = {check: said for check, said in row.said.items() if said not in _NOT_THERE}
     return [f"- {family.kind}, {check}: {_in_one_line(said)}" for check, said in refused.items()]
 
 
