@@ -223,16 +223,22 @@ def check_beams(adapted: Adapted) -> None:
     mixed = _beams(adapted, prompts, adapter_names=names)
     for row, name in enumerate(names):
         adapted.model.set_adapter(name)
-        assert torch.equal(mixed[row : row + 1], _beams(adapted, prompts[row : row + 1])), f"beams of {name}"
+        alone = _beams(adapted, prompts[row : row + 1])
+        assert torch.equal(mixed.sequences[row : row + 1], alone.sequences), f"beams of {name}"
+        _near(mixed.sequences_scores[row : row + 1], alone.sequences_scores, f"scores of beams of {name}")
 
 
-def _beams(adapted: Adapted, prompts: Tensor, **arguments: Any) -> Tensor:
+def _beams(adapted: Adapted, prompts: Tensor, **arguments: Any) -> Any:
     tokens = {"eos_token_id": None, "pad_token_id": 0, "decoder_start_token_id": 0}
+    how = {
+        "num_beams": 2,
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     with torch.no_grad():
-        made: Tensor = adapted.model.generate(
-            input_ids=prompts, num_beams=2, max_new_tokens=2, do_sample=False, **tokens, **arguments
-        )
-    return made
+        return adapted.model.generate(input_ids=prompts, **tokens, **how, **arguments)
 
 
 def check_merge(adapted: Adapted) -> None:
