@@ -106,8 +106,8 @@ def _discard(staging: Path, folder: Path, created: bool) -> None:
             folder.rmdir()
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Make `text` what is in `file`, as a whole: written beside it, fsynced, renamed, with the mode that new files have."""
+def replace_file(file: Path, text: str, mode: int | None = None) -> None:
+    """Make `text` what is in `file`, as a whole: written beside it, fsynced, renamed. mode: None: that of new files."""
     handle, scratch = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -116,11 +116,13 @@ def replace_file(file: Path, text: str) -> None:
             os.fsync(stream.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(scratch, 0o666 & ~mask)
-        os.replace(scratch, file)
+        os.chmod(scratch, 0o666 & ~mask if mode is None else mode)
+        Path(scratch).replace(file)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise
+    with suppress(OSError):  # some file systems cannot
+        sync_folder(file.parent)
 
 
 @contextmanager

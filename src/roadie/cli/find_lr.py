@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from roadie.cli import options
-from roadie.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from roadie.training.rates import RateSearch, Trial
 
-DEFAULT = Recipe()
+SETTINGS = (
+    *("variant", "group_size", "adapt_group_size", "target_modules", "exclude_modules", "learning_rate"),
+    *("batch_size", "micro_batch_size", "max_length", "load_in_4bit", "precision", "seed"),
+)
 
 
+@options.takes_recipe(
+    *SETTINGS,
+    learning_rate=typer.Option("--first", help="The rate to start the search from.", show_default="as for train"),
+)
 def find_lr(
-    ctx: typer.Context,
     data: options.Data,
     model: options.Model = None,
-    variant: options.Variant = DEFAULT.variant,
-    group_size: options.GroupSize = DEFAULT.group_size,
-    adapt_group_size: options.AdaptGroupSize = DEFAULT.adapt_group_size,
-    target_modules: options.Target = None,
-    exclude_modules: options.Exclude = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--first", help="The rate to start the search from.", show_default="as for train")
-    ] = DEFAULT.learning_rate,
+    *,
     steps: Annotated[int, typer.Option(help="Optimizer steps a rate.")] = 32,
-    batch_size: options.BatchSize = DEFAULT.batch_size,
-    micro_batch_size: options.MicroBatchSize = None,
-    max_length: options.MaxLength = DEFAULT.max_length,
-    load_in_4bit: options.LoadIn4bit = DEFAULT.load_in_4bit,
-    precision: options.Precision = DEFAULT.precision,
-    seed: options.DataSeed = DEFAULT.seed,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
+    **settings: Any,
 ) -> None:
     """Search a learning rate for `roadie train`, by short trainings from the same start; nothing is written.
 
@@ -51,7 +44,7 @@ def find_lr(
     """
     from roadie.cli.quiet import quiet_libraries
 
-    recipe = options.recipe_of(ctx.params)
+    recipe = options.recipe_of(settings)
     with quiet_libraries():
         from roadie.training.models import ModelSource
         from roadie.training.rates import find_learning_rate

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from roadie.cli import options
 from roadie.cli.config_file import Config
 from roadie.errors import ConfigError
-from roadie.learning_rate import default_learning_rate
-from roadie.training.recipe import DEFAULT_BETA, SCHEDULES, Recipe
 
 if TYPE_CHECKING:
     from roadie.training.record import TrainingResult
 
-DEFAULT = Recipe()
 
-
+@options.takes_recipe()
 def train(
-    ctx: typer.Context,
     data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.", show_default=False)],
     model: options.Model = None,
@@ -30,83 +26,7 @@ def train(
             help="Held-out texts; the adapter of the best checkpoint is kept. Repeatable.", show_default=False
         ),
     ] = None,
-    eval_share: Annotated[float, typer.Option(help="Hold out this share of the data instead.")] = DEFAULT.eval_share,
-    patience: Annotated[
-        int | None,
-        typer.Option(help="End after so many evaluations without a better held-out loss.", show_default="no early end"),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="sft: learn what the rows say; dpo: learn which of two answers is preferred, by TRL.")
-    ] = DEFAULT.method,
-    beta: Annotated[
-        float | None,
-        typer.Option(
-            help="Of dpo: how much a change of an answer's likelihood counts.", show_default=f"{DEFAULT_BETA:g}"
-        ),
-    ] = None,
-    variant: options.Variant = DEFAULT.variant,
-    group_size: options.GroupSize = DEFAULT.group_size,
-    adapt_group_size: options.AdaptGroupSize = DEFAULT.adapt_group_size,
-    stages: Annotated[
-        str | None,
-        typer.Option(help="Several rotations in a row, by their group sizes: 2,16,64.", show_default="one rotation"),
-    ] = None,
-    input_stages: Annotated[
-        str | None,
-        typer.Option(
-            help="Rotate the inputs of layers too, by these group sizes: 64, or 2,16,64.", show_default="outputs alone"
-        ),
-    ] = None,
-    target_modules: options.Target = None,
-    target_experts: Annotated[
-        str | None,
-        typer.Option(
-            help="Rotate stacked experts of mixtures too: 'each' by its own rotation, or all by one 'shared'.",
-            show_default="left alone",
-        ),
-    ] = None,
-    exclude_modules: options.Exclude = None,
-    share: Annotated[
-        str | None,
-        typer.Option(
-            help="Train this share of the pairs of every layer: 1/2, or '1/2 interleaved'.", show_default="all"
-        ),
-    ] = DEFAULT.share,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            "--learning-rate",
-            "--lr",
-            help="At its peak.",
-            show_default=f"by the model's width: {default_learning_rate(4096):g} at 4096, {default_learning_rate(1024):g} "
-            f"at 1024, {default_learning_rate(256):g} at 256",
-        ),
-    ] = DEFAULT.learning_rate,
-    schedule: Annotated[str, typer.Option(help=f"{', '.join(SCHEDULES)}.")] = DEFAULT.schedule,
-    warmup_ratio: Annotated[
-        float, typer.Option(help="Share of the steps in which the rate rises.")
-    ] = DEFAULT.warmup_ratio,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = DEFAULT.weight_decay,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = DEFAULT.epochs,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, instead of epochs.", show_default=False)
-    ] = None,
-    batch_size: options.BatchSize = DEFAULT.batch_size,
-    micro_batch_size: options.MicroBatchSize = None,
-    max_length: options.MaxLength = DEFAULT.max_length,
-    packing: Annotated[
-        bool,
-        typer.Option("--packing", help="Lay several examples into a row, apart from each other; batches count rows."),
-    ] = DEFAULT.packing,
-    load_in_4bit: options.LoadIn4bit = DEFAULT.load_in_4bit,
-    precision: options.Precision = DEFAULT.precision,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
-    ] = DEFAULT.gradient_checkpointing,
-    checkpoint_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints and evaluations.", show_default="one epoch")
-    ] = None,
-    seed: options.DataSeed = DEFAULT.seed,
+    *,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted training, or start where there is none.")
     ] = False,
@@ -129,6 +49,7 @@ def train(
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
     config: Config = None,
+    **settings: Any,
 ) -> None:
     """Fine-tune a RoAd adapter with the recipe of the paper, and write it in PEFT's format.
 
@@ -157,7 +78,7 @@ def train(
 
     if hub_public and not push_to_hub:
         raise ConfigError("got --hub-public without --push-to-hub; wanted a repository that it is said of; name it")
-    recipe = options.recipe_of(ctx.params)
+    recipe = options.recipe_of(settings)
     with told(lambda: saved_in(work_path(output))), quiet_libraries():
         from roadie.distributed.processes import joined
         from roadie.training.hub import HubPlace

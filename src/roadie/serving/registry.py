@@ -35,6 +35,7 @@ from roadie import checkpoint
 from roadie.adapter import Adapter
 from roadie.bank.admission import ReadyAdapter
 from roadie.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from roadie.checkpoint.replacement import replace_file
 from roadie.errors import CheckpointError, ConfigError, StateNotWritten, UnknownAdapter
 from roadie.serving.belongings import MAX_BYTES, TEMPLATE_NAME, TOKENIZER_CONFIG, Belongings, belongings_in
 from roadie.serving.places import LeftOut, Places, check_served_name
@@ -428,26 +429,9 @@ def _write_state(file: Path, entries: Mapping[str, Entry]) -> None:
     """The new state or the old one, never a part: written beside it, fsynced, renamed."""
     adapters = {name: vars(entry) for name, entry in sorted(entries.items())}
     text = json.dumps({"format": STATE_FORMAT, "adapters": adapters}, indent=2)
-    scratch = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:
-        with scratch.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(file)
+        replace_file(file, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
         raise StateNotWritten(
             f"{file}: got {error.strerror} when the registry's state was written; nothing has changed; make room"
         ) from None
-    with contextlib.suppress(OSError):  # some file systems cannot
-        _sync_directory(file.parent)
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

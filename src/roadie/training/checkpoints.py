@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roadie.checkpoint.replacement import replace_file
 from roadie.errors import ConfigError
 from roadie.training.folders import OutputExists, check_free
 from roadie.training.interruption import NOTHING, Saved
@@ -76,10 +77,8 @@ def former_rate(output: Path) -> float | None:
 
 def record_start(path: Path, settings: Mapping[str, Any], loss_before: float) -> None:
     """Write settings.json into the working folder, whole or not at all; the run can be resumed from then on."""
-    temporary = path / f"{SETTINGS_NAME}.new"
     content = {"settings": dict(settings), "loss_before": loss_before}
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path / SETTINGS_NAME)
+    replace_file(path / SETTINGS_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def saved_in(folder: Path) -> Saved:

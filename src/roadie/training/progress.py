@@ -41,12 +41,7 @@ class ProgressBar(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, float] | None = None, **_: Any
     ) -> None:
         if self._bar is None or not logs:
             return
@@ -70,12 +65,7 @@ class ProgressLines(TrainerCallback):
         self._began_s, self._first, self._shown = time.perf_counter(), state.global_step, {}
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, float] | None = None, **_: Any
     ) -> None:
         """Losses are logged at each step, and held-out losses after that of their step."""
         self._shown |= _losses(logs or {})

@@ -123,12 +123,7 @@ class RateWatch(TrainerCallback):
             self._see(entry, int(entry["step"]))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, float] | None = None, **_: Any
     ) -> None:
         """One more loss."""
         said = self._see(logs or {}, state.global_step)

@@ -16,7 +16,6 @@ Keys are compared in constant time, and with all lines of the file, whichever ma
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import os
@@ -30,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from roadie.checkpoint.replacement import replace_file
 from roadie.errors import ConfigError, StateNotWritten
 
 PREFIX = "rk-"
@@ -182,15 +182,7 @@ def _as_entry(hashed: str, caller: Caller) -> dict[str, Any]:
 
 
 def _replace(file: Path, text: str) -> None:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.new")
     try:
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(file)
+        replace_file(file, text, mode=0o600)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
         raise StateNotWritten(f"{file}: got {error.strerror} when it was written; nothing has changed") from None

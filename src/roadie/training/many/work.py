@@ -11,7 +11,6 @@ The outputs of finished jobs carry the mark, so that a run that goes on knows wh
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roadie.checkpoint.replacement import sync_folder
+from roadie.checkpoint.replacement import replace_file
 from roadie.errors import ConfigError
 from roadie.training.folders import OutputExists, check_free, check_writable
 from roadie.training.many.job import Job
@@ -112,13 +111,7 @@ def _start(work: Work, settings: Mapping[str, Any]) -> None:
 
 def _write(work: Work, settings: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
     content = {"mark": work.mark, "overwrite": work.overwrite, "settings": settings, "outcome": outcome}
-    temporary = work.path / f"{RUN_NAME}.new"
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(work.path / RUN_NAME)
-    sync_folder(work.path)
+    replace_file(work.path / RUN_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
