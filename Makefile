@@ -106,6 +106,7 @@ pictures: $(VENV)/.development ## the pictures of the documents made anew, but t
 	$(RUN)/python -m benchmarks.home_picture
 	$(RUN)/python scripts/pictures.py
 	$(RUN)/python scripts/report_example.py
+	$(RUN)/python scripts/page_example.py
 
 docs-serve: $(DOCS_VENV)/.installed ## the site on http://127.0.0.1:8000, built again when a page changes
 	$(DOCS_VENV)/bin/mkdocs serve --no-strict $(ARGS)

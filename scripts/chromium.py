@@ -30,8 +30,8 @@ _FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--remote-debugging-pipe",
-    # Every name leads nowhere, so that whatever asks for the network fails.
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    # Every name leads nowhere, so that whatever asks for the network fails; but for this machine, which a page may be from.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--proxy-server=127.0.0.1:9",
 )
 
@@ -71,20 +71,24 @@ class Chromium:
         self._number = 0
         self._page: Page | None = None
 
-    def open(self, path: Path, *, width: int, scheme: str, pixel_ratio: float = 1.0) -> Page:
-        """The page in the file `path`, loaded, at a width and in a colour scheme ("light" or "dark"), offline."""
+    def open(self, place: Path | str, *, width: int, scheme: str, pixel_ratio: float = 1.0) -> Page:
+        """A page in a file, offline, or at an address of this machine; at a width and in a colour scheme ("light", "dark")."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = self._page = Page(lambda method, **rest: self._call(method, session=session, **rest))
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
         page.call(
-            "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1
+            "Network.emulateNetworkConditions",
+            offline=isinstance(place, Path),
+            latency=0,
+            downloadThroughput=-1,
+            uploadThroughput=-1,
         )
         size = {"width": width, "height": 800, "deviceScaleFactor": pixel_ratio, "mobile": width < 600}
         page.call("Emulation.setDeviceMetricsOverride", **size)
         page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        page.call("Page.navigate", url=path.resolve().as_uri())
+        page.call("Page.navigate", url=place.resolve().as_uri() if isinstance(place, Path) else place)
         self._read_until(lambda message: message.get("method") == "Page.loadEventFired")
         page.evaluate("document.readyState")  # what came before its answer has been read
         return page
