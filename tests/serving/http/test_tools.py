@@ -21,8 +21,11 @@ from roadie import embedded
 from roadie.errors import ConfigError
 from roadie.serving import ContinuousBatchingEngine, EngineSettings, Registry
 from roadie.serving.belongings import OwnChat
+from roadie.serving.http.bodies import ChatBody, Message
+from roadie.serving.http.offers import offer_of
 from roadie.serving.http.settings import HttpSettings
 from roadie.serving.http.tools import STYLES, CallReader, Offer, style_of
+from roadie.serving.http.turns import turns_of
 
 PARAMETERS = {
     "$defs": {"unit": {"enum": ["C", "F"]}},
@@ -142,16 +145,92 @@ def test_templates_of_well_known_models_are_told_apart_and_show_tools_and_calls(
     tokenizer = embedded.load_tokenizer()
     tokenizer.chat_template = file.read_text()
     with running(tokenizer=tokenizer, engine=FakeEngine(max_context_tokens=10_000)) as server:
-        said = {
-            "role": "assistant",
-            "tool_calls": [
-                {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": json.dumps(ONE)}}
-            ],
-        }
-        heard = {"role": "tool", "tool_call_id": "c1", "content": "21 degrees"}
-        assert ask(server, CHAT, messages=[*HELLO, said, heard], tools=[WEATHER, CLOCK]).status_code == 200
+        said = {"role": "assistant", "tool_calls": [called("c1", arguments=json.dumps(ONE)), called("c2", "clock", "")]}
+        messages = [
+            {"role": "developer", "content": "Be brief."},
+            *HELLO,
+            said,
+            heard("c1", "21 degrees"),
+            heard("c2", "noon"),
+        ]
+        answer = ask(server, CHAT, messages=messages, tools=[WEATHER, CLOCK])
+        assert answer.status_code == 200, answer.text
         prompt = tokenizer.decode(server.engine.requests[-1].prompt_ids)
-    assert all(part in prompt for part in ('"weather"', "How it is.", '"clock"', "21 degrees", '"unit": "C"'))
+    parts = ("Be brief.", '"weather"', "How it is.", '"clock"', '"unit": "C"', "21 degrees", "noon")
+    assert [part for part in parts if part not in prompt] == []
+    assert "developer" not in prompt
+
+
+def called(id: str, name: str = "weather", arguments: str = '{"city": "Rome"}') -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def heard(id: str, content: str = "21") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+def turns(template: str, *messages: dict[str, Any]) -> list[dict[str, Any]]:
+    return turns_of([Message.model_validate(message) for message in messages], template)
+
+
+def test_a_developers_words_are_the_systems_where_the_template_has_no_such_role() -> None:
+    asked = {"role": "developer", "content": "Be brief."}
+    assert [turn["role"] for turn in turns("{{ messages }}", asked, *HELLO)] == ["system", "user"]
+    assert [turn["role"] for turn in turns("{{ role in ['developer'] }}", asked, *HELLO)] == ["developer", "user"]
+
+
+def test_arguments_of_a_call_are_an_object_where_they_can_be() -> None:
+    texts = {'{"a": 1}': {"a": 1}, "": {}, " ": {}, '{"a": ': '{"a": '}
+    for text, wanted in texts.items():
+        (turn,) = turns("", {"role": "assistant", "tool_calls": [called("c", arguments=text)]})
+        assert turn["tool_calls"][0]["function"]["arguments"] == wanted
+
+
+def test_mistrals_templates_get_ids_of_nine_letters_and_digits_that_agree() -> None:
+    ids = ["call_0123456789abcdef01234567", "c1", "abcdEF789"]
+    messages = [{"role": "assistant", "tool_calls": [called(id) for id in ids]}, *map(heard, ids)]
+    said, *answers = turns(template("mistral"), *messages)
+    found = [each["id"] for each in said["tool_calls"]]
+    assert all(re.fullmatch("[A-Za-z0-9]{9}", id) for id in found)
+    assert (len(set(found)), found[2]) == (3, ids[2])
+    assert [(answer["tool_call_id"], answer["name"]) for answer in answers] == [(id, "weather") for id in found]
+    said, *_ = turns(template("hermes"), *messages)
+    assert [each["id"] for each in said["tool_calls"]] == ids
+
+
+ONE_CALL = "{% if not message.tool_calls|length == 1 %}{{ raise_exception('One call alone!') }}{% endif %}"
+
+
+def test_several_calls_are_as_many_turns_where_the_template_takes_one() -> None:
+    both = {"role": "assistant", "content": "So.", "tool_calls": [called("a"), called("b", "clock", "{}")]}
+    conversation = (*HELLO, both, heard("b", "12:00"), heard("a"), {"role": "assistant", "content": "Well."})
+    found = turns(ONE_CALL, *conversation)
+    assert [turn["role"] for turn in found] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert [[call["id"] for call in turn.get("tool_calls", ())] for turn in found] == [[], ["b"], [], ["a"], [], []]
+    assert [turn["content"] for turn in found] == ["Hello", "", "12:00", "So.", "21", "Well."]
+    unanswered = turns(ONE_CALL, *HELLO, both, heard("a"))
+    assert [turn.get("tool_call_id") or turn["role"] for turn in unanswered] == ["user", "assistant", "a", "assistant"]
+    assert [call["id"] for call in turns("", *conversation)[1]["tool_calls"]] == ["a", "b"]
+
+
+def test_a_template_that_takes_one_call_is_offered_one_and_says_itself_what_it_does_not_take() -> None:
+    tokenizer = embedded.load_tokenizer()
+    refusing = "{% if messages|length > 1 %}{{ raise_exception('One turn alone!') }}{% endif %}{{ tools }} ipython"
+    tokenizer.chat_template = refusing
+    with running(tokenizer=tokenizer) as server:
+        refused = ask(server, CHAT, messages=[*HELLO, *HELLO])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+        assert "One turn alone!" in refused.json()["error"]["message"]
+    for text, most in ((ONE_CALL, 1), ("", None)):
+        tokenizer.chat_template = (
+            "{% for message in messages %}{% if message.tool_calls %}"
+            + text
+            + "{% endif %}{% endfor %}{{ tools }} ipython"
+        )
+        with running(tokenizer=tokenizer) as server:
+            offer = offer_of(ChatBody(model="base", messages=HELLO, tools=[WEATHER]), None, server.service)
+            assert offer is not None
+            assert offer.most == most
 
 
 @pytest.fixture

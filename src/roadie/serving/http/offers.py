@@ -9,7 +9,7 @@ from roadie.serving.grammars import Constraint, Kind
 from roadie.serving.http.bodies import ChatBody
 from roadie.serving.http.failures import ApiError, lacking
 from roadie.serving.http.service import Service
-from roadie.serving.http.tools import STYLES, Offer, knows_tools, specials, style_of
+from roadie.serving.http.tools import STYLES, Offer, knows_tools, specials, style_of, takes_one_call
 
 _MAY = (None, "none", "auto")
 
@@ -38,7 +38,7 @@ def offer_of(body: ChatBody, own_template: str | None, service: Service) -> Offe
     parameters = {tool.function.name: tool.function.parameters for tool in body.offered}
     if named is not None:
         return Offer(STYLES[style], {named: parameters[named]}, is_forced=True, most=1)
-    most = 1 if body.parallel_tool_calls is False else None
+    most = 1 if body.parallel_tool_calls is False or takes_one_call(template) else None
     return Offer(STYLES[style], parameters, body.tool_choice == "required", most)
 
 

@@ -17,16 +17,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from roadie.errors import PromptTooLong
-from roadie.serving.http.bodies import Message, ToolCall
+from roadie.serving.http.bodies import Message
 from roadie.serving.http.failures import ApiError
 from roadie.serving.http.pieces import Pieces
+from roadie.serving.http.turns import turns_of
 
 PLAIN_STOP = ("\nUser:",)
 _SPEAKERS = {"user": "User", "assistant": "Assistant"}
@@ -125,12 +125,14 @@ class Prompts:
             raise ApiError(400, message, "invalid_value", param="chat_template_kwargs")
 
     def _templated(self, messages: Sequence[Message], form: ChatForm) -> str:
+        tools = list(form.tools) or None
         try:
+            template = self._tokenizer.get_chat_template(form.template, tools=tools)
             return str(
                 self._tokenizer.apply_chat_template(
-                    turns_of(messages),
-                    tools=list(form.tools) or None,
-                    chat_template=form.template,
+                    turns_of(messages, template),
+                    tools=tools,
+                    chat_template=template,
                     tokenize=False,
                     add_generation_prompt=form.opens_answer,
                     continue_final_message=form.continues_last,
@@ -138,9 +140,10 @@ class Prompts:
                 )
             )
         except Exception as error:  # a template may raise what it likes, about roles in a wrong order for instance
+            said = f": {str(error)[:200]}" if type(error).__name__ == "TemplateError" else ""
             message = (
-                f"the model's chat template takes no such conversation ({type(error).__name__}); check the roles, and "
-                "chat_template_kwargs"
+                f"the model's chat template takes no such conversation ({type(error).__name__}{said}); check the roles, "
+                "arguments of calls, and chat_template_kwargs"
             )
             raise ApiError(400, message, "invalid_value", param="messages") from None
 
@@ -151,33 +154,6 @@ class Prompts:
     def close(self) -> None:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates know them: arguments of calls are objects, and what a tool says has the tool's name."""
-    turns: list[dict[str, Any]] = []
-    names: dict[str | None, str] = {}
-    for message in messages:
-        turn: dict[str, Any] = {"role": message.role, "content": message.text}
-        if message.tool_calls:
-            turn["tool_calls"] = [_call(call) for call in message.tool_calls]
-            names |= {call.id: call.function.name for call in message.tool_calls}
-        name = message.name or (names.get(message.tool_call_id) if message.role == "tool" else None)
-        optional = {"name": name, "tool_call_id": message.tool_call_id}
-        turns.append(turn | {key: value for key, value in optional.items() if value})
-    return turns
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
-    return {"id": call.id, "type": "function", "function": function}
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def plain_chat(messages: Sequence[Message], form: ChatForm) -> str:

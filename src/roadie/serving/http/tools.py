@@ -69,6 +69,11 @@ def knows_tools(template: str) -> bool:
     return re.search(r"\btools\b", template) is not None
 
 
+def takes_one_call(template: str) -> bool:
+    """Whether a turn of a conversation may have one call alone, as of Llama 3."""
+    return re.search(r"tool_calls\s*\|\s*length\s*==\s*1", template) is not None
+
+
 @dataclass(frozen=True)
 class Offer:
     """The tools of a request: schemas of parameters by name. is_forced: one is called in any case. most: of calls."""
