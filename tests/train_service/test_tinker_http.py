@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.patience import until
 from tests.serving.http.harness import Running
-from tests.train_service.tinker_server import BOB, NAME, PROTOBUF, ROWS, Http, message, of_server
+from tests.train_service.tinker_server import BOB, NAME, PROTOBUF, ROWS, Http, message, of_server, tinker
+
+from roadie.serving.http.gate import UNKNOWN
+
+LACKING = pytest.importorskip("roadie.train_service.tinker_api.routes").LACKING
 
 
 @pytest.fixture(scope="module")
@@ -229,12 +235,35 @@ def test_no_json_is_answered_with_a_failure_of_the_server(
 
 
 def test_what_is_not_here_is_said_by_name(alice: Http, things: dict[str, str]) -> None:
-    for path in ("create_custom_loss", "copy_weights", "retrieve_futures"):
-        assert path in alice.post(path, {}).json()["error"]["message"]
+    for path, method in ((path, method) for path, (methods, _) in LACKING.items() for method in methods.split()):
+        answer = alice.client.request(method, f"/api/v1/{path.format(session='s')}", json={})
+        assert answer.status_code == 400
+        assert path in answer.json()["error"]["message"]
     prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
     for lacking in ({"prompt_alt_tokens_k": 2}, {"record_stability_info": True}):
         body = {"base_model": NAME, "prompt": prompt, "sampling_params": {}, **lacking}
         assert next(iter(lacking)) in alice.post("asample", body).json()["error"]["message"]
+
+
+def test_whatever_the_sdk_asks_for_is_answered(server: Running) -> None:
+    """Every path that its code names is a route of this server, or refused by name."""
+    text = "".join(
+        path.read_text() for path in Path(tinker.__file__).parent.rglob("*.py") if not path.name.endswith("_test.py")
+    )
+    paths = {re.sub(r"{.*?}", "x", path) for path in re.findall(r'f?"(/api/v1/[\w/{}]+)"', text)}
+    assert {"/api/v1/asample", "/api/v1/sessions/x/trace_export", "/api/v1/training_runs/x/checkpoints/x/ttl"} <= paths
+    shorter = {path.replace("/checkpoints/x", "/checkpoints/x/x") for path in paths}  # a checkpoint's id has a slash
+    assert {path for path in shorter if server.service.gate.routes.of(path) == UNKNOWN} == set()
+
+
+def test_who_was_not_tried_is_told(alice: Http) -> None:
+    def said(version: str) -> str | None:
+        body = {"tags": [], "user_metadata": {}, "sdk_version": version}
+        return alice.ok("create_session", body)["warning_message"]
+
+    assert said("0.25.0") is said("0.38.1") is None
+    for version in ("0.24.1", "0.39.0", "1.30.0", "of my own"):
+        assert version in str(said(version))
 
 
 def test_a_model_that_is_unloaded_is_over(alice: Http) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
+from tests.patience import until
 from tests.serving.http.harness import Running
 from tests.train_service.fine_tuning.harness import (
     ADMIN,
@@ -372,3 +374,44 @@ def test_a_file_that_a_job_learns_from_stays(server: Running, monkeypatch: pytes
     job = wait(client, client.fine_tuning.jobs.create(model=BASE, training_file=file_id).id)
     assert job.status == "failed"
     assert client.files.delete(file_id).deleted
+
+
+def test_a_model_is_deleted_by_its_owner_and_not_while_a_job_goes_on_from_it(server: Running) -> None:
+    client, method = server.openai(ALICE), supervised(n_epochs=1, batch_size=8)
+    job = wait(
+        client, client.fine_tuning.jobs.create(model=BASE, training_file=upload(client, chats(PIE)), method=method).id
+    )
+    model = job.fine_tuned_model
+    assert answer(client, model)
+    (status,) = (each for each in server.engine.adapters() if each.name == model)
+    for who, name in ((BOB, model), (ADMIN, model), (ALICE, BASE), (ALICE, "ft:none/of that name")):
+        with pytest.raises(openai.NotFoundError):
+            server.openai(who).models.delete(name)
+    next_job = client.fine_tuning.jobs.create(model=model, training_file=job.training_file, method=method)
+    client.fine_tuning.jobs.pause(next_job.id)
+    with pytest.raises(openai.ConflictError, match=next_job.id):
+        client.models.delete(model)
+    client.fine_tuning.jobs.cancel(next_job.id)
+    assert client.models.delete(model).to_dict() == {"id": model, "object": "model", "deleted": True}
+    with pytest.raises(openai.NotFoundError):
+        answer(client, model)
+    with pytest.raises(openai.NotFoundError):
+        client.models.delete(model)
+    until(lambda: not Path(status.path).exists())
+    assert model not in [each.id for each in server.openai(ADMIN).models.list()]
+    assert list(client.fine_tuning.jobs.checkpoints.list(job.id)) == []
+    with pytest.raises(openai.NotFoundError):
+        client.fine_tuning.jobs.create(model=model, training_file=job.training_file, method=method)
+
+
+def test_who_is_answered_by_a_model_that_is_deleted_is_answered_to_the_end(server: Running) -> None:
+    client, method = server.openai(ALICE), supervised(n_epochs=1, batch_size=8)
+    job = wait(
+        client, client.fine_tuning.jobs.create(model=BASE, training_file=upload(client, chats(PIE)), method=method).id
+    )
+    asked = client.completions.create(model=job.fine_tuned_model, prompt="The", max_tokens=200, stream=True)
+    pieces = [next(iter(asked))]
+    assert client.models.delete(job.fine_tuned_model).deleted
+    pieces += list(asked)
+    assert pieces[-1].choices[0].finish_reason is not None
+    until(lambda: job.fine_tuned_model not in [each.name for each in server.engine.adapters()])

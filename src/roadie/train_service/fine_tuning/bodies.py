@@ -143,6 +143,14 @@ class FileDeleted(Answer):
     deleted: Literal[True]
 
 
+class ModelDeleted(Answer):
+    """A model that is gone."""
+
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]
+
+
 class JobError(Answer):
     """Why a job failed."""
 

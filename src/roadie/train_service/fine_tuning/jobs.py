@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlite3 import Row
 from typing import Any
 
-from roadie.serving.http.failures import ApiError
+from roadie.serving.http.failures import ApiError, unknown_model
 from roadie.train_service.database import Database, Write
 from roadie.train_service.progress import Progress
 
@@ -245,6 +245,26 @@ class Jobs:
             f"INSERT OR REPLACE INTO models ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
             tuple(values.values()),
         )
+
+    def delete_model(self, tenant: str, name: str) -> None:
+        """No job has made this model any more; whoever asks lets it go then, and calls `forget`.
+
+        Raises `ApiError`: 404 where the tenant has none of that name, 409 where a job that has not ended goes on from it.
+        """
+        with self._database.transaction() as write:
+            marks = ", ".join("?" * len(UNFINISHED))
+            user = write(f"SELECT id FROM jobs WHERE model = ? AND status IN ({marks})", (name, *UNFINISHED)).fetchone()
+            if not write("DELETE FROM models WHERE name = ? AND tenant = ?", (name, tenant)).rowcount:
+                raise unknown_model(name)
+            if user is not None:
+                message = f"got model {name!r}, which {user['id']} goes on from; cancel that first, or wait"
+                raise ApiError(409, message, "model_in_use", "conflict_error", param="model")
+
+    def forget(self, name: str) -> Path | None:
+        """A model is not served any more; its folder."""
+        folder = self.places.pop(name, None)
+        self._owners.pop(name, None)  # last: what nobody owns may be used by all
+        return folder
 
     def checkpoints(self, job: Job, limit: int, after: str | None) -> list[Any]:
         """The models of a job, the last first, one more than the limit where there are more. Raises `ApiError`."""

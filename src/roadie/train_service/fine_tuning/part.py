@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+from roadie.errors import StateNotWritten
+from roadie.serving import AdapterStatus
 from roadie.serving.http.extensions import Extension
 from roadie.serving.http.launch import Ground
 from roadie.serving.http.naming import BASE
+from roadie.serving.registry import Entry
 from roadie.train_service.database import Database
 from roadie.train_service.fine_tuning.course import Bench
 from roadie.train_service.fine_tuning.data import Reader
@@ -50,5 +56,18 @@ def fine_tuning(
     others = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="roadie-fine-tuning")
     base = (*ground.names, BASE)
     runner = Runner(Bench(engine, reader, files, jobs, limits, base, states, made, others, progress))
-    desk = Desk(files, jobs, limits, ground.model, base, runner.wake)
+    desk = Desk(files, jobs, limits, ground.model, base, runner.wake, partial(_let_go, ground, jobs))
     return Extension(desk.router, routes(limits), jobs.owner_of, runner.start, runner.stop, progress.of)
+
+
+def _let_go(ground: Ground, jobs: Jobs, model: str) -> None:
+    """No request may ask for a model from now on; when the last one that has asked is answered, its files go."""
+
+    def gone(_: Future[AdapterStatus]) -> None:
+        folder = jobs.forget(model)
+        with contextlib.suppress(StateNotWritten):
+            ground.registry.remember(model, Entry())
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    ground.engine.unload_adapter(model).add_done_callback(gone)

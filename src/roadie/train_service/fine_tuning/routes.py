@@ -38,19 +38,27 @@ def routes(limits: Limits) -> dict[str, Route]:
         "/v1/files": Route(is_streamed=True, max_body_bytes=limits.max_file_bytes + _FORM_BYTES, errors=(404, 507)),
         "/v1/files/{file_id}": Route(errors=(404, 409, 507)),
         "/v1/files/{file_id}/content": one,
+        "/v1/models/{model}": Route(errors=(404, 409, 507)),
         jobs: Route(errors=(404, 429, 507)),
         **{path: Route(errors=(404, 507)) for path in job},
     }
 
 
 class Desk:
-    """What answers. base: names of the base model; wake: called when there is something for jobs to do."""
+    """What answers. base: names of the base model; wake: called when there is something for jobs to do; let_go: with a model."""
 
     def __init__(
-        self, files: Files, jobs: Jobs, limits: Limits, model: Any, base: tuple[str, ...], wake: Callable[[], None]
+        self,
+        files: Files,
+        jobs: Jobs,
+        limits: Limits,
+        model: Any,
+        base: tuple[str, ...],
+        wake: Callable[[], None],
+        let_go: Callable[[str], None],
     ) -> None:
         self._files, self._jobs, self._limits = files, jobs, limits
-        self._model, self._base, self._wake = model, base, wake
+        self._model, self._base, self._wake, self._let_go = model, base, wake, let_go
         self.router = APIRouter()
         for path, method, answer, model_, extra in self._table():
             self.router.add_api_route(
@@ -73,6 +81,7 @@ class Desk:
             (f"{job}/resume", "POST", self.resume_job, bodies.JobObject, None),
             (f"{job}/events", "GET", self.list_events, bodies.EventPage, None),
             (f"{job}/checkpoints", "GET", self.list_checkpoints, bodies.CheckpointPage, None),
+            ("/v1/models/{model:path}", "DELETE", self.delete_model, bodies.ModelDeleted, None),
         ]
 
     # Files.
@@ -197,6 +206,12 @@ class Desk:
     def list_checkpoints(self, job_id: str, request: Request, after: After = None, limit: PageSize = 10) -> Any:
         """The models of a job: that of its end, and those of the epochs before; they can be chatted with."""
         return page(self._jobs.checkpoints(self._job(job_id, request), limit, after), limit)
+
+    def delete_model(self, model: str, request: Request) -> Any:
+        """A model that a job of this key has made is gone; requests that use it already are answered."""
+        self._jobs.delete_model(_tenant(request), model)
+        self._let_go(model)
+        return {"id": model, "object": "model", "deleted": True}
 
     def _job(self, job_id: str, request: Request) -> Job:
         return self._jobs.one(_tenant(request), job_id)

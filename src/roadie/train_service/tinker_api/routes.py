@@ -6,6 +6,7 @@ Whoever asks for what takes a while is given the id of a future, and then asks f
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from typing import Annotated, Any
@@ -25,7 +26,26 @@ API = "/api/v1"
 POLL_S = 20.0
 """How long a question for a result waits for it; the SDK gives up after 45 s."""
 MAX_BODY_BYTES = 64 << 20
-TESTED_SDK = "0.38."
+TESTED_SDKS = range(25, 39)
+"""The minor versions, of 0, of clients that this server was tried with; it speaks in the types of the newest."""
+_MINOR = re.compile(r"0\.(\d{1,4})\.")
+LACKING = {
+    "create_custom_loss": (
+        "POST",
+        "losses that it traces; use forward_backward_custom, whose loss the client computes",
+    ),
+    "copy_weights": ("POST", "projects to copy weights to; checkpoints of one key are all in one place"),
+    "retrieve_futures": ("POST", "questions for the futures of a session; ask for each (retrieve_future)"),
+    "auth/token": ("POST", "tokens beside keys; send the key"),
+    "auth/apikey/me": ("GET DELETE", "accounts; keys are its operator's (roadie api-key)"),
+    "audit": ("GET", "audit log; its log says who asked for what"),
+    "billing/usage/events": ("GET", "billing; its metrics count tokens"),
+    "billing/usage/checkpoints/current": ("GET", "billing; the lists of checkpoints say how large they are"),
+    "sessions/search": ("POST", "search; GET sessions lists those of a key"),
+    "sessions/{session}/project": ("PUT", "projects; sessions of one key are all in one place"),
+    "sessions/{session}/trace_export": ("GET", "traces of sessions"),
+}
+"""What there is elsewhere, and not here: how it is asked for, and what is to be said."""
 
 
 async def raw_body(request: Request) -> bytes:
@@ -53,7 +73,7 @@ ROUTES: dict[str, Route] = {
             "client/config", "client/dynamic_config", "get_server_capabilities", "create_session", "session_heartbeat",
             "create_model", "load_weights", "optim_step", "save_weights", "save_weights_for_sampler",
             "save_weights_external", "create_sampling_session", "join_sampling_session", "retrieve_future",
-            "cancel_future", "get_info", "unload_model", "create_custom_loss", "copy_weights", "retrieve_futures",
+            "cancel_future", "get_info", "unload_model", *LACKING,
         )
     },
 }  # fmt: skip
@@ -100,8 +120,9 @@ def _add_sessions(router: APIRouter, service: TinkerService) -> None:
         words = records.dumped(body.user_metadata)
         session = Session(records.new_id(), tenant, now, now, 0, body.display_name, words)
         service.records.put(session)
-        is_tested = body.sdk_version.startswith(TESTED_SDK)
-        warning = f"SDK {body.sdk_version[:40]} was not tested with this server; {TESTED_SDK}x was"
+        minor = _MINOR.match(body.sdk_version)
+        is_tested = minor is not None and int(minor[1]) in TESTED_SDKS
+        warning = f"SDK {body.sdk_version[:40]} was not tested with this server; 0.{TESTED_SDKS[0]} to 0.{TESTED_SDKS[-1]} were"
         return types.CreateSessionResponse(session_id=session.id, warning_message=None if is_tested else warning)
 
     @router.post("/session_heartbeat")
@@ -287,18 +308,11 @@ def _add_futures(router: APIRouter, service: TinkerService) -> None:
 
 
 def _add_refusals(router: APIRouter, service: TinkerService) -> None:
-    """What there is elsewhere, and not here."""
-    lacking = {
-        "create_custom_loss": "losses that it traces; use forward_backward_custom with a function, which the client computes",
-        "copy_weights": "projects to copy weights to; checkpoints of one key are all in one place",
-        "retrieve_futures": "questions for the futures of a session; ask for each (retrieve_future)",
-    }
-
     def refusal(name: str, what: str) -> Any:
         def refuse() -> None:
             raise ApiError(400, f"got {name}; this server has no {what}", "unsupported")
 
         return refuse
 
-    for name, what in lacking.items():
-        router.add_api_route(f"/{name}", refusal(name, what), methods=["POST"], include_in_schema=False)
+    for name, (methods, what) in LACKING.items():
+        router.add_api_route(f"/{name}", refusal(name, what), methods=methods.split(), include_in_schema=False)
