@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from tests.train_service.fine_tuning.harness import (
 from tests.versions import NO_ENGINE
 
 from roadie.engine import TenantState, TrainingSettings
-from roadie.errors import StateNotWritten
+from roadie.errors import ShuttingDown, StateNotWritten
 from roadie.train_service.database import Database
 from roadie.train_service.fine_tuning import course
 from roadie.train_service.fine_tuning.data import Reader
@@ -297,3 +297,76 @@ def test_what_no_job_came_to_the_end_of_is_removed_at_the_start(tmp_path: Path) 
     with serving(tmp_path) as server:
         until(lambda: not any(folder.joinpath("ftjob-gone").exists() for folder in folders))
         assert answer(server.openai(), done.fine_tuned_model)
+
+
+# Kills, each at a point where an effect has been written down and what tells of it may not have been.
+
+
+@contextmanager
+def killing(
+    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, is_here: Callable[..., bool]
+) -> Iterator[threading.Event]:
+    """Calls of a method that are the ones meant end the job as a kill does: nothing more is written down; set when one has."""
+    method, dead = getattr(place, name), threading.Event()
+
+    def replaced(self: Any, *arguments: Any, **more: Any) -> Any:
+        if is_here(*arguments):
+            dead.set()
+            raise ShuttingDown("killed")
+        return method(self, *arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, replaced)
+        yield dead
+
+
+def moves_to(status: str) -> Callable[..., bool]:
+    return lambda _, since, to, *__: to == status
+
+
+def test_a_kill_while_a_job_ends_leaves_one_file_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with killing(monkeypatch, Jobs, "move", moves_to("succeeded")) as dead, serving(tmp_path) as server:
+        client = server.openai()
+        job = start(client, chats(PIE))
+        assert dead.wait(HANG_S)
+    with serving(tmp_path) as server:
+        client = server.openai()
+        job = wait(client, job.id)
+        assert job.status == "succeeded"
+        assert [file.id for file in client.files.list(purpose="fine-tune-results")] == job.result_files
+        assert answer(client, job.fine_tuned_model)
+
+
+def test_a_checkpoint_that_is_made_again_after_a_kill_is_the_one_that_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killing(monkeypatch, course._Texts, "keep_state", lambda *_: True) as dead, serving(tmp_path) as server:
+        client = server.openai()
+        job = start(client, chats(PIE))
+        assert dead.wait(HANG_S)
+        (told,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+        assert answer(client, told.fine_tuned_model_checkpoint)
+    with serving(tmp_path) as server:
+        client = server.openai()
+        assert wait(client, job.id).status == "succeeded"
+        assert list(client.fine_tuning.jobs.checkpoints.list(job.id))[-1] == told
+        messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+        assert messages.count("Checkpoint created at step 2") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "to", "said"),
+    [(chats("Very " * 600, 1), "queued", "are cut"), (chats(PIE) + b"{\n", "failed", "line 9:")],
+    ids=["rows that are cut", "lines that are wrong"],
+)
+def test_what_is_said_of_files_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, to: str, said: str
+) -> None:
+    with killing(monkeypatch, Jobs, "move", moves_to(to)) as dead, serving(tmp_path) as server:
+        job = start(server.openai(), content)
+        assert dead.wait(HANG_S)
+    with serving(tmp_path) as server:
+        client = server.openai()
+        wait(client, job.id)
+        messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+        assert sum(said in message for message in messages if not message.startswith("The job failed")) == 1

@@ -23,6 +23,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -41,11 +42,11 @@ Course: TypeAlias = "Generator[Future[Any], Any, None]"
 
 
 class JobFailed(RoadieError):
-    """A job cannot go on: code, message and parameter as OpenAI's API has them."""
+    """A job cannot go on: code, message and parameter as OpenAI's API has them; faults: an event each."""
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    def __init__(self, code: str, message: str, param: str | None = None, faults: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.code, self.param = code, param
+        self.code, self.param, self.faults = code, param, faults
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +89,18 @@ class Bench:
 def validate(bench: Bench, job: Job) -> Course:
     """Look at the files of a job, and decide what it is to do; it waits for its turn then."""
     rows = yield from _read(bench, job, "training_file")
-    num_cut = sum(any(row.was_cut for row in each) for each in rows)
-    if num_cut:
-        said = f"{num_cut} of {len(rows)} rows are longer than {bench.reader.max_tokens} tokens, and are cut"
-        bench.jobs.say(job.id, [said], "warn")
     if job.validation_file is not None:
         yield from _read(bench, job, "validation_file")
     hyperparameters = decided(job.hyperparameters, len(rows))
     message = "Files validated, moving job to queued state"
-    bench.jobs.move(job.id, ("validating_files",), "queued", message, hyperparameters=hyperparameters, is_validated=1)
+    num_cut = sum(any(row.was_cut for row in each) for each in rows)
+    with bench.jobs.together():
+        if num_cut:
+            said = f"{num_cut} of {len(rows)} rows are longer than {bench.reader.max_tokens} tokens, and are cut"
+            bench.jobs.say(job.id, [said], "warn")
+        bench.jobs.move(
+            job.id, ("validating_files",), "queued", message, hyperparameters=hyperparameters, is_validated=1
+        )
 
 
 def _read(bench: Bench, job: Job, param: str) -> Generator[Future[Any], Any, list[Rows]]:
@@ -104,10 +108,9 @@ def _read(bench: Bench, job: Job, param: str) -> Generator[Future[Any], Any, lis
         rows: list[Rows] = yield bench.read(job, param)
         return rows
     except BadFile as error:
-        bench.jobs.say(job.id, error.faults, "error")
         what = param.removesuffix("_file")
         message = f"The job failed due to an invalid {what} file. {error}"
-        raise JobFailed(f"invalid_{param}", message, param) from None
+        raise JobFailed(f"invalid_{param}", message, param, error.faults) from None
     except FileNotFoundError:
         raise JobFailed(f"invalid_{param}", f"The {param} does not exist any more.", param) from None
 
@@ -241,9 +244,11 @@ class _Texts:
         figures = bench.jobs.figures(job.id)
         last = figures[-1] if figures else {"step": plan.num_steps}
         model = yield from self._save(state, plan.num_steps, last, is_last=True)
-        file_id = bench.files.add(job.tenant, "step_metrics.csv", "fine-tune-results", _as_csv(figures))
-        if not bench.jobs.succeed(job.id, model, file_id, self._num_tokens()):  # paused or cancelled at the last moment
-            bench.files.delete(job.tenant, file_id)
+        result = (job.tenant, "step_metrics.csv", "fine-tune-results", _as_csv(figures))
+        add_result = partial(bench.files.add, *result)
+        if not bench.jobs.succeed(
+            job.id, model, add_result, self._num_tokens()
+        ):  # paused or cancelled at the last moment
             yield from self.keep_state(state)
             return
         shutil.rmtree(bench.states / job.id, ignore_errors=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Row
@@ -206,43 +207,53 @@ class Jobs:
         self._progress.stands(job_id, to)
         return found
 
-    def fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
-        """A job that has not ended otherwise has failed."""
-        error = {"code": code, "message": message, "param": param}
-        self.move(job_id, ACTIVE, "failed", message, "error", error=error, finished_at=int(time.time()))
+    def together(self) -> AbstractContextManager[Write]:
+        """A block of which all is written down or nothing: no kill comes between an effect and what tells of it."""
+        return self._database.transaction()
 
-    def succeed(self, job_id: str, model: Model, result_file: str, trained_tokens: int) -> bool:
-        """The model is served from now on, under its name; whether the job was still running."""
-        with self._database.transaction() as write:
-            is_done = self.move(
+    def fail(self, job_id: str, code: str, message: str, param: str | None, faults: Sequence[str] = ()) -> None:
+        """A job that has not ended otherwise has failed; faults: an event each, before."""
+        error = {"code": code, "message": message, "param": param}
+        with self.together():
+            self.say(job_id, faults, "error")
+            self.move(job_id, ACTIVE, "failed", message, "error", error=error, finished_at=int(time.time()))
+
+    def succeed(self, job_id: str, model: Model, add_result: Callable[[], str], trained_tokens: int) -> bool:
+        """The model is served from now on, under its name; whether the job was still running.
+
+        add_result: makes the file of the results, whose id it gives, if it was.
+        """
+        with self.together() as write:
+            if self.status(job_id) != "running":
+                return False
+            self.move(
                 job_id,
                 ("running",),
                 "succeeded",
                 "The job has successfully completed",
                 fine_tuned_model=model.name,
-                result_file=result_file,
+                result_file=add_result(),
                 trained_tokens=trained_tokens,
                 finished_at=int(time.time()),
             )
-            if is_done:
-                self._keep(write, model)
-        if is_done:
-            self._serve(model)
-        return is_done is not None
+            self._keep(write, model)
+        self._serve(model)
+        return True
 
     # Models.
 
     def keep(self, model: Model) -> None:
-        """A model of a step is served from now on, under its name; one that had it is replaced."""
-        with self._database.transaction() as write:
-            self._keep(write, model)
-            _say(write, model.job, f"Checkpoint created at step {model.step}")
+        """A model of a step is served from now on, under its name; one whose step was made again stays the one that it was."""
+        with self.together() as write:
+            if write("SELECT 1 FROM models WHERE name = ?", (model.name,)).fetchone() is None:
+                self._keep(write, model)
+                _say(write, model.job, f"Checkpoint created at step {model.step}")
         self._serve(model)
 
     def _keep(self, write: Write, model: Model) -> None:
         values = {**vars(model), "folder": model.folder.name, "metrics": json.dumps(dict(model.metrics))}
         write(
-            f"INSERT OR REPLACE INTO models ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
+            f"INSERT INTO models ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
             tuple(values.values()),
         )
 

@@ -146,7 +146,8 @@ class Runner:
         if error is not None and not isinstance(error, NotWanted):
             code, message, param = _reason(error)
             _log.warning("%s failed: %s", job.id, message)
-            self._unsaid.append(lambda: self._bench.jobs.fail(job.id, code, message, param))
+            faults = error.faults if isinstance(error, JobFailed) else ()
+            self._unsaid.append(lambda: self._bench.jobs.fail(job.id, code, message, param, faults))
         if self._bench.jobs.status(job.id) not in UNFINISHED:
             shutil.rmtree(self._bench.states / job.id, ignore_errors=True)
         self.wake()
