@@ -13,9 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mkdocs.structure.files import File
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that tests read this module where there is no mkdocs
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
@@ -28,6 +26,8 @@ LINK = re.compile(r"(\]\()(?![a-z]+:)([^)#\s]+)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each document of the root, and for each file that a document links to."""
+    from mkdocs.structure.files import File
+
     for name, uri in DOCUMENTS.items():
         files.append(File.generated(config, uri, content=(ROOT / name).read_text(encoding="utf-8")))
     pages = {(ROOT / "docs" / file.src_uri): file for file in files.documentation_pages()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pickle
 import re
@@ -44,3 +45,25 @@ def test_notes_of_one_error_are_not_those_of_another() -> None:
     first, second = errors.ConfigError("a"), errors.ConfigError("b")
     first.__notes__.append("of the first alone")
     assert second.__notes__ == errors.ConfigError("c").__notes__
+
+
+def words_of_the_package() -> str:
+    """All string constants of the package, parts of f-strings and neighbours joined."""
+    root = Path(errors.__file__).parent
+    constants = (
+        node.value
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return "\n".join(constants)
+
+
+def test_messages_that_are_quoted_are_those_of_the_package() -> None:
+    """Their parts between what is filled in: values, and `...`."""
+    quoted = re.findall(r"^\| `(.+?)` \|", PAGE, flags=re.MULTILINE)
+    assert len(quoted) > 7
+    words = words_of_the_package()
+    parts = [part for text in quoted for part in re.split(r"\.\.\.|\(\d+\)|\b\d+\b", text) if len(part.split()) > 2]
+    assert len(parts) >= len(quoted) - 3
+    assert [part for part in parts if part.strip() not in words] == []
