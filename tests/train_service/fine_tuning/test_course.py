@@ -337,8 +337,9 @@ def test_a_kill_while_a_job_ends_leaves_one_file_of_results(tmp_path: Path, monk
         assert answer(client, job.fine_tuned_model)
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
 def test_a_checkpoint_that_is_made_again_after_a_kill_is_the_one_that_was_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_deleted: bool
 ) -> None:
     with killing(monkeypatch, course._Texts, "keep_state", lambda *_: True) as dead, serving(tmp_path) as server:
         client = server.openai()
@@ -346,10 +347,15 @@ def test_a_checkpoint_that_is_made_again_after_a_kill_is_the_one_that_was_told(
         assert dead.wait(HANG_S)
         (told,) = client.fine_tuning.jobs.checkpoints.list(job.id)
         assert answer(client, told.fine_tuned_model_checkpoint)
+        if is_deleted:
+            client.models.delete(told.fine_tuned_model_checkpoint)
     with serving(tmp_path) as server:
         client = server.openai()
         assert wait(client, job.id).status == "succeeded"
-        assert list(client.fine_tuning.jobs.checkpoints.list(job.id))[-1] == told
+        found = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+        assert [each.step_number for each in found if each == told] == ([] if is_deleted else [2])
+        assert [each.step_number for each in found] == [12, 10, 8, 6, 4, *([] if is_deleted else [2])]
+        assert is_deleted != (told.fine_tuned_model_checkpoint in [each.id for each in client.models.list()])
         messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
         assert messages.count("Checkpoint created at step 2") == 1
 

@@ -243,11 +243,13 @@ class Jobs:
     # Models.
 
     def keep(self, model: Model) -> None:
-        """A model of a step is served from now on, under its name; one whose step was made again stays the one that it was."""
+        """A model of a step is served from now on, under its name; that of a step made again stays as it was, or deleted."""
+        message = f"Checkpoint created at step {model.step}"
         with self.together() as write:
-            if write("SELECT 1 FROM models WHERE name = ?", (model.name,)).fetchone() is None:
-                self._keep(write, model)
-                _say(write, model.job, f"Checkpoint created at step {model.step}")
+            if write("SELECT 1 FROM events WHERE job = ? AND message = ?", (model.job, message)).fetchone():
+                return
+            self._keep(write, model)
+            _say(write, model.job, message)
         self._serve(model)
 
     def _keep(self, write: Write, model: Model) -> None:
