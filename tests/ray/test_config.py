@@ -69,6 +69,7 @@ def test_everything_of_a_file_arrives(tmp_path: Path) -> None:
         ({"object_store_bytes": 1}, "as Ray does"),
         (["adapters"], "wanted a mapping"),
         ("{", "deploy.yaml"),
+        ("replicas: 1\nreplicas: 2", "replicas twice"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_name_of_the_file(tmp_path: Path, content: Any, reason: str) -> None:

@@ -106,12 +106,12 @@ def _discard(staging: Path, folder: Path, created: bool) -> None:
             folder.rmdir()
 
 
-def replace_file(file: Path, text: str, mode: int | None = None) -> None:
-    """Make `text` what is in `file`, as a whole: written beside it, fsynced, renamed. mode: None: that of new files."""
+def replace_file(file: Path, content: str | bytes, mode: int | None = None) -> None:
+    """Make `content` what is in `file`, as a whole: written beside it, fsynced, renamed. mode: None: that of new files."""
     handle, scratch = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content if isinstance(content, bytes) else content.encode())
             stream.flush()
             os.fsync(stream.fileno())
         mask = os.umask(0)

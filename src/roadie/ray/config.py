@@ -7,7 +7,7 @@
     limits: {num_slots: 64}            # fields of `EngineSettings`
     http: {max_body_bytes: 1000000}    # fields of `HttpSettings`
 
-Read with YAML's safe loader. Relative paths are relative to the file.
+Relative paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from roadie.errors import ConfigError
 from roadie.serving.engine import EngineSettings
 from roadie.serving.http.settings import HttpSettings
+from roadie.training.settings_file import read_yaml
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MAPPINGS = {"autoscaling": dict, "resources": dict, "limits": EngineSettings, "http": HttpSettings}
@@ -112,11 +111,12 @@ def read(path: str | Path) -> Deployment:
     """The deployment in a file; raises `ConfigError`, naming the file, where it cannot be used."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Deployment.from_mapping({} if content is None else content, path.resolve().parent)
+        content = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: got {error.strerror}; wanted a file that says what to deploy") from None
-    except (ConfigError, yaml.YAMLError, UnicodeDecodeError) as error:
+    try:
+        return Deployment.from_mapping({} if content is None else content, path.resolve().parent)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 

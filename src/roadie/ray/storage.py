@@ -19,7 +19,6 @@ import os
 import posixpath
 import shutil
 import tempfile
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import fsspec
 from roadie import checkpoint
 from roadie.adapter import check_adapter_name
 from roadie.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from roadie.checkpoint.replacement import replace_file
 from roadie.errors import CheckpointError, ConfigError, RoadieError, StateNotWritten
 
 OWN_FOLDER = ".roadie"
@@ -123,15 +123,10 @@ class SharedAdapters:
         """A whole file, or none, which object stores do by themselves. Raises `StateNotWritten`; what was there stays then."""
         try:
             self._fs.makedirs(posixpath.dirname(path), exist_ok=True)
-            if not _is_local(self._fs):
+            if _is_local(self._fs):
+                replace_file(Path(path), content)
+            else:
                 self._fs.pipe_file(path, content)
-                return
-            scratch = f"{path}.{uuid.uuid4().hex}.new"
-            with open(scratch, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(scratch, path)
         except OSError as error:
             raise StateNotWritten(
                 f"{self.uri}: got {error.strerror or error} when {posixpath.basename(path)} was written; nothing has changed; "
