@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roadie.cli.options import AllowPickle, Model, Overwrite, Revision, TrustRemoteCode
+from roadie.cli.options import AllowPickle, Json, Model, Overwrite, Revision, TrustRemoteCode, Variant
 
 if TYPE_CHECKING:
     from roadie.training.combining import Combined, Distances, LoraWritten
@@ -19,14 +19,6 @@ combine = typer.Typer(
     no_args_is_help=True,
     help="Make one adapter of several, or of one: multiplied, inverted, averaged, converted. No model is loaded but for to-lora.",
 )
-
-
-class Variant(str, Enum):
-    """What `--variant` takes."""
-
-    ROAD_1 = "road_1"
-    ROAD_2 = "road_2"
-    ROAD_4 = "road_4"
 
 
 class Metric(str, Enum):
@@ -42,7 +34,6 @@ def _adapter(name: str, help_text: str) -> Any:
 
 One = Annotated[str, _adapter("ADAPTER", "An adapter: a folder, or a repository of the hub.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @combine.command(short_help="Adapters one after the other, as one.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roadie.cli.options import AdaptGroupSize, Exclude, Model, Overwrite, Revision, TrustRemoteCode
+from roadie.cli.options import AdaptGroupSize, Exclude, Json, Model, Overwrite, Revision, TrustRemoteCode, Variant
 
 if TYPE_CHECKING:
     from roadie.fit import Fit, LayerReport
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 
 
 LAYERS_A_LINE = 10
-
-
-class FitVariant(str, Enum):
-    """What `--variant` takes."""
-
-    ROAD_1 = "road_1"
-    ROAD_2 = "road_2"
-    ROAD_4 = "road_4"
 
 
 class FitInputs(str, Enum):
@@ -48,8 +40,8 @@ def fit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.", show_default=False)],
     model: Model = None,
     variant: Annotated[
-        FitVariant, typer.Option(help="road_2 holds every 2 x 2 block; road_1 is half as large, road_4 twice.")
-    ] = FitVariant.ROAD_2,
+        Variant, typer.Option(help="road_2 holds every 2 x 2 block; road_1 is half as large, road_4 twice.")
+    ] = Variant.ROAD_2,
     group_size: Annotated[int, typer.Option(help="Outputs j and j + half of it are a pair.")] = 64,
     adapt_group_size: AdaptGroupSize = False,
     target_modules: Annotated[
@@ -77,7 +69,7 @@ def fit(
             "earlier layers adapted."
         ),
     ] = FitInputs.ADAPTED,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from roadie.cli.options import AllowPickle
+from roadie.cli.options import AllowPickle, Json
 
 if TYPE_CHECKING:
     from roadie.training.summary import AdapterSummary, Range
@@ -21,7 +21,7 @@ def info(
     runtime: Annotated[
         bool, typer.Option("--runtime", help="Show which kernels rotate here, and why not others; no PATH then.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Show what is in an adapter file: layers, sizes, settings, and how far it turns and scales. No model is loaded.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,15 @@ import typer
 from roadie.errors import ConfigError
 from roadie.learning_rate import default_learning_rate
 from roadie.training.recipe import DEFAULT_BETA, PRECISIONS, SCHEDULES, VARIANTS, Recipe
+
+
+class Variant(str, Enum):
+    """What `--variant` takes where it is no setting of the recipe."""
+
+    ROAD_1 = "road_1"
+    ROAD_2 = "road_2"
+    ROAD_4 = "road_4"
+
 
 Data = Annotated[
     list[str],
@@ -61,6 +71,7 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Token
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this share.")]
 DrawSeed = Annotated[int, typer.Option("--seed", help="Of what is drawn.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
 
 
