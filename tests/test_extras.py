@@ -73,6 +73,14 @@ def test_what_is_there_is_not_missed() -> None:
         need("quant", "json", "nothing_of_this", "xml.nothing", "nowhere.at_all")
 
 
+def test_a_folder_of_its_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    with pytest.raises(MissingExtra, match="got no only_a_folder; "):
+        need("ray", "only_a_folder")
+
+
 WITHOUT = f"""
 import sys
 from importlib.machinery import PathFinder

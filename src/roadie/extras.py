@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 from roadie.errors import MissingExtra
 
@@ -38,7 +39,8 @@ def need(extra: str, *modules: str) -> None:
 
 def _is_there(module: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
+        return spec is not None and (spec.origin is not None or module in sys.modules)  # not just a folder of that name
     except ImportError:  # of the package around it
         return False
     except ValueError:  # loaded already, by something that gave it no spec
