@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import transformers
+from tests.families.models import FAMILIES
 from transformers.generation.continuous_batching import cache, continuous_api, model_runner, scheduler
 
 from roadie.errors import ServingError
@@ -62,12 +62,12 @@ def test_blocks_that_were_looked_up_without_their_salt_are_refused() -> None:
 
 def test_versions_that_were_not_tested_are_refused_unless_allowed(monkeypatch: Any, model: Any, tmp_path: Path) -> None:
     for unknown in ("5.24.1", "5.16.0", "6.0.0.dev0"):
-        monkeypatch.setattr(transformers, "__version__", unknown)
+        monkeypatch.setattr(continuous_batching.transformers, "__version__", unknown)
         with pytest.raises(ServingError, match=rf"{re.escape(unknown)}.*not tested; wanted 5\.17 to 5\.23"):
             ContinuousBatchingEngine(model, None, Registry.open(tmp_path))
         ContinuousBatchingEngine(model, None, Registry.open(tmp_path), EngineSettings(allow_unknown_version=True))
     for known in ("5.17.0", "5.20.1", "5.23.0.dev0"):
-        monkeypatch.setattr(transformers, "__version__", known)
+        monkeypatch.setattr(continuous_batching.transformers, "__version__", known)
         continuous_batching.check_contract()
 
 
@@ -88,3 +88,21 @@ def test_nothing_of_transformers_is_changed_for_others(model: Any, tmp_path: Pat
         assert all(dict(vars(owner)) == parts for owner, parts in before.items())
     finally:
         engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("qwen3_next", "Qwen3NextForCausalLM with layers of linear_attention"),
+        ("llama4_text", "Llama4ForCausalLM with layers of chunked_attention"),
+        ("deepseek_v3", "DeepseekV3ForCausalLM whose latent attention has keys of"),
+    ],
+)
+def test_models_whose_tokens_keep_something_else_are_refused_at_the_start(kind: str, said: str, tmp_path: Path) -> None:
+    model = next(each for each in FAMILIES if each.kind == kind).model().float()
+    before = model.config._attn_implementation
+    engine = ContinuousBatchingEngine(model, None, Registry.open(tmp_path))
+    with pytest.raises(ServingError, match=f"got a {said}.*AdapterBank and generate take this model"):
+        engine.start()
+    assert model.config._attn_implementation == before
+    assert not any(module._forward_hooks for module in model.modules())

@@ -60,6 +60,9 @@ CONTRACT_OF_BLOCKS: tuple[tuple[Part, ...], ...] = (
 )
 """How a cache counts its free blocks, and lets prefixes go: one of these."""
 
+ATTENTION = frozenset({"full_attention", "sliding_attention"})
+"""The kinds of layers that a paged cache holds."""
+
 FREE_SHARE_WANTED = 0.15
 """transformers starts one prompt at a time below this share of free blocks; prefixes make room, so many at a time."""
 
@@ -107,6 +110,25 @@ def check_contract(allow_unknown_version: bool = False) -> None:
         )
 
 
+def check_model(model: Any) -> None:
+    """Raise `ServingError` for a model that keeps something else of a token than keys and values of one width a head."""
+    config, kind = model.config.get_text_config(decoder=True), type(model).__name__
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION)
+    if others:
+        raise ServingError(
+            f"got a {kind} with layers of {', '.join(others)}, for which transformers' continuous batching has no cache; wanted "
+            f"{' and '.join(sorted(ATTENTION))} alone; AdapterBank and generate take this model"
+        )
+    if getattr(config, "kv_lora_rank", None) is None:
+        return
+    keys, values = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    if not keys == values == config.head_dim:
+        raise ServingError(
+            f"got a {kind} whose latent attention has keys of {keys} and values of {values} a head, which transformers' "
+            f"continuous batching keeps as heads of {config.head_dim}; wanted one width; AdapterBank and generate take this model"
+        )
+
+
 def _first_two(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
@@ -134,6 +156,7 @@ class ContinuousBatch:
 
     def __init__(self, model: Any, bank: AdapterBank, settings: EngineSettings, choose: Choose, score: Score) -> None:
         check_contract(settings.allow_unknown_version)
+        check_model(model)
         self._model, self._bank, self._choose, self._score = model, bank, choose, score
         self._computing = threading.Lock()
         self._keeps_all = "logits_to_keep" not in inspect.signature(model.forward).parameters
