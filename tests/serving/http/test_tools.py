@@ -23,6 +23,7 @@ from roadie.serving import ContinuousBatchingEngine, EngineSettings, Registry
 from roadie.serving.belongings import OwnChat
 from roadie.serving.http.bodies import ChatBody, Message
 from roadie.serving.http.offers import offer_of
+from roadie.serving.http.response_bodies import ResponsesBody
 from roadie.serving.http.settings import HttpSettings
 from roadie.serving.http.tools import STYLES, CallReader, Offer, style_of
 from roadie.serving.http.turns import turns_of
@@ -260,11 +261,38 @@ def test_the_prompt_shows_tools_calls_and_what_tools_said(knowing: Running) -> N
     assert prompt() == turns
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize(("mode", "is_forced"), [("auto", False), ("required", True)])
+def test_some_of_the_tools_may_be_all_that_are_allowed(knowing: Running, mode: str, is_forced: bool) -> None:
+    body = ChatBody(model="base", messages=HELLO, tools=[WEATHER, CLOCK], tool_choice=allowed(mode, "clock"))
+    body.check()
+    offer = offer_of(body, None, knowing.service)
+    assert offer is not None
+    assert (list(offer.parameters), offer.is_forced, [tool.function.name for tool in body.offered]) == (
+        ["clock"],
+        is_forced,
+        ["clock"],
+    )
+    flat = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "clock"}]}
+    tools = [{"type": "function", **each["function"]} for each in (WEATHER, CLOCK)]
+    same = ResponsesBody(model="base", input="Hello", tools=tools, tool_choice=flat)
+    assert [tool.function.name for tool in same.as_chat().offered] == ["clock"]
+    assert same.as_chat().must_call == is_forced
+    assert same.echoed["tool_choice"] == flat
+
+
 def test_what_cannot_be_is_refused_by_name(knowing: Running, open_server: Running) -> None:
     named = {"type": "function", "function": {"name": "stranger"}}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"tools": [WEATHER], "tool_choice": named}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": allowed("required", "weather")}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": allowed("auto", "stranger")}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": [WEATHER], "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": [WEATHER], "guided_regex": "a+"}, "guided_regex"),

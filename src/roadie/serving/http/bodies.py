@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Field, Tag
 
 from roadie.bank.blends import MAX_BLEND, MAX_STRENGTH
 from roadie.serving.engine import (
@@ -28,6 +28,7 @@ from roadie.serving.http.fields import (
     Label,
     Lacks,
     Off,
+    Said,
     StreamOptions,
     Text,
     TextAlone,
@@ -39,6 +40,7 @@ from roadie.serving.http.fields import (
 )
 from roadie.serving.http.formats import Formats
 from roadie.serving.http.settings import MAX_CHOICES
+from roadie.serving.http.tool_bodies import AllowedChoice, NamedTool, Tool, ToolCall, ToolChoice
 from roadie.serving.places import MAX_NAME_CHARS, name_problem
 
 _MARKS = Lacks("marks of messages to continue, but continue_final_message")
@@ -213,31 +215,11 @@ class CompletionBody(GenerationBody):
             raise ApiError(400, f"got best_of={self.best_of}; wanted n, or none", "invalid_value", param="best_of")
 
 
-class Said(BaseModel):
-    """A part of what was said; other fields than these are left alone."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, use_attribute_docstrings=True)
-
-
 class TextPart(Said):
     """A part of a message."""
 
     type: Literal["text"]
     text: Text
-
-
-class CalledFunction(Said):
-    """A tool's name, and its arguments as a text of JSON."""
-
-    name: Text
-    arguments: Text = "{}"
-
-
-class ToolCall(Said):
-    """A call that an assistant made."""
-
-    id: Label | None = None
-    function: CalledFunction
 
 
 class Message(Said):
@@ -270,60 +252,6 @@ class Message(Said):
         if self.content is None:
             return self.refusal or ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-ToolName: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
-
-class Function(Body):
-    """What a tool is called, what it does, and a JSON schema of its parameters."""
-
-    name: ToolName
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    """Taken, and not used: calls that are forced are valid, others are as the model makes them."""
-
-
-class Tool(Body):
-    """Something that the model may have called."""
-
-    type: Literal["function"]
-    function: Function
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """As chat templates take it, which look for a description and for properties."""
-        parameters = {"type": "object", "properties": {}, **(self.function.parameters or {})}
-        described = {
-            "name": self.function.name,
-            "description": self.function.description or "",
-            "parameters": parameters,
-        }
-        return {"type": "function", "function": described}
-
-
-class NamedFunction(Body):
-    """One of the tools."""
-
-    name: Text
-
-
-class NamedTool(Body):
-    """The tool that is to be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-def _is_named_tool(value: Any) -> bool:
-    return isinstance(value, (dict, NamedTool))
-
-
-ToolChoice: TypeAlias = Annotated[
-    Annotated[Literal["none", "auto", "required"], TEXT] | Annotated[NamedTool, LIST],
-    one_of("none, auto, required or a tool by its name", text=is_text, list=_is_named_tool),
-]
 
 
 class ChatBody(GenerationBody):
@@ -394,7 +322,22 @@ class ChatBody(GenerationBody):
     @property
     def offered(self) -> list[Tool]:
         """The tools that may be called."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        tools, names = [] if self.tool_choice == "none" else self.tools or [], self._allowed
+        return tools if names is None else [tool for tool in tools if tool.function.name in names]
+
+    @property
+    def must_call(self) -> bool:
+        """Whether one of them is called in any case."""
+        choice = self.tool_choice
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedChoice) else choice
+        return mode == "required" or isinstance(choice, NamedTool)
+
+    @property
+    def _allowed(self) -> list[str] | None:
+        choice = self.tool_choice
+        return (
+            [each.function.name for each in choice.allowed_tools.tools] if isinstance(choice, AllowedChoice) else None
+        )
 
     @property
     def named_tool(self) -> str | None:
@@ -408,11 +351,13 @@ class ChatBody(GenerationBody):
                 raise ApiError(400, f"{param}: Field required", "missing_parameter", param=param)
 
     def _check_tools(self) -> None:
-        named, names = self.named_tool, [tool.function.name for tool in self.offered]
+        names = [] if self.tool_choice == "none" else [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise ApiError(400, "got two tools of one name; wanted each once", "invalid_value", param="tools")
-        if named is not None and names and named not in names:
-            message = f"got {named[:64]!r}, which is none of the tools; wanted one of them"
+        chosen = self._allowed or ([] if self.named_tool is None else [self.named_tool])
+        strange = next((name for name in chosen if names and name not in names), None)
+        if strange is not None:
+            message = f"got {strange[:64]!r}, which is none of the tools; wanted one of them"
             raise ApiError(400, message, "invalid_value", param="tool_choice")
 
 

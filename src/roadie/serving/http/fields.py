@@ -78,6 +78,12 @@ class Body(BaseModel):
     __pydantic_extra__: dict[str, None] = Field(init=False)
 
 
+class Said(BaseModel):
+    """A part of what was said; other fields than these are left alone."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, use_attribute_docstrings=True)
+
+
 class StreamOptions(Body):
     """How a stream is to be."""
 

@@ -11,8 +11,6 @@ from roadie.serving.http.failures import ApiError, lacking
 from roadie.serving.http.service import Service
 from roadie.serving.http.tools import STYLES, Offer, knows_tools, specials, style_of, takes_one_call
 
-_MAY = (None, "none", "auto")
-
 
 def offer_of(body: ChatBody, own_template: str | None, service: Service) -> Offer | None:
     """The tools that may be called; None: there are none. Raises `ApiError` where the model knows of no tools.
@@ -26,7 +24,7 @@ def offer_of(body: ChatBody, own_template: str | None, service: Service) -> Offe
     if not knows_tools(template):
         raise lacking(fields[0], "tools: the model's chat template knows none")
     if not body.offered:
-        if body.tool_choice not in _MAY:
+        if body.must_call:
             raise ApiError(400, "got tool_choice without tools; wanted some", "invalid_value", param="tool_choice")
         return None
     style = service.settings.tool_format or style_of(template)
@@ -39,12 +37,12 @@ def offer_of(body: ChatBody, own_template: str | None, service: Service) -> Offe
     if named is not None:
         return Offer(STYLES[style], {named: parameters[named]}, is_forced=True, most=1)
     most = 1 if body.parallel_tool_calls is False or takes_one_call(template) else None
-    return Offer(STYLES[style], parameters, body.tool_choice == "required", most)
+    return Offer(STYLES[style], parameters, body.must_call, most)
 
 
 def _fields_about_tools(body: ChatBody) -> list[str]:
     """What of a request is about tools, by name."""
-    fields = {"tools": bool(body.offered), "tool_choice": body.tool_choice not in _MAY}
+    fields = {"tools": bool(body.offered), "tool_choice": body.must_call}
     for place, message in enumerate(body.messages):
         fields[f"messages.{place}.tool_calls"] = bool(message.tool_calls)
         fields[f"messages.{place}.role"] = message.role == "tool"

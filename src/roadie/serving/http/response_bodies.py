@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, Tag
 
 from roadie.bank.blends import MAX_BLEND
-from roadie.serving.http.bodies import (
-    MAX_TOKEN_ID,
-    CalledFunction,
-    ChatBody,
-    Function,
-    Message,
-    Name,
-    NamedFunction,
-    NamedTool,
-    Said,
-    Strength,
-    Tool,
-    ToolCall,
-    ToolName,
-)
+from roadie.serving.http.bodies import MAX_TOKEN_ID, ChatBody, Message, Name, Strength
 from roadie.serving.http.failures import ApiError
 from roadie.serving.http.fields import (
     LIST,
@@ -32,6 +18,7 @@ from roadie.serving.http.fields import (
     NoEntries,
     NoItems,
     Off,
+    Said,
     StreamOptions,
     Text,
     Unasked,
@@ -42,6 +29,18 @@ from roadie.serving.http.fields import (
     refusal_as_text,
 )
 from roadie.serving.http.formats import JsonSchema, ResponseFormat
+from roadie.serving.http.tool_bodies import (
+    AllowedChoice,
+    AllowedTools,
+    CalledFunction,
+    Function,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolName,
+)
 
 _MEMORY = Lacks("memory of responses; send what was said in input")
 
@@ -90,6 +89,25 @@ class FlatNamedTool(NamedFunction):
 
     type: Literal["function"]
 
+    @property
+    def as_chat(self) -> NamedTool:
+        """As chats have it."""
+        return NamedTool(type="function", function=NamedFunction(name=self.name))
+
+
+class FlatAllowed(Body):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FlatNamedTool], Field(min_length=1, max_length=128)]
+
+    @property
+    def as_chat(self) -> AllowedChoice:
+        """As chats have it."""
+        allowed = AllowedTools(mode=self.mode, tools=[tool.as_chat for tool in self.tools])
+        return AllowedChoice(type="allowed_tools", allowed_tools=allowed)
+
 
 class TextFormat(JsonSchema):
     """What the answer is to be: as `response_format` of chats, without a level."""
@@ -131,8 +149,15 @@ class ResponsesBody(Unasked):
     tools: Annotated[list[FlatTool], Field(max_length=128)] | None = None
     tool_choice: (
         Annotated[
-            Annotated[Literal["none", "auto", "required"], TEXT] | Annotated[FlatNamedTool, LIST],
-            one_of("none, auto, required or a tool by its name", text=is_text, list=_is_object),
+            Annotated[Literal["none", "auto", "required"], TEXT]
+            | Annotated[FlatAllowed, Tag("(allowed)")]
+            | Annotated[FlatNamedTool, LIST],
+            one_of(
+                "none, auto, required, a tool by its name or allowed_tools",
+                text=is_text,
+                allowed=lambda value: _is_object(value) and value.get("type") == "allowed_tools",
+                list=_is_object,
+            ),
         ]
         | None
     ) = None
@@ -168,11 +193,9 @@ class ResponsesBody(Unasked):
             response_format=self._format(),
         )
 
-    def _choice(self) -> Literal["none", "auto", "required"] | NamedTool | None:
+    def _choice(self) -> ToolChoice | None:
         choice = self.tool_choice
-        if isinstance(choice, FlatNamedTool):
-            return NamedTool(type="function", function=NamedFunction(name=choice.name))
-        return choice
+        return choice if choice is None or isinstance(choice, str) else choice.as_chat
 
     def _format(self) -> ResponseFormat | None:
         asked = None if self.text is None else self.text.format
@@ -204,9 +227,7 @@ class ResponsesBody(Unasked):
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "text": {"format": self._format_told()},
-            "tool_choice": choice.model_dump(exclude_none=True)
-            if isinstance(choice, FlatNamedTool)
-            else choice or "auto",
+            "tool_choice": choice or "auto" if isinstance(choice, str | None) else choice.model_dump(exclude_none=True),
             "tools": [tool.model_dump() for tool in self.tools or ()],
             "truncation": "disabled",
             "user": self.user,

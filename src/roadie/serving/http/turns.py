@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from roadie.serving.http.bodies import Message, ToolCall
+from roadie.serving.http.bodies import Message
+from roadie.serving.http.tool_bodies import ToolCall
 from roadie.serving.http.tools import STYLES, takes_one_call
 
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
