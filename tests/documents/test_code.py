@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ RUN_BY = {
 }
 
 
+@cache
 def run_here() -> list[str]:
     """Pages with Python that no other test runs."""
     return [
