@@ -257,7 +257,10 @@ class CallReader:
         """An object of another order, or one that is no call."""
         try:
             parsed = json.loads(found.text)
-            name, arguments = parsed["name"], parsed.get("arguments", parsed.get("parameters", {}))
+            keys = [key for key in ("arguments", "parameters") if key in parsed]
+            name, arguments = parsed["name"], parsed[keys[0]] if keys else {}
+            if not keys and self.offer.style.is_bare:  # an answer in JSON that has a name
+                name = None
         except (ValueError, KeyError, RecursionError):
             name = None
         if not isinstance(name, str) or name not in self.offer.parameters:
