@@ -56,7 +56,8 @@ def inspect(
       roadie inspect road=my-adapter lora=my-lora full=my-model --text notes.txt -o states.html
       roadie inspect my-adapter --json
     """
-    from roadie.training.inspection import TextSettings, check_outputs, find_subjects, gather
+    from roadie.training.corpus import TextSettings
+    from roadie.training.inspection import check_outputs, find_subjects, gather
     from roadie.training.models import ModelSource
 
     check_outputs(output, png, overwrite=overwrite)

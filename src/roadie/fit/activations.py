@@ -112,24 +112,16 @@ def from_activations(
         raise ConfigError("got no batches; wanted one at least: token ids, or keyword arguments of the models")
     study = _Study(base, _plain(wanted), linear_layers(base, chosen), text, chosen)
     fit = {Inputs.WANTED: _each_by_itself, Inputs.BASE: _all_at_once, Inputs.ADAPTED: _one_after_the_other}[how]
-    fitted = []
+    name = base_model_name or getattr(base, "name_or_path", None) or None
+    about = {"base_model_name_or_path": name, "task_type": _task_of(base)}
     with torch.no_grad():
-        for layer in fit(study):
-            fitted.append(layer)
-            if on_layer is not None:
-                on_layer(layer.report)
-    about = {"base_model_name_or_path": base_model_name or _name_of(base), "task_type": _task_of(base)}
-    return assemble(fitted, [path for path, _ in base.named_modules()], chosen, about)
+        return assemble(fit(study), [path for path, _ in base.named_modules()], chosen, about, on_layer=on_layer)
 
 
 def _plain(model: Any) -> nn.Module:
     """The model inside a PEFT model, with its adapter in it."""
     inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner
-
-
-def _name_of(model: Any) -> str | None:
-    return getattr(model, "name_or_path", None) or None
 
 
 def _task_of(model: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,11 +62,7 @@ def _report(path: str, moments: Moments, parameters: LayerParameters, settings: 
         error=math.sqrt(moments.squared_error(exact.rotation)),
         kept=False,
     )
-    return report if not change else _kept_if(report, report.share_explained >= settings.minimum_share)
-
-
-def _kept_if(report: LayerReport, kept: bool) -> LayerReport:
-    return LayerReport(**{**vars(report), "kept": kept})
+    return replace(report, kept=change > 0 and report.share_explained >= settings.minimum_share)
 
 
 def assemble(
@@ -75,13 +71,19 @@ def assemble(
     settings: Settings,
     about: Mapping[str, Any],
     not_fitted: Iterable[NotFitted] = (),
+    on_layer: OnLayer | None = None,
 ) -> Fit:
     """The adapter of the layers that are kept, in the order of their numbers; raises `AdapterError` where there is none.
 
-    modules: the paths of all modules that might be taken for a target by the end of their path; about: more keys for the
-    adapter's config.
+    layers: may be fitted one by one as they are asked for; on_layer: is told of each then; modules: the paths of all modules
+    that might be taken for a target by the end of their path; about: more keys for the adapter's config.
     """
-    in_order = sorted(layers, key=lambda layer: _natural(layer.report.path))
+    fitted = []
+    for layer in layers:
+        fitted.append(layer)
+        if on_layer is not None:
+            on_layer(layer.report)
+    in_order = sorted(fitted, key=lambda layer: _natural(layer.report.path))
     reports = {layer.report.path: layer.report for layer in in_order}
     kept = {layer.report.path: layer.parameters for layer in in_order if layer.report.kept}
     if not kept:

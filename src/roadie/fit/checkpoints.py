@@ -42,14 +42,10 @@ def from_checkpoints(
     """
     chosen, before, after = Settings(**settings), find_weights(base), find_weights(tuned)
     pairs = _pairs(before, after, chosen, places)
-    layers = []
-    for pair in pairs.values():
-        layers.append(_fit_pair(pair, chosen))
-        if on_layer is not None:
-            on_layer(layers[-1].report)
+    layers = (_fit_pair(pair, chosen) for pair in pairs.values())
     others = _others(before, after, pairs)
     about = about_base(before, base_model_name or os.fspath(base))
-    return assemble(layers, _modules(before, places), chosen, about, others)
+    return assemble(layers, _modules(before, places), chosen, about, others, on_layer)
 
 
 def about_base(base: Weights, name: str) -> dict[str, Any]:

@@ -81,16 +81,12 @@ def from_lora(
     """
     chosen, file, weights = Settings(**settings), read_lora(lora), find_weights(base)
     found = _targets(file, weights, chosen, places)
-    layers = []
-    for path, layer in found.items():
-        layers.append(_fit_layer(layer, file.factors[path], chosen))
-        if on_layer is not None:
-            on_layer(layers[-1].report)
+    layers = (_fit_layer(layer, file.factors[path], chosen) for path, layer in found.items())
     left = [part.name for path, each in file.factors.items() if path not in found for part in each.parts]
     others = [NotFitted(name, Reason.NOT_A_TARGET) for name in (*left, *file.others)]
     name = base_model_name or file.config.get("base_model_name_or_path") or os.fspath(base)
     kept = {key: file.config[key] for key in ("task_type", "revision") if file.config.get(key)}
-    return assemble(layers, module_paths(weights.tensors), chosen, about_base(weights, name) | kept, others)
+    return assemble(layers, module_paths(weights.tensors), chosen, about_base(weights, name) | kept, others, on_layer)
 
 
 def read_lora(path: str | os.PathLike[str]) -> LoraFile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -43,18 +43,7 @@ class LayerReport:
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
-        return {
-            "path": self.path,
-            "outputs": self.outputs,
-            "variant": self.variant,
-            "group_size": self.group_size,
-            "parameters": self.parameters,
-            "norm": self.norm,
-            "change": self.change,
-            "error": self.error,
-            "share_explained": self.share_explained,
-            "kept": self.kept,
-        }
+        return {**asdict(self), "share_explained": self.share_explained}
 
 
 class Reason(str, Enum):

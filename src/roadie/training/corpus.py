@@ -1,4 +1,4 @@
-"""What a training learns from and what its loss is measured on: texts as tokens, split, and packed where asked for."""
+"""Texts as tokens: what a training learns from and what its loss is measured on, and samples that models are run on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("roadie")
 
+MOST_ROW_TOKENS = 512
 SAMPLE_SIZE = 128
 """Training examples whose loss is reported where no evaluation data are given."""
 
@@ -56,6 +57,29 @@ class Corpus:
 
 def _examples(items: list[Any]) -> list[Example]:
     return [example for item in items for example in (item.examples if isinstance(item, Pair) else (item,))]
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """A text to run models on, and how much of it: files or folders as `roadie train` reads them, and tokens at most."""
+
+    sources: tuple[str, ...]
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.tokens < 2:
+            raise ConfigError(f"got tokens={self.tokens}; wanted two at least; leave it out for {type(self).tokens}")
+
+    def examples(self, source: ModelSource) -> list[Example]:
+        """The text in rows that the model has room for; the last one is cut where the tokens are used up."""
+        longest = min(MOST_ROW_TOKENS, context_length(source) or MOST_ROW_TOKENS)
+        chosen, left = [], self.tokens
+        for example in encode(read(self.sources), load_tokenizer(source), longest):
+            if left < 1:
+                break
+            chosen.append(Example(example.input_ids[:left], example.labels[:left]))
+            left -= len(example.input_ids)
+        return chosen
 
 
 def prepare_corpus(data: Sources, eval_data: Sources | None, source: ModelSource, recipe: Recipe) -> Corpus:

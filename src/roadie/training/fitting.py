@@ -6,7 +6,6 @@ its module is called can differ; which modules are linear layers, the model's ow
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +14,17 @@ from typing import Any
 import torch
 
 from roadie import checkpoint, fit
-from roadie.errors import CheckpointError, ConfigError
+from roadie.fit.weights import json_object
 from roadie.linear import is_linear, without_refused
 from roadie.training.adapters import attach, hub_folder
-from roadie.training.encoding import Example, collate, encode
+from roadie.training.corpus import TextSettings
+from roadie.training.encoding import Example, collate
 from roadie.training.folders import check_free, whole_folder
 from roadie.training.group_sizes import tell_of_smaller_groups
-from roadie.training.models import ModelSource, as_source, best_device, context_length, load_model, load_tokenizer
+from roadie.training.models import ModelSource, as_source, best_device, load_model
 from roadie.training.places import check_adapter_place, check_model_place
-from roadie.training.text import check_there, read
+from roadie.training.text import check_there
 
-MOST_ROW_TOKENS = 512
 ROWS_A_BATCH = 8
 OnLayer = Callable[[fit.LayerReport], None]
 
@@ -34,17 +33,15 @@ _LORA_FILES = [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME]
 
 
 @dataclass(frozen=True)
-class FitText:
-    """A text to fit outputs on: files or folders as `roadie train` reads them, and at most how many tokens of it."""
+class FitText(TextSettings):
+    """A text to fit outputs on, and what is taken for the input of each layer (`roadie.fit.Inputs`)."""
 
-    sources: tuple[str, ...]
     tokens: int = 16384
     inputs: str = fit.Inputs.ADAPTED.value
 
     def __post_init__(self) -> None:
         fit.Inputs.parse(self.inputs)
-        if self.tokens < 2:
-            raise ConfigError(f"got tokens={self.tokens}; wanted two at least; leave it out for {FitText.tokens}")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,12 +106,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
 
 
 def _base_named_by(folder: Path) -> str | None:
-    try:
-        name = json.loads((folder / checkpoint.CONFIG_NAME).read_bytes()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / checkpoint.CONFIG_NAME}: got no JSON object; wanted an adapter's config"
-        ) from error
+    name = json_object(folder / checkpoint.CONFIG_NAME).get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
 
@@ -172,13 +164,7 @@ def _with_lora(source: ModelSource, folder: Path) -> Any:
 
 def batches(source: ModelSource, text: FitText) -> list[dict[str, torch.Tensor]]:
     """Token ids and attention masks of the text, a few rows at a time, at most `text.tokens` tokens of it."""
-    longest = min(MOST_ROW_TOKENS, context_length(source) or MOST_ROW_TOKENS)
-    chosen, left = [], text.tokens
-    for example in encode(read(text.sources), load_tokenizer(source), longest):
-        if left < 2:
-            break
-        chosen.append(Example(example.input_ids[:left], example.labels[:left]))
-        left -= len(example.input_ids)
+    chosen = text.examples(source)
     return [_inputs(chosen[start : start + ROWS_A_BATCH]) for start in range(0, len(chosen), ROWS_A_BATCH)]
 
 

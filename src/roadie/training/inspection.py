@@ -25,13 +25,12 @@ from roadie.adapter import Adapter
 from roadie.errors import CheckpointError, ConfigError, UnsafeCheckpointError
 from roadie.inspect import Report, StateChange, change_of_states, check_page, summarise_states, to_pngs, write_html
 from roadie.training.adapters import NamedAdapter, adapter_folder, attach, base_model_of, parse_adapters
-from roadie.training.encoding import encode
+from roadie.training.corpus import TextSettings
 from roadie.training.folders import check_file, check_free, whole_folder
-from roadie.training.models import ModelSource, as_source, best_device, context_length, load_model, load_tokenizer
+from roadie.training.models import ModelSource, as_source, best_device, load_model
 from roadie.training.places import check_model_place
-from roadie.training.text import check_there, read
+from roadie.training.text import check_there
 
-MOST_ROW_TOKENS = 512
 States = Callable[[Tensor], Tensor]
 
 
@@ -50,18 +49,6 @@ class Subject:
     name: str
     path: str
     kind: Kind
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """A text for the hidden states, and how much of it: files or folders as `roadie train` reads them, and tokens."""
-
-    sources: tuple[str, ...]
-    tokens: int = 4096
-
-    def __post_init__(self) -> None:
-        if self.tokens < 2:
-            raise ConfigError(f"got tokens={self.tokens}; wanted two at least; leave it out for {TextSettings.tokens}")
 
 
 def find_subjects(texts: Sequence[str]) -> tuple[Subject, ...]:
@@ -169,7 +156,7 @@ def measure_states(
     folders: of the RoAd adapters, by name. RoAd adapters share one copy of the base model; the others have one each.
     """
     source = _base(subjects, folders, model)
-    rows = _rows(source, text)
+    rows = [torch.tensor([example.input_ids]) for example in text.examples(source)]
     measured: dict[str, StateChange] = {}
     if folders:
         measured |= _measured(*_adapted(source, folders), rows)
@@ -196,18 +183,6 @@ def _recorded(subjects: Sequence[Subject], folders: Mapping[str, Path]) -> Itera
     yield from (
         _setting(Path(subject.path), "base_model_name_or_path") for subject in subjects if subject.kind is Kind.PEFT
     )
-
-
-def _rows(source: ModelSource, text: TextSettings) -> list[Tensor]:
-    """The text's tokens in rows ``[1, T]``, at most `text.tokens` of them altogether."""
-    longest = min(MOST_ROW_TOKENS, context_length(source) or MOST_ROW_TOKENS)
-    rows, left = [], text.tokens
-    for example in encode(read(text.sources), load_tokenizer(source), longest):
-        if left < 1:
-            break
-        rows.append(torch.tensor([example.input_ids[:left]]))
-        left -= rows[-1].shape[1]
-    return rows
 
 
 def _adapted(source: ModelSource, folders: Mapping[str, Path]) -> tuple[States, dict[str, States]]:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from transformers import Trainer
+from typing import TYPE_CHECKING, Any
 
 from roadie.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 Sources = str | Path | Sequence[str | Path]
 
