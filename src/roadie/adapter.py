@@ -33,7 +33,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -124,6 +124,7 @@ class LayerParameters:
         return self.theta.nbytes + self.alpha.nbytes
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter: the RoAd parameters of each adapted layer, its config, and the other tensors of its file.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import overload
+from typing import TypeVar, overload
 
 from roadie import algebra, embedded, rotation
 from roadie.adapter import Adapter
@@ -18,12 +18,10 @@ from roadie.algebra import Metric, in_one_pairing
 from roadie.errors import AdapterError
 from roadie.rotation import Rotation
 
+T = TypeVar("T", Rotation, Adapter)
 
-@overload
-def compose(outer: Rotation, inner: Rotation) -> Rotation: ...
-@overload
-def compose(outer: Adapter, inner: Adapter) -> Adapter: ...
-def compose(outer: Rotation | Adapter, inner: Rotation | Adapter) -> Rotation | Adapter:
+
+def compose(outer: T, inner: T) -> T:
     """What does `inner`, then `outer`: the product of their blocks, at O(D) a layer.
 
     Raises `ConfigError` where both turn in different group sizes, which is no rotation of pairs; `AdapterError` for adapters
@@ -34,20 +32,12 @@ def compose(outer: Rotation | Adapter, inner: Rotation | Adapter) -> Rotation | 
     return operations.compose_adapters(*_adapters("compose", outer, inner))
 
 
-@overload
-def inverse(of: Rotation) -> Rotation: ...
-@overload
-def inverse(of: Adapter) -> Adapter: ...
-def inverse(of: Rotation | Adapter) -> Rotation | Adapter:
+def inverse(of: T) -> T:
     """What undoes it, in closed form; raises `AdapterError` where a block is singular."""
     return rotation.inverse(of) if isinstance(of, Rotation) else operations.inverse_adapter(*_adapters("inverse", of))
 
 
-@overload
-def power(of: Rotation, exponent: float) -> Rotation: ...
-@overload
-def power(of: Adapter, exponent: float) -> Adapter: ...
-def power(of: Rotation | Adapter, exponent: float) -> Rotation | Adapter:
+def power(of: T, exponent: float) -> T:
     """It at the strength `exponent`: 0.5 is half of it, 2 it twice, -1 its inverse, 0 the identity.
 
     Integers multiply blocks; other exponents go by the principal logarithm, ``exp(s log R)``. Raises `AdapterError` where a
@@ -59,11 +49,7 @@ def power(of: Rotation | Adapter, exponent: float) -> Rotation | Adapter:
     return operations.power_adapter(adapter, exponent)
 
 
-@overload
-def interpolate(start: Rotation, end: Rotation, t: float) -> Rotation: ...
-@overload
-def interpolate(start: Adapter, end: Adapter, t: float) -> Adapter: ...
-def interpolate(start: Rotation | Adapter, end: Rotation | Adapter, t: float) -> Rotation | Adapter:
+def interpolate(start: T, end: T, t: float) -> T:
     """``A (A^-1 B)^t``: `start` at t = 0, `end` at t = 1; for road_1 the geodesic between them, the short way round.
 
     Raises `AdapterError` where `start` has no inverse, or the way from one to the other no real logarithm.
@@ -78,10 +64,14 @@ def interpolate(start: Rotation | Adapter, end: Rotation | Adapter, t: float) ->
 def mean(
     of: Sequence[Rotation], weights: Sequence[float] | None = None, *, magnitude_corrected: bool = False
 ) -> Rotation: ...
+
+
 @overload
 def mean(
     of: Sequence[Adapter], weights: Sequence[float] | None = None, *, magnitude_corrected: bool = False
 ) -> Adapter: ...
+
+
 def mean(
     of: Sequence[Rotation] | Sequence[Adapter],
     weights: Sequence[float] | None = None,
@@ -100,11 +90,7 @@ def mean(
     return operations.mean_adapters(adapters, weights, magnitude_corrected=magnitude_corrected)
 
 
-@overload
-def subtract(of: Rotation, removed: Rotation) -> Rotation: ...
-@overload
-def subtract(of: Adapter, removed: Adapter) -> Adapter: ...
-def subtract(of: Rotation | Adapter, removed: Rotation | Adapter) -> Rotation | Adapter:
+def subtract(of: T, removed: T) -> T:
     """``B A^-1``: what `of` does that `removed` does not; ``compose(subtract(b, a), a)`` is b.
 
     Raises `AdapterError` where `removed` has a singular block.
@@ -114,11 +100,7 @@ def subtract(of: Rotation | Adapter, removed: Rotation | Adapter) -> Rotation | 
     return operations.subtract_adapters(*_adapters("subtract", of, removed))
 
 
-@overload
-def distance(first: Rotation, second: Rotation, metric: str | Metric = Metric.CHORDAL) -> float: ...
-@overload
-def distance(first: Adapter, second: Adapter, metric: str | Metric = Metric.CHORDAL) -> float: ...
-def distance(first: Rotation | Adapter, second: Rotation | Adapter, metric: str | Metric = Metric.CHORDAL) -> float:
+def distance(first: T, second: T, metric: str | Metric = Metric.CHORDAL) -> float:
     """How far apart they are, a root mean square over the outputs that either changes; 0 for equal ones.
 
     "chordal": the relative root mean square difference of their outputs, for outputs of the base layer whose elements are
