@@ -157,16 +157,8 @@ def _all_layers(portrait: Portrait) -> str:
 def _layer_table(layers: Sequence[LayerPortrait], label: str) -> str:
     most = max((layer.change for layer in layers), default=0) or 1
     head = (
-        "Layer",
-        "Change",
-        "",
-        "Angle, rms",
-        "Mean ln(scale)",
-        "Spread",
-        "Beyond road_1",
-        "Mirrored",
-        "Outputs",
-        "Parameters",
+        *("Layer", "Change", "", "Angle, rms", "Mean ln(scale)", "Spread", "Beyond road_1", "Mirrored"),
+        *("Outputs", "Parameters"),
     )
     rows = [
         (

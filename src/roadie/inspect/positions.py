@@ -14,21 +14,8 @@ from dataclasses import dataclass
 
 _USUAL = (
     *("c_attn", "qkv_proj", "query_key_value", "q_proj", "query", "q", "k_proj", "key", "k", "v_proj", "value", "v"),
-    *(
-        "o_proj",
-        "out_proj",
-        "o",
-        "c_proj",
-        "dense",
-        "gate_proj",
-        "gate_up_proj",
-        "up_proj",
-        "c_fc",
-        "fc1",
-        "wi_0",
-        "wi_1",
-    ),
-    *("wi", "down_proj", "fc2", "wo", "lm_head"),
+    *("o_proj", "out_proj", "o", "c_proj", "dense", "gate_proj", "gate_up_proj", "up_proj", "c_fc", "fc1"),
+    *("wi_0", "wi_1", "wi", "down_proj", "fc2", "wo", "lm_head"),
 )
 """The order in which a layer of a transformer uses its modules; files have them by the alphabet."""
 
