@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -190,7 +191,7 @@ def convert(
         ("distance", f"{converted.distance:.3g}"),
         ("mirrored", f"{converted.mirrored_pairs} pairs"),
     ]
-    _show(converted.written, as_json, facts, converted.to_mapping())
+    _show(converted, as_json, facts)
 
 
 @combine.command(name="to-lora", short_help="An adapter as a LoRA adapter of some rank.")
@@ -230,7 +231,7 @@ def to_lora(
         assert wanted is not None
         source = ModelSource(model, revision, trust_remote_code, allow_pickle)
         written = lora_to_disk(adapter, output, wanted, model=source, overwrite=overwrite)
-    typer.echo(json.dumps(written.to_mapping(), indent=2) if as_json else _lora(written))
+    typer.echo(json.dumps(asdict(written), indent=2) if as_json else _lora(written))
 
 
 @combine.command(short_help="How far adapters are apart.")
@@ -251,18 +252,13 @@ def distance(
     from roadie.training.combining import distances
 
     found = distances(adapters, metric.value, allow_pickle=allow_pickle)
-    typer.echo(json.dumps(found.to_mapping(), indent=2) if as_json else _matrix(found))
+    typer.echo(json.dumps(asdict(found), indent=2) if as_json else _matrix(found))
 
 
-def _show(
-    written: Combined,
-    as_json: bool,
-    more: list[tuple[str, str]] | None = None,
-    mapping: Mapping[str, Any] | None = None,
-) -> None:
+def _show(written: Combined, as_json: bool, more: Sequence[tuple[str, str]] = ()) -> None:
     """What was written, as a table or as JSON."""
     if as_json:
-        typer.echo(json.dumps(mapping or written.to_mapping(), indent=2))
+        typer.echo(json.dumps(asdict(written), indent=2))
         return
     from roadie.training.text_table import pairs
 
@@ -275,7 +271,7 @@ def _show(
         ("layers", f"{written.layers}"),
         ("parameters", f"{written.parameters:,}"),
     ]
-    typer.echo(pairs([*facts, *(more or [])]))
+    typer.echo(pairs([*facts, *more]))
 
 
 def _lora(written: LoraWritten) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,7 +55,7 @@ def print_runtime(as_json: bool) -> None:
 
     here = inspect_runtime()
     if as_json:
-        typer.echo(json.dumps(here.to_mapping(), indent=2))
+        typer.echo(json.dumps(asdict(here), indent=2))
         return
     facts = [("roadie", here.roadie), ("Python", here.python), ("threads", f"{here.threads}")]
     facts += [(name, version or "not installed") for name, version in here.versions.items()]

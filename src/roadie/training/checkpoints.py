@@ -87,7 +87,8 @@ def saved_in(folder: Path) -> Saved:
     if checkpoint is not None:
         return Saved(f"Kept: the checkpoint after step {_steps(checkpoint)} in {folder}.", can_go_on=True)
     ours = folder.is_dir() and all(
-        path.name.startswith((SETTINGS_NAME, "checkpoint-", "tmp-checkpoint-")) for path in folder.iterdir()
+        path.name.startswith((SETTINGS_NAME, f".{SETTINGS_NAME}-", "checkpoint-", "tmp-checkpoint-"))
+        for path in folder.iterdir()
     )
     if ours:
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -33,26 +33,16 @@ class Combined:
     layers: int
     parameters: int
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Converted:
+class Converted(Combined):
     """What was written, and what it lost: its chordal distance to what it was, the share of the change, pairs that mirrored."""
 
-    written: Combined
     is_exact: bool
     distance: float
     share_lost: float
     mirrored_pairs: int
     share_lost_by_layer: dict[str, float]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        own = {key: value for key, value in asdict(self).items() if key != "written"}
-        return {**self.written.to_mapping(), **own}
 
 
 @dataclass(frozen=True)
@@ -67,10 +57,6 @@ class LoraWritten:
     ranks: dict[str, int]
     errors: dict[str, float]
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Distances:
@@ -79,10 +65,6 @@ class Distances:
     metric: str
     names: tuple[str, ...]
     distances: tuple[tuple[float, ...], ...]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
 
 
 def compose_to_disk(paths: Sequence[str], output: Path, **how: Any) -> Combined:
@@ -141,7 +123,7 @@ def convert_to_disk(
     conversion = convert(adapter, variant, group_size=group_size)
     written = _to_disk(lambda _: conversion.adapter, [path], output, **how)
     return Converted(
-        written,
+        **vars(written),
         is_exact=conversion.is_exact,
         distance=conversion.distance,
         share_lost=conversion.share_lost,

@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 
 from roadie import embedded
 from roadie.errors import RoadieError
+from roadie.training.encoding import tokens_of
 from roadie.training.folders import check_writable
+from roadie.training.generation import Decoding, continued
+from roadie.training.prompts import BASE as BASE_ROW
 from roadie.tuner import RoadConfig, get_peft_model
 
 BASE = "base"
-BASE_ROW = "__base__"
-"""What PEFT calls a row of a mixed batch that goes through no adapter."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def run_demo(
     model = embedded.load_model()
     base_parameters = model.num_parameters()
     model = attach_adapters(model, kinds, settings)
-    trainable_parameters = count_trainable(model)
+    trainable_parameters, _ = model.get_nb_trainable_parameters()
     for kind in kinds:
         train_adapter(model, kind, tokenizer, settings, on_step)
     model.eval()
@@ -148,10 +149,6 @@ def attach_adapters(model: Any, kinds: Sequence[str], settings: DemoSettings) ->
     for kind in others:
         model.add_adapter(kind, replace(config))
     return model
-
-
-def count_trainable(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def train_adapter(
@@ -259,15 +256,10 @@ def continue_prompts(
     """One call of `generate` on one batch: every prompt once for the base model and once for every adapter."""
     adapters = [BASE_ROW, *kinds] * len(settings.prompts)
     prompts = [prompt for prompt in settings.prompts for _ in (BASE_ROW, *kinds)]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    generated = model.generate(
-        **inputs,
-        adapter_names=adapters,
-        max_new_tokens=settings.new_tokens,
-        do_sample=False,
-        repetition_penalty=settings.repetition_penalty,
-    )
-    texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    rows = [tokens_of(tokenizer, prompt) for prompt in prompts]
+    how = {"adapter_names": adapters, "repetition_penalty": settings.repetition_penalty}
+    generated = continued(model, tokenizer, rows, Decoding(max_new_tokens=settings.new_tokens), **how)
+    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
     names = [BASE if adapter == BASE_ROW else adapter for adapter in adapters]
     return tuple(Continuation(*row) for row in zip(names, prompts, texts, strict=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,8 +15,6 @@ from roadie.training.places import check_model_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-T = TypeVar("T")
 
 MOST_OF_A_REASON = 400
 """Characters of what a library says."""
@@ -72,17 +70,15 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None, *, in_4bit
 
     quantised = {"quantization_config": _four_bits(dtype)} if in_4bit else {}
 
-    def load() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(
-            source.place,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=None if source.allow_pickle else True,
-            dtype="auto" if dtype is None else dtype,
-            **quantised,
-        )
-
-    return _loaded("a causal language model", source, load).eval()
+    model: PreTrainedModel = _loaded(
+        "a causal language model",
+        source,
+        AutoModelForCausalLM.from_pretrained,
+        use_safetensors=None if source.allow_pickle else True,
+        dtype="auto" if dtype is None else dtype,
+        **quantised,
+    )
+    return model.eval()
 
 
 def _four_bits(dtype: torch.dtype | None) -> Any:
@@ -99,12 +95,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The model's tokenizer; raises `ConfigError` where transformers cannot load it."""
     from transformers import AutoTokenizer
 
-    def load() -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(
-            source.place, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-
-    return _loaded("a tokenizer", source, load)
+    tokenizer: PreTrainedTokenizerBase = _loaded("a tokenizer", source, AutoTokenizer.from_pretrained)
+    return tokenizer
 
 
 def context_length(source: ModelSource) -> int | None:
@@ -120,24 +112,21 @@ def hidden_size(source: ModelSource) -> int | None:
 def _number_in_config(source: ModelSource, name: str) -> int | None:
     from transformers import AutoConfig
 
-    def load() -> Any:
-        return AutoConfig.from_pretrained(
-            source.place, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-
-    config = _loaded("a model", source, load)
+    config = _loaded("a model", source, AutoConfig.from_pretrained)
     number = getattr(config.get_text_config(), name, None)
     return number if isinstance(number, int) and number > 0 else None
 
 
-def _loaded(what: str, source: ModelSource, load: Callable[[], T]) -> T:
-    """What `load` gives; whatever a folder that holds no such thing makes transformers raise is a `ConfigError`.
+def _loaded(what: str, source: ModelSource, from_pretrained: Callable[..., Any], **more: Any) -> Any:
+    """What transformers loads; whatever a folder that holds no such thing makes it raise is a `ConfigError`.
 
     Memory that runs out is no fault of the folder.
     """
     check_model_place(source.place)
     try:
-        return load()
+        return from_pretrained(
+            source.place, revision=source.revision, trust_remote_code=source.trust_remote_code, **more
+        )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # broken files raise KeyError, TypeError, SafetensorError, errors of tokenizers and more

@@ -62,14 +62,7 @@ class PreferenceTrainer(DPOTrainer):
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None in checkpoints; the finished adapter gets PEFT's."""
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
         """The mean loss over all pairs, whatever the batches."""
         self.model.eval()
         total, count = 0.0, 0

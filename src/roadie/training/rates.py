@@ -304,11 +304,11 @@ def _put_back(model: nn.Module) -> Iterator[None]:
     values = [parameter.detach().clone() for parameter in trainable]
     gradients = [parameter.grad for parameter in trainable]
     modes = {module: module.training for module in model.modules()}
-    restore_random = _random_state()
     for parameter in trainable:
         parameter.grad = None
     try:
-        yield
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
     finally:
         with torch.no_grad():
             for parameter, value, gradient in zip(trainable, values, gradients, strict=True):
@@ -316,16 +316,3 @@ def _put_back(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
         for module, mode in modes.items():
             module.training = mode
-        restore_random()
-
-
-def _random_state() -> Callable[[], None]:
-    state = torch.get_rng_state()
-    accelerator = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-
-    def restore() -> None:
-        torch.set_rng_state(state)
-        if accelerator is not None:
-            torch.cuda.set_rng_state_all(accelerator)
-
-    return restore

@@ -26,6 +26,10 @@ METHODS = ("sft", "dpo")
 DEFAULT_BETA = 0.1
 TARGET_EXPERTS = ("each", "shared", None)
 ALL_LINEAR = "all-linear"
+_OF_ADAPTER = (
+    *("variant", "group_size", "adapt_group_size", "stages", "input_stages"),
+    *("target_modules", "target_experts", "exclude_modules"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,7 @@ class Recipe:
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with these settings and the defaults for the rest; unknown keys raise `ConfigError`."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ConfigError(
-                f"got unknown setting {', '.join(unknown)}; wanted some of {', '.join(known)}; remove or rename it"
-            )
+        check_known(settings, [field.name for field in fields(cls)])
         return cls(**settings)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -119,6 +118,12 @@ class Recipe:
             if isinstance(settings[name], tuple):
                 settings[name] = list(settings[name])
         return settings
+
+    @property
+    def of_adapter(self) -> dict[str, Any]:
+        """The settings that `roadie.RoadConfig` has too, as a config file has them."""
+        settings = self.to_mapping()
+        return {name: settings[name] for name in _OF_ADAPTER}
 
     def for_width(self, hidden_size: int | None) -> Recipe:
         """The recipe with a learning rate: its own, or else the default for models of this width."""
@@ -148,6 +153,15 @@ class Recipe:
     def per_device_batch_size(self, devices: int = 1) -> int:
         """Examples a forward pass on each of `devices`."""
         return self.micro_batch_size or max(1, self.batch_size // devices)
+
+
+def check_known(
+    settings: Mapping[str, Any], known: Sequence[str], *, of: str = "", advice: str = "remove or rename it"
+) -> None:
+    """Raise `ConfigError`, which begins with `of`, for keys that are not `known`."""
+    unknown = [str(key) for key in settings if key not in known]
+    if unknown:
+        raise ConfigError(f"{of}got unknown setting {', '.join(unknown)}; wanted some of {', '.join(known)}; {advice}")
 
 
 def _check_choices(recipe: Recipe) -> None:

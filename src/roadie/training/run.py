@@ -16,7 +16,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,7 @@ def train(
         if loss_before is None:
             loss_before = _loss(trainer)
             together.first(partial(record_start, work.path, settings, loss_before))
-        with _share(adapted, recipe) as trained:
+        with train_only(adapted, recipe.share) if recipe.share else nullcontext() as trained:
             session = _run(trainer, work, recipe)
         history = history_of(trainer)
         loss_after = _loss(trainer)
@@ -186,20 +186,8 @@ def adapted_model(source: ModelSource, recipe: Recipe) -> PeftModel:
         base = prepare_quantised(base)
     if recipe.gradient_checkpointing:
         _enable_gradient_checkpointing(base)
-    targets, excluded = recipe.target_modules, recipe.exclude_modules
-    check_any(base, targets, "target_modules")
-    config = RoadConfig(
-        task_type="CAUSAL_LM",
-        variant=recipe.variant,
-        group_size=recipe.group_size,
-        adapt_group_size=recipe.adapt_group_size,
-        stages=list(recipe.stages) if recipe.stages else None,
-        input_stages=list(recipe.input_stages) if recipe.input_stages else None,
-        target_modules=list(targets) if isinstance(targets, tuple) else targets,
-        target_experts=recipe.target_experts,
-        exclude_modules=list(excluded) if isinstance(excluded, tuple) else excluded,
-    )
-    adapted = get_peft_model(base, config)
+    check_any(base, recipe.target_modules, "target_modules")
+    adapted = get_peft_model(base, RoadConfig(task_type="CAUSAL_LM", **recipe.of_adapter))
     layers = (m for m in adapted.named_modules() if isinstance(m[1], RoadLayer) and not isinstance(m[1], RoadInput))
     sizes = ((path, stages_of(size)) for path, layer in layers for size in layer.group_size.values())
     tell_of_smaller_groups(sizes, recipe.stages or (recipe.group_size,))
@@ -330,11 +318,6 @@ class _Session(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._request.asked:
             control.should_save = control.should_training_stop = True
-
-
-def _share(adapted: PeftModel, recipe: Recipe) -> AbstractContextManager[int | None]:
-    """In force while a share of the pairs is trained; gives the number of parameters in it, None for all."""
-    return nullcontext() if recipe.share is None else train_only(adapted, recipe.share)
 
 
 def _sizes(adapted: PeftModel, folder: Path, trained: int | None) -> dict[str, int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -36,10 +35,6 @@ class Runtime:
     versions: dict[str, str | None]
     threads: int
     choices: tuple[Dispatch, ...]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def inspect_runtime() -> Runtime:

@@ -22,22 +22,8 @@ logger = logging.getLogger("roadie")
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PLAIN_TEXT = (
-    ".txt",
-    ".text",
-    ".md",
-    ".rst",
-    ".tex",
-    ".py",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".rs",
-    ".go",
-    ".js",
-    ".ts",
-    ".java",
-    ".html",
+    *(".txt", ".text", ".md", ".rst", ".tex", ".html"),
+    *(".py", ".c", ".h", ".cc", ".cpp", ".rs", ".go", ".js", ".ts", ".java"),
 )
 
 

@@ -70,14 +70,7 @@ class GlobalBatchTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         return _FilledUp(self._examples, self._fillers, self.args.data_seed)
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
         """The mean loss over the learnt tokens of all examples, each of which is seen by one process."""
         examples: list[Example] = dataloader.dataset
         own = examples[self._together.rank :: self._together.count]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from roadie.errors import ConfigError
-from roadie.training.recipe import PRECISIONS, Recipe
+from roadie.training.recipe import PRECISIONS, Recipe, check_known
 
 _OWN_WORDS = {"steps": "max_steps", "targets": "target_modules", "exclude": "exclude_modules"}
+_IN_OWN_WORDS = {theirs: ours for ours, theirs in _OWN_WORDS.items()}
 _OF_THE_RUN = ("precision", "micro_batch_size", "checkpoint_steps", "gradient_checkpointing")
 _OF_ONE_TRAINING = ("method", "beta", "patience", "packing", "load_in_4bit")
 _NOT_OF_A_JOB = (*_OF_THE_RUN, *_OF_ONE_TRAINING)
@@ -93,21 +94,19 @@ class Job:
     def to_mapping(self) -> dict[str, Any]:
         """All settings as JSON can hold them; `from_mapping` gives the same job back."""
         recipe = {key: value for key, value in self.recipe.to_mapping().items() if key not in _NOT_OF_A_JOB}
-        words = {theirs: ours for ours, theirs in _OWN_WORDS.items()}
         return {
             "name": self.name,
             "data": _plain(self.data),
             "output": str(self.output),
             "eval_data": None if self.eval_data is None else _plain(self.eval_data),
             "eval_steps": self.eval_steps,
-            **{words.get(key, key): value for key, value in recipe.items()},
+            **{_IN_OWN_WORDS.get(key, key): value for key, value in recipe.items()},
         }
 
 
 def job_keys() -> list[str]:
     """The keys of a job in a jobs file."""
-    words = {theirs: ours for ours, theirs in _OWN_WORDS.items()}
-    recipe = [words.get(f.name, f.name) for f in fields(Recipe) if f.name not in _NOT_OF_A_JOB]
+    recipe = [_IN_OWN_WORDS.get(f.name, f.name) for f in fields(Recipe) if f.name not in _NOT_OF_A_JOB]
     return [*(f.name for f in fields(Job) if f.name != "recipe"), *recipe]
 
 
@@ -171,11 +170,7 @@ def check_jobs(jobs: Sequence[Job], settings: RunSettings) -> None:
 
 
 def _check_keys(label: str, settings: Mapping[str, Any], known: Sequence[str], required: Sequence[str] = ()) -> None:
-    unknown = [str(key) for key in settings if key not in known]
-    if unknown:
-        raise ConfigError(
-            f"{label}: got unknown setting {', '.join(unknown)}; wanted some of {', '.join(known)}; remove or rename it"
-        )
+    check_known(settings, known, of=f"{label}: ")
     missing = [key for key in required if key not in settings]
     if missing:
         raise ConfigError(f"{label}: got no {', '.join(missing)}; wanted {', '.join(required)}; add what is missing")

@@ -19,6 +19,7 @@ from typing import Any
 
 from roadie.errors import ConfigError
 from roadie.training.many.job import Job, RunSettings, check_jobs
+from roadie.training.recipe import check_known
 from roadie.training.settings_file import read_yaml
 
 _OWN_KEYS = ("model", "revision", "defaults", "jobs")
@@ -66,12 +67,7 @@ def _check_content(content: Any) -> None:
         raise ConfigError(
             f"got {type(content).__name__}; wanted a mapping with the key jobs; see roadie train-many --help"
         )
-    unknown = [str(key) for key in content if key not in known]
-    if unknown:
-        raise ConfigError(
-            f"got unknown setting {', '.join(unknown)}; wanted some of {', '.join(known)}; remove or rename it, or put it "
-            "under defaults, if it is one of a job"
-        )
+    check_known(content, known, advice="remove or rename it, or put it under defaults, if it is one of a job")
     if not isinstance(content.get("jobs"), list):
         raise ConfigError(f"got jobs={content.get('jobs')!r}; wanted a list of jobs, each with name, data and output")
     for key in ("model", "revision"):

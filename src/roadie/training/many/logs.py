@@ -91,31 +91,6 @@ class Logs(Observer):
         return self._folder / f"{name}.jsonl"
 
 
-class NoLogs(Logs):
-    """Of a process that writes nothing, since another one writes the same."""
-
-    def __init__(self) -> None:
-        """Nothing to write to."""
-
-    def on_step(self, reports: Sequence[StepReport], seconds: float) -> None:
-        """Nothing."""
-
-    def on_evaluation(self, name: str, step: int, loss: float) -> None:
-        """Nothing."""
-
-    def on_end(self, result: JobResult) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def rewind(self, steps: Mapping[str, int | None]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a log; a line that an interruption cut short is left out."""
     if not file.is_file():

@@ -33,22 +33,20 @@ def adapter_config(
     """adapter_config.json of an adapter of these layers, as PEFT writes it."""
     stages = recipe.stages or (recipe.group_size,)
     asked = [recipe.input_stages if is_input(layer.path) else stages for layer in layers]
+    settings = recipe.of_adapter
+    del settings["exclude_modules"]  # what they leave out is not among the layers
     return {
+        **settings,
         "adapt_group_size": any(layer.stages != wanted for layer, wanted in zip(layers, asked, strict=True)),
         "auto_mapping": None,
         "base_model_name_or_path": source.place,
-        "group_size": recipe.group_size,
         "inference_mode": True,
         "init_weights": True,
-        "input_stages": list(recipe.input_stages) if recipe.input_stages else None,
         "modules_to_save": None,
         "peft_type": "ROAD",
         "revision": source.revision,
-        "stages": list(recipe.stages) if recipe.stages else None,
-        "target_experts": recipe.target_experts,
         "target_modules": target_names(model, layers),
         "task_type": "CAUSAL_LM",
-        "variant": recipe.variant,
     }
 
 

@@ -21,7 +21,7 @@ from roadie.distributed.processes import join
 from roadie.training.interruption import told
 from roadie.training.many.job import Job, RunSettings
 from roadie.training.many.jobs_file import Plan, read_jobs
-from roadie.training.many.logs import Logs, NoLogs
+from roadie.training.many.logs import Logs
 from roadie.training.many.observer import Observer
 from roadie.training.many.outputs import adapter_of, finished_result, write_output
 from roadie.training.many.preparation import Prepared, prepare, run_settings
@@ -129,17 +129,17 @@ class _Run:
         snapshot = read_snapshot(self._snapshots) if self.work.goes_on else None
         ended = self._ended_before(snapshot)
         self.sharing.of_rows.wait()  # until all have read what only one of them will write
-        logs = Logs(self.work.path) if self.sharing.writes else NoLogs()
-        if self.sharing.writes:
-            observers = [*observers, RateWarnings(logs.history)]
+        logs = Logs(self.work.path) if self.sharing.writes else None
+        all_observers = [*observers] if logs is None else [logs, *observers, RateWarnings(logs.history)]
         try:
-            session = self._session(snapshot, ended, logs, [logs, *observers])
+            session = self._session(snapshot, ended, logs, all_observers)
             before = session.step
-            self._announce(session, ended, logs, observers)
+            self._announce(session, ended, logs, all_observers)
             with told(lambda: saved_in(self.work.path)):
                 session.run()
         finally:
-            logs.close()
+            if logs is not None:
+                logs.close()
         return {**ended, **session.results}, session.step - before
 
     @property
@@ -159,13 +159,17 @@ class _Run:
         return ended
 
     def _session(
-        self, snapshot: Snapshot | None, ended: Mapping[str, JobResult], logs: Logs, observers: Sequence[Observer]
+        self,
+        snapshot: Snapshot | None,
+        ended: Mapping[str, JobResult],
+        logs: Logs | None,
+        observers: Sequence[Observer],
     ) -> Session:
         def finish(job: ActiveJob, bank: TrainableBank) -> JobResult:
             return self._finish(job, bank, logs)
 
         def save(session: Session) -> None:
-            if not self.sharing.writes:
+            if logs is None:
                 return
             logs.flush()
             self._snapshots.mkdir(exist_ok=True)
@@ -179,29 +183,31 @@ class _Run:
             session.go_on(snapshot)
         return session
 
-    def _finish(self, job: ActiveJob, bank: TrainableBank, logs: Logs) -> JobResult:
-        """Write the output of a job that has done all of its steps."""
-        if not self.sharing.writes:
-            return job.result(JobStatus.FINISHED)
+    def _finish(self, job: ActiveJob, bank: TrainableBank, logs: Logs | None) -> JobResult:
+        """Write the output of a job that has done all of its steps, in the process that writes."""
+        result = job.result(JobStatus.FINISHED)
+        if logs is None:
+            return result
         family = bank.family_of(job.name)
         row = job.best_row if job.best_row is not None else family.row(job.name)
         adapter = adapter_of(family, row, job.prepared.config)
-        result = job.result(JobStatus.FINISHED)
-        history = logs.history(job.name)
-        overwrite = self.work.overwrite
-        write_output(job.prepared, adapter, result, history, mark=self.work.mark, overwrite=overwrite)
+        history, work = logs.history(job.name), self.work
+        write_output(job.prepared, adapter, result, history, mark=work.mark, overwrite=work.overwrite)
         return result
 
     def _announce(
-        self, session: Session, ended: Mapping[str, JobResult], logs: Logs, observers: Sequence[Observer]
+        self, session: Session, ended: Mapping[str, JobResult], logs: Logs | None, observers: Sequence[Observer]
     ) -> None:
+        """Who was told of a job's end in a former session, by its log, is not told again; all others hear of everything."""
         todo = {name: one for name, one in self.prepared.jobs.items() if name not in ended}
         steps = {name: job.progress.step for name, job in session.active.items()}
-        logs.rewind({name: steps.get(name) for name in [*todo, *self.prepared.unread]})
+        if logs is not None:
+            logs.rewind({name: steps.get(name) for name in [*todo, *self.prepared.unread]})
         for observer in observers:
             observer.on_start(self.plan.jobs, {name: one.steps for name, one in todo.items()})
             for name, job in session.active.items():
                 observer.on_join(name, job.progress.step)
         for name, result in ended.items():
-            for observer in [logs, *observers] if name in self.prepared.unread else observers:
-                observer.on_end(result)
+            for observer in observers:
+                if observer is not logs or name in self.prepared.unread:
+                    observer.on_end(result)

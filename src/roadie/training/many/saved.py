@@ -16,15 +16,16 @@ RECORD_NAME = "training.json"
 
 def saved_in(work: Path) -> Saved:
     """The checkpoints in a working folder, and the jobs of the run that have finished."""
-    steps = [step for file in _snapshots(work) if (step := _step_of(file)) is not None]
+    steps = [step for file in snapshots(work) if (step := _step_of(file)) is not None]
     finished = list(_finished(work))
     parts = [f"the checkpoint after step {' and '.join(map(str, steps))} in {work}"] if steps else []
     parts += [f"{len(finished)} finished jobs ({', '.join(finished)})"] if finished else []
     return Saved(f"Kept: {'; '.join(parts)}.", can_go_on=True) if parts else NOTHING
 
 
-def _snapshots(work: Path) -> list[Path]:
-    return [work / SNAPSHOT_NAME, *sorted(work.glob(f"process-*/{SNAPSHOT_NAME}"))]
+def snapshots(work: Path) -> list[Path]:
+    """The checkpoints there are: of the run, or of each process that trains jobs of its own."""
+    return [file for file in (work / SNAPSHOT_NAME, *sorted(work.glob(f"process-*/{SNAPSHOT_NAME}"))) if file.exists()]
 
 
 def _step_of(snapshot: Path) -> int | None:

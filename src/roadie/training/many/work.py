@@ -23,7 +23,7 @@ from roadie.errors import ConfigError
 from roadie.training.folders import OutputExists, check_free, check_writable
 from roadie.training.many.job import Job
 from roadie.training.many.outputs import finished_result
-from roadie.training.many.saved import RUN_NAME, SNAPSHOT_NAME
+from roadie.training.many.saved import RUN_NAME, snapshots
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,14 @@ def former_rates(path: Path) -> dict[str, float]:
 def close_work(work: Work, settings: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
     """Note what became of the jobs, and remove the checkpoint."""
     _write(work, settings, outcome)
-    for snapshot in _snapshots(work.path):
+    for snapshot in snapshots(work.path):
         snapshot.unlink()
     for folder in work.path.glob("process-*"):
         shutil.rmtree(folder)
 
 
-def _snapshots(path: Path) -> list[Path]:
-    return [file for file in (path / SNAPSHOT_NAME, *path.glob(f"process-*/{SNAPSHOT_NAME}")) if file.exists()]
-
-
 def _check_new(path: Path, *, overwrite: bool) -> None:
-    if _snapshots(path) and not overwrite:
+    if snapshots(path) and not overwrite:
         raise OutputExists(
             f"{path}: got the working folder of a run that did not finish; wanted none; go on with it (--resume), or "
             "start anew (--overwrite)"
