@@ -23,7 +23,7 @@ from tests.kernels import cases
 from tests.kernels.test_triton import CHECKS, SHAPES, check_both_at_once
 from tests.kernels.test_triton_matmul import LAYERS, layer, reach_of, truth_of
 
-from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.contract import SUMS, Implementation, RowRotations
 from roadie.kernels.eager import EagerImplementation
 from roadie.kernels.triton import TritonImplementation, runtime
 from roadie.kernels.triton.matmul import linear_rotate
@@ -69,25 +69,10 @@ class Elsewhere(Implementation):
         turns: RowRotations,
         own: Tensor | None,
         partner: Tensor | None,
+        solve: int = SUMS,
     ) -> None:
         there = [None if tensor is None else moved(tensor) for tensor in (grad, kept, grad_x, own, partner)]
-        TRITON.backward(*there[:3], on_gpu(turns), *there[3:])
-        for here, result in zip((grad_x, own, partner), there[2:], strict=True):
-            if here is not None:
-                here.copy_(result)
-
-    def gradients(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        grad_x: Tensor | None,
-        turns: RowRotations,
-        own: Tensor,
-        partner: Tensor,
-        of_output: bool,
-    ) -> None:
-        there = [None if tensor is None else moved(tensor) for tensor in (grad, kept, grad_x, own, partner)]
-        TRITON.gradients(*there[:3], on_gpu(turns), *there[3:], of_output)
+        TRITON.backward(*there[:3], on_gpu(turns), *there[3:], solve)
         for here, result in zip((grad_x, own, partner), there[2:], strict=True):
             if here is not None:
                 here.copy_(result)

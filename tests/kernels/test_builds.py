@@ -11,6 +11,7 @@ from tests.kernels import builds, cases
 
 from roadie import identity
 from roadie.kernels import cpu, prepare_rotation, stamp
+from roadie.kernels.contract import OF_OUTPUT
 from roadie.kernels.cpu import CpuImplementation
 from roadie.kernels.eager import EagerImplementation
 from roadie.testing.accuracy import assert_same_bits
@@ -76,5 +77,5 @@ def results(dtype: torch.dtype, size: int) -> tuple[torch.Tensor, ...]:
     cases.check_same_bits(CPU, EAGER, b)
     _, own, partner = turned_back = cases.turned_back(CPU, b)
     direct, cross = torch.empty_like(own), torch.empty_like(partner)
-    CPU.gradients(b.gradient, b.kept, None, b.turns, direct, cross, True)
+    CPU.backward(b.gradient, b.kept, None, b.turns, direct, cross, OF_OUTPUT)
     return cases.turned(CPU, b), *turned_back, direct, cross

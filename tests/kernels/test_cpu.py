@@ -18,7 +18,7 @@ from torch import Tensor
 
 from roadie.errors import KernelError
 from roadie.kernels import RowRotations, cpu
-from roadie.kernels.contract import table_dtypes
+from roadie.kernels.contract import OF_INPUT, table_dtypes
 from roadie.kernels.cpu import CpuImplementation
 from roadie.kernels.eager import EagerImplementation
 from roadie.testing.accuracy import assert_same_bits
@@ -270,7 +270,7 @@ def test_scratch_memory_is_never_read_before_it_is_written(root: Path) -> None:
 def test_the_size_of_a_slot_that_no_row_uses_is_looked_at_too(size: int) -> None:
     b = cases.batch(2, 8, (2, size), num_slots=2)
     with pytest.raises(KernelError, match="group size"):
-        CPU.gradients(b.gradient, b.kept, None, b.turns, torch.zeros(2, 8), torch.zeros(2, 8), False)
+        CPU.backward(b.gradient, b.kept, None, b.turns, torch.zeros(2, 8), torch.zeros(2, 8), OF_INPUT)
 
 
 @pytest.mark.skipif(cpu.loaded().callable is None, reason="torch does not tell C what its tensors are")

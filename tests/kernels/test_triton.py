@@ -23,8 +23,8 @@ pytest.importorskip("triton")
 from tests.kernels import cases
 from tests.versions import needs_loops_in_the_interpreter
 
-from roadie.kernels.contract import Implementation, RowRotations
-from roadie.kernels.eager import EagerImplementation, solve
+from roadie.kernels.contract import OF_INPUT, OF_OUTPUT, Implementation, RowRotations
+from roadie.kernels.eager import EagerImplementation, solved
 from roadie.kernels.triton import TritonImplementation, backward, tasks, tiles
 from roadie.kernels.triton.tasks import most_tasks
 from roadie.testing.accuracy import assert_as_accurate_as, assert_same_bits, assert_within, unit_roundoff, wide
@@ -136,9 +136,10 @@ def check_both_at_once(implementation: Implementation, b: cases.Batch) -> None:
     for of_output, want_x in ((False, True), (True, False)):
         back, after = (torch.full_like(b.gradient, torch.nan) for _ in range(2))
         got, wanted = ([torch.full(b.turns.direct.shape, torch.nan) for _ in range(2)] for _ in range(2))
-        implementation.gradients(b.gradient, b.kept, back if want_x else None, b.turns, *got, of_output)
+        solve = OF_OUTPUT if of_output else OF_INPUT
+        implementation.backward(b.gradient, b.kept, back if want_x else None, b.turns, *got, solve)
         implementation.backward(b.gradient, b.kept, after if want_x else None, b.turns, *wanted)
-        solve(*wanted, b.turns, of_output)
+        wanted = solved(*wanted, b.turns, of_output)
         for value, expected in zip((*got, back), (*wanted, after), strict=True):
             assert torch.equal(value.nan_to_num(7.0), expected.nan_to_num(7.0))
         assert not any(value.isnan().any() for value in got)

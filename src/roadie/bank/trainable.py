@@ -114,12 +114,10 @@ class TrainableBank:
                 for taken in part.stacks:
                     for index, path in enumerate(taken.stack.paths):
                         sites.setdefault(path, []).append(_Share(number, taken, index))
-            self._tables = {path: _layer_table(shares, self._keep_at(path)) for path, shares in sites.items()}
+            keeps = {path: Keep.INPUT if is_input(path) else self._keep for path in sites}
+            self._tables = {path: _layer_table(shares, keeps[path]) for path, shares in sites.items()}
         self.slots = {name: slot for slot, name in enumerate(name for part in self._parts for name in part.names)}
         self._row_of_slot.clear()
-
-    def _keep_at(self, path: str) -> Keep | None:
-        return Keep.INPUT if is_input(path) else self._keep
 
     def gradients(self) -> Iterator[PartGradients]:
         """The gradients of the tables as those of parameters, family by family."""
@@ -173,29 +171,14 @@ class TrainableBank:
         """Within the block row b of a batch uses the adapter at ``slots[b]`` (int64 ``[B]`` or ``[B, T]``); -1: none."""
         return self._routing.chosen(Choice(slots))
 
-    def rotated(self, path: str, layer: nn.Module, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
-        """y of the site `path`, which is at `layer`, each row by its adapter; itself where none is routed, or has the site."""
+    def in_force(self, path: str) -> tuple[_LayerTable, Choice] | None:
+        """By what the site `path` is rotated now; None where no rows are routed, or no adapter has the site."""
         table, choice = self._tables.get(path), self._routing.current()
-        if table is None or choice is None:
-            return y
-        slots = choice.placed(y, layer, self._rows_of(tuple(table.rows)))
-        return rotate_checked(y, table.chain, slots, table.keep, is_fresh())
+        return None if table is None or choice is None else (table, choice)
 
-    def rotated_pairs(self, path: str, experts: nn.Module, y: Tensor, pairs: Pairs, num_rotations: int) -> Tensor:
-        """As `rotated`, of what stacked experts give to pairs of a token and an expert."""
-        table, choice = self._tables.get(path), self._routing.current()
-        if table is None or choice is None:
-            return y
-        slots = pairs.placed(choice, experts, self._rows_of(tuple(table.rows)))
-        chain, of_pairs = pairs.spread(table.chain, slots, num_rotations)
-        return rotate_checked(y, chain, of_pairs, table.keep, True)
-
-    def rests_at(self, path: str) -> bool:
-        """Whether nothing is rotated there now."""
-        return path not in self._tables or self._routing.current() is None
-
-    def _rows_of(self, parts: tuple[int, ...]) -> tuple[int, ...] | None:
-        """For each slot its row in a table of these parts, or -1, as it is for slot -1; None where the rows are the slots."""
+    def rows_of(self, table: _LayerTable) -> tuple[int, ...] | None:
+        """For each slot its row in a table, or -1, as it is for slot -1; None where the rows are the slots."""
+        parts = tuple(table.rows)
         if len(parts) == len(self._parts):
             return None
         if parts not in self._row_of_slot:
@@ -240,13 +223,26 @@ class _Site(NamedTuple):
     num_rotations: int
 
     def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
-        return self.bank.rotated(self.path, self.layer, y, is_fresh)
+        """y, each row by its adapter."""
+        found = self.bank.in_force(self.path)
+        if found is None:
+            return y
+        table, choice = found
+        slots = choice.placed(y, self.layer, self.bank.rows_of(table))
+        return rotate_checked(y, table.chain, slots, table.keep, is_fresh())
 
     def rests(self) -> bool:
-        return self.bank.rests_at(self.path)
+        return self.bank.in_force(self.path) is None
 
     def of_pairs(self, y: Tensor, pairs: Pairs) -> Tensor:
-        return self.bank.rotated_pairs(self.path, self.layer, y, pairs, self.num_rotations)
+        """As `of`, of what stacked experts give to pairs of a token and an expert."""
+        found = self.bank.in_force(self.path)
+        if found is None:
+            return y
+        table, choice = found
+        slots = pairs.placed(choice, self.layer, self.bank.rows_of(table))
+        chain, of_pairs = pairs.spread(table.chain, slots, self.num_rotations)
+        return rotate_checked(y, chain, of_pairs, table.keep, True)
 
 
 def _hooked(model: nn.Module, path: str) -> Any:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import roadie.kernels.schema as _registered  # noqa: F401 - torch knows the operations from here on
 from roadie.kernels.api import (
-    can_rotate_in_place,
     is_looked_on,
-    needs_gradient,
     prepare_checked,
     prepare_rotation,
     rotate,
@@ -21,7 +19,7 @@ from roadie.kernels.api import (
 )
 from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations
-from roadie.kernels.keeping import Keep, settled, writes_to
+from roadie.kernels.keeping import Keep, writes_to
 from roadie.kernels.stamp import Place, Stamp, can_be_stamped
 from roadie.kernels.table import Chain, RotationTable, table_of
 
@@ -35,16 +33,13 @@ __all__ = [
     "RowRotations",
     "Stamp",
     "can_be_stamped",
-    "can_rotate_in_place",
     "is_looked_on",
-    "needs_gradient",
     "prepare_checked",
     "prepare_rotation",
     "refusals",
     "rotate",
     "rotate_",
     "rotate_checked",
-    "settled",
     "table_of",
     "takes_kernels",
     "using",

@@ -80,11 +80,6 @@ def rotate_(x: Tensor, rotations: Rotations, slots: Tensor | None = None) -> Ten
     return _in_place(x, chain, slots)
 
 
-def can_rotate_in_place(x: Tensor, chain: Chain) -> bool:
-    """Whether `rotate_` may be used: nothing here needs a gradient, and nobody traces what is computed."""
-    return takes_kernels(x, chain) and not needs_gradient(x, chain)
-
-
 def prepare_rotation(y: Tensor, rotations: Rotations, slots: Tensor | None = None) -> PreparedRotation | None:
     """`rotate_` of tensors like y, made ready to be called many times; None where that would win nothing."""
     chain = as_chain(rotations)
@@ -119,10 +114,11 @@ def _as_operations(x: Tensor, chain: Chain, slots: Tensor | None, keep: Keep) ->
 
 
 def _as_operation(x: Tensor, table: RotationTable, slots: Tensor | None, keep: Keep) -> Tensor:
-    arguments = x, table.direct, table.cross, slots, table.sizes, table.uniform_size
     if _must_be_seen_through(x):
-        return composed(*arguments)
-    z: Tensor = torch.ops.roadie.rotate_rows(*arguments, keep is not Keep.INPUT)
+        return composed(x, table, slots)
+    z: Tensor = torch.ops.roadie.rotate_rows(
+        x, table.direct, table.cross, slots, table.sizes, table.uniform_size, keep is not Keep.INPUT
+    )
     return z._lazy_clone() if keep is Keep.COPY and z.requires_grad else z  # here modes of torch may hold z as well
 
 
@@ -171,7 +167,7 @@ def needs_gradient(x: Tensor, chain: Chain) -> bool:
 def _must_be_seen_through(x: Tensor) -> bool:
     """Whether torch needs plain operations: for export, tracing, torch.func, forward mode, and tensors made of tensors."""
     if torch.compiler.is_compiling():  # compilers take our operation as it is
-        return _is_exporting()
+        return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # from torch 2.7 on
     return (
         _is_made_of_tensors(x)
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -182,7 +178,3 @@ def _must_be_seen_through(x: Tensor) -> bool:
 
 def _is_made_of_tensors(x: Any) -> bool:
     return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
-
-
-def _is_exporting() -> bool:
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # from torch 2.7 on

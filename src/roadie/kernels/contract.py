@@ -11,7 +11,7 @@ For each row t of a batch, with its slot s, and each pair (i, k) of outputs, k =
     partner_si = sum over the slot's rows of g_i * kept_k, and of g_k * kept_i for the element k
 
 `own` and `partner` are what the gradients of direct and cross are made of, whether the rotation's input or its output was
-kept (`Implementation.gradients`). Rows of slot -1 are the base: z = x, grad_x = g, no sums.
+kept. Rows of slot -1 are the base: z = x, grad_x = g, no sums.
 
 **Precision.** Arithmetic in float32 (float64 where x is float64), each product and each sum rounded by itself in `rotate`;
 one rounding to the dtype of the result. Sums over rows are in float32 or wider, in an order that depends on the shapes
@@ -36,6 +36,10 @@ PreparedRotation: TypeAlias = Callable[..., bool]
 Nothing is computed where y is not of the expected kind, or so large that several threads should share the work. Nobody may be
 looking on (`roadie.kernels.is_looked_on`), which is for the caller to know.
 """
+
+
+SUMS, OF_INPUT, OF_OUTPUT = range(3)
+"""What `Implementation.backward` makes of the sums over rows: nothing, or gradients, where the input or the output was kept."""
 
 
 class RowRotations(NamedTuple):
@@ -123,27 +127,15 @@ class Implementation(ABC):
         turns: RowRotations,
         own: Tensor | None,
         partner: Tensor | None,
+        solve: int = SUMS,
     ) -> None:
-        """Write R^T grad into `grad_x` and the sums over rows into `own` and `partner`; None: not wanted.
+        """Write R^T grad into `grad_x`, and what `solve` makes of the sums over rows into `own` and `partner`; None: not wanted.
 
         grad, kept, grad_x: ``[T, D]`` in one dtype; own, partner: ``[S, D]``, float32 (float64 where grad is); every element is
         written, also for slots that no row uses. kept is None where own and partner are.
-        """
 
-    @abstractmethod
-    def gradients(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        grad_x: Tensor | None,
-        turns: RowRotations,
-        own: Tensor,
-        partner: Tensor,
-        of_output: bool,
-    ) -> None:
-        """`backward`, with the gradients of direct and cross in place of the sums own and partner.
-
-        With M = sum of g input^T a pair: grad_direct is M's diagonal, grad_cross_i = -M_ik, grad_cross_k = M_ki. of_output: the
-        sums are over the rotation's output, sum of g output^T = M R^T, and M comes from solving for it; a singular R
-        gives what is not finite, but 0 where all sums of the pair are 0: a slot that no row uses is not spoilt.
+        solve: `SUMS`; or the gradients of direct and cross. With M = sum of g input^T a pair: grad_direct is M's diagonal,
+        grad_cross_i = -M_ik, grad_cross_k = M_ki. `OF_INPUT`: kept is the rotation's input. `OF_OUTPUT`: the sums are over its
+        output, sum of g output^T = M R^T, and M comes from solving for it; a singular R gives what is not finite, but 0 where all
+        sums of the pair are 0: a slot that no row uses is not spoilt.
         """

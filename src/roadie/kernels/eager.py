@@ -14,35 +14,27 @@ import torch
 from torch import Tensor
 
 from roadie.errors import KernelError
-from roadie.kernels.contract import Implementation, RowRotations
+from roadie.kernels.contract import OF_OUTPUT, SUMS, Implementation, RowRotations
+from roadie.kernels.table import RotationTable
 from roadie.rotation import partner_columns, swap_unsigned
 
 ELEMENTS_A_PIECE = 1 << 18  # 1 MiB in float32
 
 
-def composed(
-    x: Tensor, direct: Tensor, cross: Tensor, slots: Tensor | None, sizes: Tensor | None, group_size: int
-) -> Tensor:
+def composed(x: Tensor, table: RotationTable, slots: Tensor | None) -> Tensor:
     """R x ``[..., D]`` as differentiable tensor operations on the whole of x at once: where torch must see what is computed.
 
-    direct, cross: ``[S, D]``; slots: in the shape of x's first dimensions, or None; sizes: int32 ``[S]``, or None.
+    slots: in the shape of x's first dimensions, or None.
     """
-    chosen = _chosen(RowRotations(direct, cross, slots, 1, sizes, group_size), slots, x.dim() - 1)
-    return chosen.turned(x).to(x.dtype)
+    return _chosen(_turns(table, slots), slots, x.dim() - 1).turned(x).to(x.dtype)
 
 
 def composed_gradients(
-    grad: Tensor,
-    kept: Tensor | None,
-    direct: Tensor,
-    cross: Tensor,
-    slots: Tensor | None,
-    sizes: Tensor | None,
-    group_size: int,
-    keep_output: bool,
+    grad: Tensor, kept: Tensor | None, table: RotationTable, slots: Tensor | None, keep_output: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, direct and cross as tensor operations that can be differentiated again (create_graph=True)."""
-    turns = RowRotations(direct, cross, slots, 1, sizes, group_size)
+    turns = _turns(table, slots)
+    direct, cross = table.direct, table.cross
     chosen = _chosen(turns, slots, grad.dim() - 1)
     grad_x = chosen.turned_back(grad).to(grad.dtype)
     if kept is None:
@@ -50,10 +42,12 @@ def composed_gradients(
     wide = _wide(grad, direct)
     g, value = grad.to(wide), kept.to(wide)
     own, partner = (_of_slots(term, slots, direct) for term in (g * value, g * chosen.partners(value)))
-    size = group_size if sizes is None else sizes.unsqueeze(-1)
-    of_table = of_kept_output if keep_output else of_kept_input
-    grad_direct, grad_cross = of_table(own, partner, direct, cross, size)
+    grad_direct, grad_cross = solved(own, partner, turns, keep_output)
     return grad_x, grad_direct.to(direct.dtype), grad_cross.to(cross.dtype)
+
+
+def _turns(table: RotationTable, slots: Tensor | None) -> RowRotations:
+    return RowRotations(table.direct, table.cross, slots, 1, table.sizes, table.uniform_size)
 
 
 def _of_slots(terms: Tensor, slots: Tensor | None, table: Tensor) -> Tensor:
@@ -95,8 +89,9 @@ class EagerImplementation(Implementation):
         turns: RowRotations,
         own: Tensor | None,
         partner: Tensor | None,
+        solve: int = SUMS,
     ) -> None:
-        """R^T grad into grad_x, and the sums over rows; see the contract."""
+        """R^T grad into grad_x, and what is made of the sums over rows; see the contract."""
         _check(turns, grad.shape[1])
         sums = [total.zero_() for total in (own, partner) if total is not None]
         for piece in _pieces(grad, turns):
@@ -104,28 +99,15 @@ class EagerImplementation(Implementation):
                 _add(sums, piece.chosen, piece.of(grad), piece.of(kept))
             if grad_x is not None:
                 piece.of(grad_x).copy_(piece.chosen.turned_back(piece.of(grad)))
-
-    def gradients(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        grad_x: Tensor | None,
-        turns: RowRotations,
-        own: Tensor,
-        partner: Tensor,
-        of_output: bool,
-    ) -> None:
-        """`backward`, and gradients of the sums; see the contract."""
-        self.backward(grad, kept, grad_x, turns, own, partner)
-        solve(own, partner, turns, of_output)
+        if solve and own is not None and partner is not None:
+            of_direct, of_cross = solved(own, partner, turns, solve == OF_OUTPUT)
+            own.copy_(of_direct), partner.copy_(of_cross)
 
 
-def solve(own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> None:
-    """Turn the sums ``[S, D]`` into the gradients of direct and cross, in place; see the contract."""
+def solved(own: Tensor, partner: Tensor, turns: RowRotations, of_output: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of direct and cross ``[S, D]`` from the sums."""
     size = turns.group_size if turns.sizes is None else turns.sizes.unsqueeze(-1)
-    of_table = of_kept_output if of_output else of_kept_input
-    grad_direct, grad_cross = of_table(own, partner, turns.direct, turns.cross, size)
-    own.copy_(grad_direct), partner.copy_(grad_cross)
+    return (of_kept_output if of_output else of_kept_input)(own, partner, turns.direct, turns.cross, size)
 
 
 def of_kept_input(

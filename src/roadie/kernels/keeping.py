@@ -43,8 +43,11 @@ PLAIN = (Tensor, torch.nn.Parameter)
 # Where torch's own tests run every operation on lazy copies.
 writes_to: Callable[[Tensor], int] = attrgetter("_version")
 """How many writes to a tensor torch has counted."""
-_memory_of: Callable[[Tensor], int] | None = getattr(torch._C, "_data_address", None)
-_HAVE_LAZY_COPIES = ("cpu", "cuda") if hasattr(Tensor, "_lazy_clone") and _memory_of is not None else ()
+_HAVE_LAZY_COPIES = ("cpu", "cuda") if hasattr(Tensor, "_lazy_clone") and hasattr(torch._C, "_data_address") else ()
+_memory_of: Callable[[Tensor], int] = getattr(
+    torch._C, "_data_address", lambda tensor: tensor.untyped_storage().data_ptr()
+)
+"""Where the memory of a tensor begins; asked without a wish to write, which would move it away from its lazy copy."""
 _MARK = "roadie_kept"
 _CHANGED = "one of the variables needed for gradient computation has been modified by an inplace operation"
 
@@ -74,10 +77,11 @@ def to_save(ctx: Any, x: Tensor, z: Tensor, keep: Keep, *, into_x: bool = False)
     into_x: z is x, which the step calls dirty. A COPY has z's memory and a count of its own; who can be differentiated twice
     returns it beside z, so that it has a history.
     """
-    ctx.keep_output = keep is not Keep.INPUT
     if keep is Keep.COPY:
-        return _with_lazy_copy(z)
-    kept = z if ctx.keep_output else x
+        kept = z.data
+        setattr(kept.untyped_storage(), _MARK, _lazy_copy(kept))
+        return kept
+    kept = x if keep is Keep.INPUT else z
     watch(ctx, kept, 1 if into_x else 0)
     return kept
 
@@ -100,12 +104,6 @@ def remember_for_tracers(ctx: Any, *saved: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling() and type(saved[0]) not in PLAIN:
         ctx.traced = tuple(None if tensor is None else tensor.clone() for tensor in saved)
-
-
-def _with_lazy_copy(z: Tensor) -> Tensor:
-    kept = z.data
-    setattr(kept.untyped_storage(), _MARK, _lazy_copy(kept))
-    return kept
 
 
 def _lazy_copy(tensor: Tensor) -> Tensor:
@@ -141,22 +139,17 @@ def _as_it_was(ctx: Any, kept: Tensor) -> Tensor:
         return kept
     copy: Tensor | None = getattr(storage, _MARK)
     if ctx.keep_output and copy is not None:
-        if address(copy) == address(kept):
+        if _memory_of(copy) == _memory_of(kept):
             return kept
-        if not torch.is_grad_enabled():
-            return copy
-        return copy + (
-            kept - kept.detach()
-        )  # with the history of what it was made of: gradients are differentiated again
+        # Where gradients are differentiated again, with the history of what it was made of.
+        return copy + (kept - kept.detach()) if torch.is_grad_enabled() else copy
     if ctx.version is not None and writes_to(kept) > ctx.version:
         raise _refusal(ctx.keep_output)
     return kept
 
 
 def address(tensor: Tensor) -> int:
-    """Where a tensor is; asked without a wish to write, which would move it away from its lazy copy."""
-    if _memory_of is None:
-        return tensor.data_ptr()
+    """Where a tensor is; asked as its memory is."""
     return _memory_of(tensor) + int(tensor.storage_offset()) * tensor.itemsize
 
 
@@ -178,10 +171,3 @@ def without_lazy_copy(kept: Tensor) -> Iterator[None]:
         yield
     finally:
         setattr(storage, _MARK, _lazy_copy(kept))
-
-
-def summed(grad: Tensor | None, of_kept: Tensor | None) -> Tensor | None:
-    """The gradient of a result that was returned twice, as itself and as what is kept."""
-    if grad is None or of_kept is None:
-        return of_kept if grad is None else grad
-    return grad + of_kept

@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from roadie.errors import KernelError
-from roadie.kernels.choice import chosen
 from roadie.kernels.eager import of_kept_input, of_kept_output
 from roadie.kernels.keeping import remember_for_tracers, saved_tensors, watch
-from roadie.kernels.step import empty_gradients, forward, matrix
-from roadie.kernels.table import RotationTable, row_rotations, table_of
+from roadie.kernels.step import backward, empty_gradients, forward
+from roadie.kernels.table import RotationTable
 
 # What is kept alive here stays registered.
 _library = Library("roadie", "DEF")
@@ -51,7 +50,7 @@ def _forward(
     keep_output: bool = False,
 ) -> Tensor:
     """R x in new memory, without gradient: the operation's kernel on every device."""
-    return forward(x, (_table(direct, cross, sizes, group_size),), slots)
+    return forward(x, (RotationTable(direct, cross, group_size if sizes is None else sizes),), slots)
 
 
 def _backward(
@@ -65,20 +64,7 @@ def _backward(
     want_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """R^T grad (empty where not wanted) and the sums own and partner ``[S, D]`` (empty where nothing was kept)."""
-    grad_x, own, partner = empty_gradients(grad, kept, direct, want_x)
-    if not grad.numel() or grad.is_meta:
-        return grad_x, own.zero_(), partner.zero_()
-    table = _table(direct, cross, sizes, group_size)
-    sums = (None, None) if kept is None else (own, partner)
-    rows, into = None if kept is None else matrix(kept), matrix(grad_x) if want_x else None
-    chosen(grad.device, grad.dtype, direct.dtype).backward(
-        matrix(grad), rows, into, row_rotations(grad, table, slots), *sums
-    )
-    return grad_x, own, partner
-
-
-def _table(direct: Tensor, cross: Tensor, sizes: Tensor | None, group_size: int) -> RotationTable:
-    return table_of(direct, cross, [group_size] if sizes is None else sizes)
+    return backward(grad, kept, RotationTable(direct, cross, group_size if sizes is None else sizes), slots, want_x)
 
 
 _library.impl("rotate_rows", _forward, "CompositeExplicitAutograd")

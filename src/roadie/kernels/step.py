@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from roadie.kernels.choice import chosen
+from roadie.kernels.contract import OF_INPUT, OF_OUTPUT, SUMS
 from roadie.kernels.eager import composed, composed_gradients
-from roadie.kernels.keeping import Keep, saved_tensors, summed, to_save
+from roadie.kernels.keeping import Keep, saved_tensors, to_save
 from roadie.kernels.table import Chain, RotationTable, row_rotations, table_without_gaps, with_vectors
 
 Gradients = tuple[Tensor | None, list[Tensor | None]]
@@ -69,7 +70,8 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x and the vectors; by plain operations where they are to be differentiated again."""
-        grad = grad if of_kept is None else summed(grad, of_kept)
+        if of_kept is not None:  # the result was returned twice, as itself and as what is kept
+            grad = of_kept if grad is None else grad + of_kept
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         kept, slots, *vectors = saved_tensors(ctx)
@@ -82,38 +84,44 @@ class Rotated(torch.autograd.Function):
         return grad_x, None, None, None, None, *of_vectors
 
 
+def backward(
+    grad: Tensor, kept: Tensor | None, table: RotationTable, slots: Tensor | None, want_x: bool, solve: int = SUMS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """R^T grad, and what `solve` makes of the sums over rows, own and partner ``[S, D]``; empty where they are not wanted.
+
+    Without gradient. kept: None where nothing was kept, and no sums are wanted.
+    """
+    grad_x, own, partner = empty_gradients(grad, kept, table.direct, want_x)
+    if not grad.numel() or grad.is_meta:
+        return grad_x, own.zero_(), partner.zero_()
+    rows = None if kept is None else matrix(kept)
+    sums: tuple[Tensor | None, Tensor | None] = (None, None) if kept is None else (own, partner)
+    into = grad_x.view(-1, grad_x.shape[-1]) if want_x else None
+    implementation = chosen(grad.device, grad.dtype, table.direct.dtype)
+    implementation.backward(matrix(grad), rows, into, row_rotations(grad, table, slots), *sums, solve)
+    return grad_x, own, partner
+
+
+def empty_gradients(grad: Tensor, kept: Tensor | None, direct: Tensor, want_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `backward` gives."""
+    wide = torch.float64 if torch.float64 in (grad.dtype, direct.dtype) else torch.float32
+    grad_x = torch.empty(grad.shape if want_x else (0,), dtype=grad.dtype, device=grad.device)
+    own = torch.empty(direct.shape if kept is not None else (0,), dtype=wide, device=grad.device)
+    return grad_x, own, torch.empty_like(own)
+
+
 def _gradients(
     grad: Tensor, kept: Tensor | None, table: RotationTable, slots: Tensor | None, keep_output: bool, want_x: bool
 ) -> Gradients:
     """Gradients of x (None where not wanted) and of direct and cross (None where nothing was kept)."""
     if torch.is_grad_enabled():
-        arguments = table.direct, table.cross, slots, table.sizes, table.uniform_size
-        grad_x, *of_vectors = composed_gradients(grad, kept, *arguments, keep_output)
+        grad_x, *of_vectors = composed_gradients(grad, kept, table, slots, keep_output)
         return grad_x, of_vectors
-    back, own, partner = empty_gradients(grad, kept, table.direct, want_x)
-    into = back if want_x else None
-    if grad.numel() and not grad.is_meta:
-        turns = row_rotations(grad, table, slots)
-        implementation = chosen(grad.device, grad.dtype, table.direct.dtype)
-        if kept is None:
-            implementation.backward(matrix(grad), None, None if into is None else matrix(into), turns, None, None)
-        else:
-            rows = None if into is None else matrix(into)
-            implementation.gradients(matrix(grad), matrix(kept), rows, turns, own, partner, keep_output)
-    else:
-        own, partner = own.zero_(), partner.zero_()
+    grad_x, own, partner = backward(grad, kept, table, slots, want_x, OF_OUTPUT if keep_output else OF_INPUT)
+    into = grad_x if want_x else None
     if kept is None:
         return into, [None, None]
     return into, [own.to(table.direct.dtype), partner.to(table.cross.dtype)]
-
-
-def empty_gradients(grad: Tensor, kept: Tensor | None, direct: Tensor, want_x: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the gradient of x and the sums own and partner ``[S, D]``; empty where they are not wanted."""
-    wide = torch.float64 if torch.float64 in (grad.dtype, direct.dtype) else torch.float32
-    grad_x = torch.empty(grad.shape if want_x else (0,), dtype=grad.dtype, device=grad.device)
-    shape = direct.shape if kept is not None else (0,)
-    own = torch.empty(shape, dtype=wide, device=grad.device)
-    return grad_x, own, torch.empty_like(own)
 
 
 def _gradients_of_chain(grad: Tensor, x: Tensor | None, chain: Chain, slots: Tensor | None, want_x: bool) -> Gradients:
@@ -136,9 +144,6 @@ def _inputs(x: Tensor, plain: Sequence[tuple[RotationTable, Tensor | None]]) -> 
     inputs: list[Tensor | None] = [x]
     value = x
     for table, there in plain[:-1]:
-        if torch.is_grad_enabled():
-            value = composed(value, table.direct, table.cross, there, table.sizes, table.uniform_size)
-        else:
-            value = forward(value, (table,), there)
+        value = composed(value, table, there) if torch.is_grad_enabled() else forward(value, (table,), there)
         inputs.append(value)
     return inputs

@@ -121,98 +121,90 @@ class Plan:
 
     def _wholes(self, parameters: Sequence[Tensor]) -> list[Rotation]:
         """The blocks of each kind, end to end."""
-        return [from_parameters(*kind.end_to_end(parameters), kind.variant, kind.group_size) for kind in self._kinds]
+        return [
+            from_parameters(*_end_to_end(kind.blocks, parameters), kind.variant, kind.group_size)
+            for kind in self._kinds
+        ]
 
     def _split(self, wholes: Sequence[Rotation]) -> list[Tensor]:
         made: list[Any] = [None] * (2 * self._num_blocks)
         for kind, whole in zip(self._kinds, wholes, strict=True):
-            if len(kind.blocks) == 1:  # of a layer by itself
-                first, shape = 2 * kind.blocks[0], (kind.counts[0], -1)
-                made[first : first + 2] = whole.direct.view(shape), whole.cross.view(shape)
-                continue
-            each, width = sum(kind.sizes), whole.direct.numel()
-            sizes = [size * width // each for size in kind.sizes]
-            split = zip(kind.blocks, kind.counts, whole.direct.split(sizes), whole.cross.split(sizes), strict=True)
-            for block, count, direct, cross in split:
-                made[2 * block], made[2 * block + 1] = direct.view(count, -1), cross.view(count, -1)
+            each, width = sum([block.size for block in kind.blocks]), whole.direct.numel()
+            sizes = [block.size * width // each for block in kind.blocks]
+            split = zip(kind.blocks, whole.direct.split(sizes), whole.cross.split(sizes), strict=True)
+            for (number, parts, _), direct, cross in split:
+                made[2 * number], made[2 * number + 1] = direct.view(len(parts), -1), cross.view(len(parts), -1)
         return made
 
     def gradients(self, grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """The adjoint of `vectors`; None for the parameters of blocks of which there are no gradients."""
         found: list[Tensor | None] = [None] * len(parameters)
         for kind in self._kinds:
-            used = kind.of([grads[2 * block] is not None or grads[2 * block + 1] is not None for block in kind.blocks])
-            if not used.blocks:
+            used, of_direct, of_cross = [], [], []
+            for block in kind.blocks:
+                both = _both(grads[2 * block.number], grads[2 * block.number + 1])
+                if both is not None:
+                    used.append(block)
+                    of_direct.append(both[0].flatten())
+                    of_cross.append(both[1].flatten())
+            if not used:
                 continue
-            of_both = [_both(grads[2 * block], grads[2 * block + 1]) for block in used.blocks]
-            of_direct = torch.cat([direct.flatten() for direct, _ in of_both])
-            of_cross = torch.cat([cross.flatten() for _, cross in of_both])
-            theta, alpha = used.end_to_end(parameters)
-            whole = parameter_gradients(of_direct, of_cross, theta, alpha, used.variant, used.group_size)
-            if len(used.parts) == 1:
-                first = 2 * used.parts[0]
-                found[first : first + 2] = whole[0].to(theta.dtype), whole[1].to(alpha.dtype)
-                continue
-            sizes = [parameters[2 * part].numel() for part in used.parts]
+            theta, alpha = _end_to_end(used, parameters)
+            whole = parameter_gradients(
+                torch.cat(of_direct), torch.cat(of_cross), theta, alpha, kind.variant, kind.group_size
+            )
+            parts = [part for block in used for part in block.parts]
+            sizes = [parameters[2 * part].numel() for part in parts]
             split = zip(
-                used.parts, whole[0].to(theta.dtype).split(sizes), whole[1].to(alpha.dtype).split(sizes), strict=True
+                parts, whole[0].to(theta.dtype).split(sizes), whole[1].to(alpha.dtype).split(sizes), strict=True
             )
             for part, of_theta, of_alpha in split:
                 found[2 * part], found[2 * part + 1] = of_theta, of_alpha
         return found
 
 
+class _Block(NamedTuple):
+    """Parts of one kind at one stage of a site, by number, and how many parameters of theta (and of alpha) they have."""
+
+    number: int
+    parts: range
+    size: int
+
+
 class _Kind(NamedTuple):
-    """Blocks that are made as one: their parts by number, and of each block how many there are, and how many parameters."""
+    """Blocks that are made as one."""
 
     variant: str
     group_size: int
-    blocks: list[int]
-    parts: list[int]
-    counts: list[int]
-    sizes: list[int]
-
-    def end_to_end(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """theta and alpha of all parts, as those of one long site."""
-        if len(self.parts) == 1:
-            return parameters[2 * self.parts[0]], parameters[2 * self.parts[0] + 1]
-        theta, alpha = ([parameters[2 * part + which] for part in self.parts] for which in (0, 1))
-        return torch.cat(theta), torch.cat(alpha)
-
-    def of(self, are_wanted: Sequence[bool]) -> _Kind:
-        """The blocks that are wanted."""
-        if all(are_wanted):
-            return self
-        parts = iter(self.parts)
-        of_blocks = [[next(parts) for _ in range(count)] for count in self.counts]
-        kept = [place for place, is_wanted in enumerate(are_wanted) if is_wanted]
-        blocks, counts, sizes = ([values[place] for place in kept] for values in (self.blocks, self.counts, self.sizes))
-        return self._replace(
-            blocks=blocks, parts=[part for place in kept for part in of_blocks[place]], counts=counts, sizes=sizes
-        )
+    blocks: list[_Block]
 
 
 def _kinds(blocks: Sequence[Sequence[Part]]) -> list[_Kind]:
     found: dict[object, _Kind] = {}
-    number = 0
-    for index, block in enumerate(blocks):
-        first = block[0]
+    begin = 0
+    for number, block in enumerate(blocks):
+        first, end = block[0], begin + len(block)
         key = first.variant, first.group_size, first.theta.dtype, first.alpha.dtype, first.theta.device
-        kind = found.setdefault(key, _Kind(first.variant, first.group_size, [], [], [], []))
-        kind.blocks.append(index)
-        kind.parts.extend(range(number, number + len(block)))
-        kind.counts.append(len(block))
-        kind.sizes.append(sum(part.size for part in block))
-        number += len(block)
+        kind = found.setdefault(key, _Kind(first.variant, first.group_size, []))
+        kind.blocks.append(_Block(number, range(begin, end), sum([part.size for part in block])))
+        begin = end
     return list(found.values())
 
 
-def _both(of_direct: Tensor | None, of_cross: Tensor | None) -> tuple[Tensor, Tensor]:
-    """With zeros for the one that there is none of."""
-    if of_direct is None:
-        assert of_cross is not None
-        return torch.zeros_like(of_cross), of_cross
-    return of_direct, torch.zeros_like(of_direct) if of_cross is None else of_cross
+def _end_to_end(blocks: Sequence[_Block], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """theta and alpha of all parts, as those of one long site."""
+    if len(blocks) == len(blocks[0].parts) == 1:
+        first = 2 * blocks[0].parts[0]
+        return parameters[first], parameters[first + 1]
+    parts = [part for block in blocks for part in block.parts]
+    return torch.cat([parameters[2 * part] for part in parts]), torch.cat([parameters[2 * part + 1] for part in parts])
+
+
+def _both(of_direct: Tensor | None, of_cross: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """With zeros for the one that there is none of; None where there is neither."""
+    if of_direct is not None:
+        return of_direct, torch.zeros_like(of_direct) if of_cross is None else of_cross
+    return None if of_cross is None else (torch.zeros_like(of_cross), of_cross)
 
 
 class _Vectors(torch.autograd.Function):

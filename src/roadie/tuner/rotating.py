@@ -62,10 +62,6 @@ class RoadLayer(BaseTunerLayer):
         """By adapter name, of the adapters that have one rotation."""
         return {name: stages[0] for name, stages in self.stages.items() if len(stages) == 1}
 
-    @property
-    def _available_adapters(self) -> set[str]:
-        return set(self.road_theta)
-
     def add(self, adapter_name: str, config: Any, stages: tuple[int, ...], inference_mode: bool = False) -> None:
         """Add the adapter `adapter_name` of the config's variant and these group sizes, checked before, or start it anew."""
         size = len(stages) * parameter_size(config.variant, self.out_features)
@@ -171,7 +167,13 @@ class RoadLayer(BaseTunerLayer):
         choice = self._routing.current()
         if choice is not None:
             return self._routed(y, choice, is_fresh)
-        return self._turned(y, self._made(None), None, is_fresh)
+        found = self._made(None)
+        if found.chain is None:
+            return y
+        z = rotate_checked(y, found.chain, None, self.kept_for_backward.of(is_road_1=found.is_road_1), is_fresh)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._remember(y, found)
+        return z
 
     def _routed(self, y: Tensor, choice: AdapterChoice, is_fresh: bool) -> Tensor:
         """y, each row rotated as its wish says: from the bank, or from a table of the adapters that are asked for."""
@@ -179,7 +181,10 @@ class RoadLayer(BaseTunerLayer):
         if in_bank is not None and not (torch.is_grad_enabled() and choice.trains):
             return self._served(y, in_bank, is_fresh)
         found = self._made_for(choice)
-        return y if found.chain is None else self._turned(y, found, self._slots_of(y, choice), is_fresh)
+        if found.chain is None:
+            return y
+        keep = self.kept_for_backward.of(is_road_1=found.is_road_1)
+        return rotate_checked(y, found.chain, self._slots_of(y, choice), keep, is_fresh)
 
     def _served(self, y: Tensor, in_bank: Choice, is_fresh: bool) -> Tensor:
         """y rotated by the bank."""
@@ -208,7 +213,7 @@ class RoadLayer(BaseTunerLayer):
         if torch.compiler.is_compiling():
             return Layout([self], names).made()[0]
         tables = self._routing.by.get()
-        if isinstance(tables, Tables) and tables.names == names:
+        if isinstance(tables, Tables) and tables.layout.names == names:
             found = tables.of.get(self)
             has_graph = tables.has_graph or not torch.is_grad_enabled()
             if found is not None and found.is_here() and (has_graph or not found.is_trained()):
@@ -225,15 +230,6 @@ class RoadLayer(BaseTunerLayer):
         if torch.is_grad_enabled() or self._routing.here.get() is not None or is_looked_on():
             return None
         return self._kept.current(None, self._routing.changes)
-
-    def _turned(self, y: Tensor, found: Made, slots: Tensor | None, is_fresh: bool) -> Tensor:
-        if found.chain is None:
-            return y
-        keep = self.kept_for_backward.of(is_road_1=found.is_road_1)
-        z = rotate_checked(y, found.chain, slots, keep, is_fresh)
-        if slots is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._remember(y, found)
-        return z
 
     def _remember(self, y: Tensor, found: Made) -> None:
         """Get ready to rotate in the same way in later calls of the model, as long as the tables hold."""

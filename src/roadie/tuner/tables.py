@@ -102,9 +102,9 @@ class Layout:
     def tables(self) -> Tables:
         """The same for all of them."""
         if torch.is_grad_enabled() and self.is_trained():
-            return Tables(self, self.names, dict(zip(self._layers, self.made(), strict=True)), True)
+            return Tables(self, dict(zip(self._layers, self.made(), strict=True)), True)
         chains, memory = self.plan().kept()
-        return Tables(self, self.names, dict(zip(self._layers, self.made(chains), strict=True)), False, memory)
+        return Tables(self, dict(zip(self._layers, self.made(chains), strict=True)), False, memory)
 
 
 def _facts_of(layer: Any, names: Names) -> tuple[bool, tuple[tuple[Store, str], ...], tuple[Any, ...]]:
@@ -124,10 +124,9 @@ def _sizes_of(layer: Any, names: Names) -> Iterator[int]:
 
 
 class Tables(NamedTuple):
-    """The tables of some layers for `names`; has_graph: whether a gradient was wanted of them; memory: see `Plan.kept`."""
+    """The tables of the layers of a layout; has_graph: whether a gradient was wanted of them; memory: see `Plan.kept`."""
 
     layout: Layout
-    names: Names
     of: dict[Any, Made]
     has_graph: bool
     memory: Sequence[Tensor] = ()

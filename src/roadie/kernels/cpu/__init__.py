@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from roadie.errors import KernelError
-from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations, table_dtypes
+from roadie.kernels.contract import SUMS, Implementation, PreparedRotation, RowRotations, table_dtypes
 from roadie.kernels.keeping import address
 
 LIBRARY = Path(__file__).with_name("_rotate.so")
@@ -36,7 +36,10 @@ _FAILURES = {
 
 
 INTERFACE = 2  # see job.h
-ROTATE, BACKWARD, GRADIENTS, _ = range(4)  # the operations of job.h; one more: of what kept the output
+ROTATE, BACKWARD = (
+    0,
+    1,
+)  # the operations of job.h; those of backward by what is made of the sums: SUMS, OF_INPUT, OF_OUTPUT
 Place = tuple[int, int]
 """Address and stride between rows of what was kept: whoever asks a tensor itself for its address moves it (`address`)."""
 
@@ -60,7 +63,10 @@ class CpuImplementation(Implementation):
         """R x into out; see the contract."""
         work = 2 * x.nbytes if turns.slots is None else 2 * x.nbytes + table_work([turns])
         threads = 1 if work < 2 * BYTES_A_THREAD else threads_for(work)
-        _run(ROTATE, x, None, out, turns, None, None, threads)
+        given = ROTATE, x, None, out, turns, None, None, threads
+        status = loaded().run(*given)
+        if status:
+            _settle(status, given)
 
     def prepare(
         self, chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor
@@ -99,36 +105,23 @@ class CpuImplementation(Implementation):
         turns: RowRotations,
         own: Tensor | None,
         partner: Tensor | None,
+        solve: int = SUMS,
     ) -> None:
-        """R^T grad into grad_x, and the sums over rows; see the contract."""
-        threads = threads_for(3 * grad.numel() * grad.element_size())
-        _run(BACKWARD, grad, _place_of(kept), grad_x, turns, own, partner, threads)
-
-    def gradients(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        grad_x: Tensor | None,
-        turns: RowRotations,
-        own: Tensor,
-        partner: Tensor,
-        of_output: bool,
-    ) -> None:
-        """`backward` and its sums' gradients in one call; see the contract."""
+        """R^T grad into grad_x, and what is made of the sums over rows, in one call; see the contract."""
         threads = 1 if 3 * grad.nbytes < 2 * BYTES_A_THREAD else threads_for(3 * grad.nbytes)
-        _run(GRADIENTS + of_output, grad, _place_of(kept), grad_x, turns, own, partner, threads)
+        place = None if kept is None else (address(kept), kept.stride(0))
+        given = BACKWARD + (SUMS if kept is None else solve), grad, place, grad_x, turns, own, partner, threads
+        status = loaded().run(*given)
+        if status:
+            _settle(status, given)
 
 
-def _run(*given: Any) -> None:
-    status = loaded().run(*given)
-    if status < 0:  # tensors that C could not read
+def _settle(status: int, given: tuple[Any, ...]) -> None:
+    """Compute by ctypes what C could not read; raise for any other status."""
+    if status < 0:
         status = loaded().run_by_ctypes(*given)
     if status:
         _fail(status)
-
-
-def _place_of(kept: Tensor | None) -> Place | None:
-    return None if kept is None else (address(kept), kept.stride(0))
 
 
 def _job(

@@ -1,9 +1,8 @@
 """Rotations on GPUs, written in Triton; imported only when they are used, so that roadie works without Triton.
 
 `rotation` has the kernel for R x and R^T x, `backward` those for R^T g with the sums over rows and the gradients of the table,
-`gradient` the one that makes these of sums that are there already, `matmul` a matrix product that rotates its result before it
-is written; `launches` remembers how kernels are launched, `tiles` cuts the work into programs, `pairs` reads and writes pairs,
-`tasks` sorts the rows of a mixed batch.
+`matmul` a matrix product that rotates its result before it is written; `launches` remembers how kernels are launched, `tiles`
+cuts the work into programs, `pairs` reads and writes pairs, `tasks` sorts the rows of a mixed batch.
 
 **On CPUs** the kernels run in Triton's interpreter, for tests, where TRITON_INTERPRET=1 was set before triton was
 imported. It truncates where it should round to half precision: only its float32 results are those of a GPU.
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations
+from roadie.kernels.contract import SUMS, Implementation, PreparedRotation, RowRotations
 
 
 class TritonImplementation(Implementation):
@@ -58,46 +57,18 @@ class TritonImplementation(Implementation):
         turns: RowRotations,
         own: Tensor | None,
         partner: Tensor | None,
+        solve: int = SUMS,
     ) -> None:
-        """R^T grad into grad_x, and the sums over rows; see the contract."""
-        from roadie.kernels.triton import launches, rotation
+        """R^T grad into grad_x, and what is made of the sums over rows, in the same launches; see the contract."""
+        from roadie.kernels.triton import backward, launches, rotation
 
-        if kept is not None:
-            assert own is not None
-            assert partner is not None
-            self._backward(grad, kept, grad_x, turns, own, partner)
-        elif grad_x is not None and grad.numel():
-            with launches.current_device(grad.device):
-                rotation.rotate(grad, grad_x, turns, transposed=True)
-
-    def gradients(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        grad_x: Tensor | None,
-        turns: RowRotations,
-        own: Tensor,
-        partner: Tensor,
-        of_output: bool,
-    ) -> None:
-        """`backward` and its sums' gradients in the same launches; see the contract."""
-        self._backward(grad, kept, grad_x, turns, own, partner, 1 + of_output)
-
-    def _backward(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        grad_x: Tensor | None,
-        turns: RowRotations,
-        own: Tensor,
-        partner: Tensor,
-        solve: int = 0,
-    ) -> None:
-        from roadie.kernels.triton import backward, launches
-
-        if not grad.numel():
-            own.zero_()
-            partner.zero_()
-            return
         with launches.current_device(grad.device):
-            backward.backward_with_sums(grad, kept, grad_x, turns, own, partner, solve)
+            if kept is not None:
+                assert own is not None
+                assert partner is not None
+                if grad.numel():
+                    backward.backward_with_sums(grad, kept, grad_x, turns, own, partner, solve)
+                else:
+                    own.zero_(), partner.zero_()
+            elif grad_x is not None and grad.numel():
+                rotation.rotate(grad, grad_x, turns, transposed=True)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from roadie.kernels.contract import RowRotations
+from roadie.kernels.contract import SUMS, RowRotations
 from roadie.kernels.triton import tiles
 from roadie.kernels.triton.launches import Launch, Launches
 from roadie.kernels.triton.pairs import load_pairs, load_turn, solved, store_pairs, turn
@@ -26,7 +26,6 @@ from roadie.kernels.triton.tasks import tasks_of
 
 TASKS_AT_ONCE = 16
 PAIRS = 64  # of a tile of `reduce_kernel`
-SUMS, OF_INPUT, OF_OUTPUT = 0, 1, 2  # what is made of the sums over rows; see `reduce_kernel`
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "repeat"])
@@ -195,7 +194,7 @@ def backward_with_sums(
 ) -> None:
     """Writes R^T grad into `grad_x` (where wanted) and the sums over rows into own and partner ``[S, D]`` float32.
 
-    solve: what is made of the sums, `SUMS`, `OF_INPUT` or `OF_OUTPUT`.
+    solve: what is made of the sums; see `Implementation.backward`.
     """
     num_rows, width = grad.shape
     num_slots = len(own)
