@@ -44,6 +44,8 @@ from roadie.rotation import Rotation, Variant, chain_from_parameters, check_grou
 DEFAULT_VARIANT = "road_1"
 DEFAULT_GROUP_SIZE = 64
 INPUT_SUFFIX = ".road_input"
+PEFT_PREFIX = "base_model.model."
+"""Where the base model is in a PeftModel, and in the names of tensors in its files."""
 EACH, SHARED = "each", "shared"
 """What `target_experts` may say: a rotation for each of the stacked experts of a layer, or one for all of them."""
 _SITE_OF_EXPERTS = re.compile(r"(?:.*\.)?road_(?:gate_up|up|down)(_shared)?", re.DOTALL)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import INPUT_SUFFIX, LayerParameters, is_input
+from roadie.adapter import INPUT_SUFFIX, PEFT_PREFIX, LayerParameters, is_input
 from roadie.errors import AdapterError, ConfigError
 from roadie.experts import ExpertSite, Pairs, attach, check_group_sizes
 from roadie.kernels import (
@@ -213,13 +213,9 @@ class Hooks:
 
 def _input_hook(rotation: LayerRotation) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return rotation.of(inputs[0], _is_shared), *inputs[1:]
+        return rotation.of(inputs[0], lambda: False), *inputs[1:]
 
     return hook
-
-
-def _is_shared() -> bool:
-    return False
 
 
 def _is_only_ours(module: nn.Module) -> bool:
@@ -243,7 +239,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def path_in_base(path: str) -> str:
     """Where a layer of a model, which PEFT may have wrapped, is in the base model."""
-    return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+    return path.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
 
 
 def out_features_of(module: Any) -> int:

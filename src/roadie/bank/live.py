@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import PEFT_PREFIX, Adapter, LayerParameters
 from roadie.errors import AdapterError
-
-_PREFIX = "base_model.model."  # of a PeftModel
 
 
 def on_this_process(tensor: Tensor) -> Tensor:
@@ -32,7 +30,7 @@ def live_adapter(model: nn.Module, name: str, part: Callable[[Tensor], Tensor] =
         layer: Any = module
         sizes = getattr(layer, "stages", None) or layer.group_size  # PEFT's layers have one rotation
         theta, alpha = (part(store[name]).detach().clone() for store in (layer.road_theta, layer.road_alpha))
-        layers[path.removeprefix(_PREFIX)] = LayerParameters(theta, alpha, layer.variant[name], sizes[name])
+        layers[path.removeprefix(PEFT_PREFIX)] = LayerParameters(theta, alpha, layer.variant[name], sizes[name])
     if not layers:
         raise AdapterError(
             f"got adapter {name!r} of a {type(model).__name__} that has no layer with it; wanted a loaded one"

@@ -122,11 +122,7 @@ def _check_partners(file: Path, module: str, pair: Mapping[str, Tensor]) -> None
 
 def check_finite(file: Path, layers: Mapping[str, LayerParameters]) -> None:
     """Raise `CheckpointError` where theta or alpha of a layer holds an infinity or a NaN."""
-    tensors = {
-        parameter_name(module, part): tensor
-        for module, layer in layers.items()
-        for part, tensor in (("theta", layer.theta), ("alpha", layer.alpha))
-    }
+    tensors = _by_name(layers)
     if _are_finite(tensors.values()):
         return
     name, tensor = next((name, tensor) for name, tensor in tensors.items() if not _are_finite([tensor]))
@@ -154,12 +150,15 @@ def join_tensors(file: Path, adapter: Adapter) -> dict[str, Tensor]:
     for name in adapter.other:
         if STRAY.fullmatch(name) or name in _NOT_FOR_OTHERS:
             refuse(file, name[:200], "another tensor under a name that has a meaning", "another name", "rename it")
-    parameters = {
+    return _without_aliases({**_by_name(adapter.layers), **adapter.other})
+
+
+def _by_name(layers: Mapping[str, LayerParameters]) -> dict[str, Tensor]:
+    return {
         parameter_name(module, part): tensor
-        for module, layer in adapter.layers.items()
+        for module, layer in layers.items()
         for part, tensor in (("theta", layer.theta), ("alpha", layer.alpha))
     }
-    return _without_aliases({**parameters, **adapter.other})
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,12 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import Adapter
+from roadie.adapter import PEFT_PREFIX, Adapter
 from roadie.bank.live import live_adapter
 from roadie.distributed.layers import STORES, adapter_parameters, road_layers
 from roadie.errors import AdapterError, ConfigError
-
-_PREFIX = "base_model.model."  # of a PeftModel
 
 
 def full_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
@@ -43,7 +41,7 @@ def load_full_adapter(model: nn.Module, adapter: Adapter, adapter_name: str = "d
             "got a model that DeepSpeed has taken over, whose optimizer keeps copies of the parameters; wanted one before that; "
             "load the adapter before deepspeed.initialize"
         )
-    layers = {path.removeprefix(_PREFIX): layer for path, layer in road_layers(_unwrapped(model)).items()}
+    layers = {path.removeprefix(PEFT_PREFIX): layer for path, layer in road_layers(_unwrapped(model)).items()}
     mine = {path: layer for path, layer in layers.items() if adapter_name in layer.road_theta}
     if mine.keys() != adapter.layers.keys():
         differing = sorted(mine.keys() ^ adapter.layers.keys())

@@ -7,12 +7,18 @@ had elsewhere. It is no layer; `roadie.experts` adapts it.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 
 from torch import nn
 
 _SHOWN = 5
 _OFFERED = 8
+
+
+def without_numbers(path: str) -> str:
+    """What layers that differ by numbers alone have in common: the path with ``*`` for each number."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
 def has_name(path: str, name: str) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from roadie.errors import UnsupportedLayer
 from roadie.linear.kinds import out_features
-from roadie.linear.names import stacked_experts
+from roadie.linear.names import stacked_experts, without_numbers
 from roadie.linear.outputs import wrong_output
 from roadie.linear.reads import weight_reads
 
@@ -44,12 +43,9 @@ def check_named(model: nn.Module, paths: Iterable[str]) -> None:
     reasons = refusals(model)
     for path in paths:
         if path in reasons:
-            raise UnsupportedLayer(refusal(path, reasons[path]))
-
-
-def refusal(path: str, reason: str) -> str:
-    """What to say of a layer that was named."""
-    return f"got target {path!r}: {reason}; wanted layers that are called; leave it out of the targets"
+            raise UnsupportedLayer(
+                f"got target {path!r}: {reasons[path]}; wanted layers that are called; leave it out of the targets"
+            )
 
 
 def without_refused(
@@ -81,8 +77,7 @@ def _say_left_out(reasons: Mapping[str, str]) -> None:
     """Log what was left out: for each reason the paths, those that differ by numbers alone as one."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for path, reason in reasons.items():
-        kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
-        kinds.setdefault(reason, {}).setdefault(kind, []).append(path)
+        kinds.setdefault(reason, {}).setdefault(without_numbers(path), []).append(path)
     if kinds:
         parts = [f"{', '.join(_counted(paths))}: {reason}" for reason, paths in kinds.items()]
         logger.warning("'all-linear' leaves out: %s", "; ".join(parts))

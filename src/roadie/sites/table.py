@@ -54,7 +54,10 @@ class SlotTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        tables = sum(table.direct.nbytes + table.cross.nbytes + _bytes_of(table.sizes) for table in self.current)
+        tables = sum(
+            table.direct.nbytes + table.cross.nbytes + (0 if table.sizes is None else table.sizes.nbytes)
+            for table in self.current
+        )
         return tables + (0 if self._holders is None else self._holders.nbytes)
 
     def routed(self, slots: Tensor) -> Tensor:
@@ -214,10 +217,6 @@ def _identity_table(
 
 def _sizes(direct: Tensor, group_size: int) -> Tensor:
     return torch.full((len(direct),), group_size, dtype=torch.int32, device=direct.device)
-
-
-def _bytes_of(sizes: Tensor | None) -> int:
-    return 0 if sizes is None else sizes.nbytes
 
 
 def _write_rows(table: RotationTable, slots: Sequence[int], rotation: Rotation) -> None:

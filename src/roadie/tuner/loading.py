@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from roadie import checkpoint
-from roadie.adapter import INPUT_SUFFIX, Adapter
+from roadie.adapter import INPUT_SUFFIX, PEFT_PREFIX, Adapter
 from roadie.errors import CheckpointError, UnsafeCheckpointError
 from roadie.rotation import parameter_size
 from roadie.tuner.rotating import group_sizes_of, input_group_sizes_of
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from roadie.tuner.config import WeightsSource
     from roadie.tuner.injection import Plan
 
-
-_PREFIX = "base_model.model."
 
 _pickle_allowed: ContextVar[bool] = ContextVar("roadie_pickle_allowed", default=False)
 
@@ -99,7 +97,7 @@ def check_stored_sizes(stored: Adapter, plan: Plan, place: str) -> None:
 def check_whole_modules(stored: Adapter, model: nn.Module, adapter_name: str, place: str) -> None:
     """Raise `CheckpointError` if a file has too few tensors for what an adapter of the model trains whole; PEFT asks for each."""
     wanted = {
-        f"{_PREFIX}{path}.{key}"
+        f"{PEFT_PREFIX}{path}.{key}"
         for path, wrapper in model.named_modules()
         if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters
         for key in wrapper.adapter_state_dict_load_map(adapter_name)
@@ -155,7 +153,7 @@ def placed(
     names = set(model.state_dict())
 
     def lost(tensors: Mapping[str, Tensor]) -> list[str]:
-        return [key for key in tensors if key not in names and key.removeprefix(_PREFIX) not in names]
+        return [key for key in tensors if key not in names and key.removeprefix(PEFT_PREFIX) not in names]
 
     found = remap(state_dict)
     if lost(found):
@@ -193,8 +191,8 @@ def _in_todays_layout(model: Any, keys: list[str]) -> dict[str, str]:
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
-    new = {key: rename_source_key(key.removeprefix(_PREFIX), renamings, [])[0] for key in keys}
-    return {key: _PREFIX + name for key, name in new.items()}
+    new = {key: rename_source_key(key.removeprefix(PEFT_PREFIX), renamings, [])[0] for key in keys}
+    return {key: PEFT_PREFIX + name for key, name in new.items()}
 
 
 class _WrongSize(CheckpointError, RuntimeError):
@@ -219,7 +217,7 @@ def check_new_values(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     for name, value in state_dict.items():
         if not _is_road_key(name, adapter_name) or not isinstance(value, Tensor):
             continue
-        parameter = present.get(name, present.get(name.removeprefix(_PREFIX)))
+        parameter = present.get(name, present.get(name.removeprefix(PEFT_PREFIX)))
         if parameter is not None and type(parameter.data) is Tensor and parameter.shape != value.shape:
             raise CheckpointError(
                 f"got {name} of shape {tuple(value.shape)}; wanted {tuple(parameter.shape)}; the adapter was trained with "

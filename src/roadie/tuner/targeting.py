@@ -14,7 +14,7 @@ from torch import nn
 from roadie.adapter import experts_kind, matches_end
 from roadie.errors import ConfigError
 from roadie.experts import experts_in
-from roadie.linear import has_name, ignored_names, outside_language, without_refused
+from roadie.linear import has_name, ignored_names, outside_language, without_numbers, without_refused
 
 PATTERNS = ("variant_pattern", "group_size_pattern", "stages_pattern", "input_stages_pattern")
 
@@ -126,11 +126,11 @@ def warn_of_layers_beyond(config: Any, model: nn.Module, targeted: Collection[st
     """Warn of linear layers that differ from targeted ones in numbers of their paths alone, unless `config` chooses layers."""
     if isinstance(config.target_modules, str) or _layers(config) is not None:
         return
-    kinds = {_without_numbers(path) for path in targeted}
+    kinds = {without_numbers(path) for path in targeted}
     beyond = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path not in targeted and _without_numbers(path) in kinds
+        if isinstance(module, nn.Linear) and path not in targeted and without_numbers(path) in kinds
     ]
     if beyond:
         warnings.warn(
@@ -139,10 +139,6 @@ def warn_of_layers_beyond(config: Any, model: nn.Module, targeted: Collection[st
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _without_numbers(path: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
 def _unmatched_names(config: Any, model: nn.Module) -> Iterator[str]:

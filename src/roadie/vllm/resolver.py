@@ -6,24 +6,16 @@ its request has "blend:legal=0.7+terse=0.3".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from roadie import checkpoint
 from roadie.bank.blends import from_text, without_base
-from roadie.errors import ConfigError, RoutingError
+from roadie.errors import ConfigError
 from roadie.vllm.settings import KEY
 
 BASE = "base"  # names the base model whatever it is served as, as in `roadie serve`
 _BLEND = "blend:"
-
-
-def blend_path(weights: Mapping[str, float]) -> str:
-    """What stands for the path of a blend of adapters that have these names; raises `RoutingError` for bad weights."""
-    text = "+".join(f"{name}={weight!r}" for name, weight in weights.items())
-    if from_text(text) != weights:
-        raise RoutingError(f"got names that cannot be told apart in {text[:200]!r}; wanted names without '=' and '+'")
-    return f"{_BLEND}{text}"
 
 
 def weights_in(path: str) -> dict[str, float]:

@@ -15,12 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from roadie.adapter import PEFT_PREFIX
 from roadie.checkpoint import CONFIG_NAME, locate_weights
 from roadie.checkpoint.replacement import replace_pair
 from roadie.errors import CheckpointError
 from roadie.tuner.with_lora.layer import LoraLinear
-
-_PREFIX = "base_model.model."
 
 
 def is_lora(folder: Path) -> bool:
@@ -52,7 +51,7 @@ def tensors_of(base: nn.Module, name: str) -> dict[str, Tensor]:
     for path, layer in base.named_modules():
         if isinstance(layer, LoraLinear) and name in layer.lora_A:
             for part, module in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
-                found |= {f"{_PREFIX}{path}.{part}.{key}": tensor for key, tensor in module.named_parameters()}
+                found |= {f"{PEFT_PREFIX}{path}.{part}.{key}": tensor for key, tensor in module.named_parameters()}
     return found
 
 
