@@ -122,6 +122,8 @@ def never() -> bool:
     return False
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_language_model_learns_to_answer_and_the_sweep_resumes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

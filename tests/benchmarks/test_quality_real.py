@@ -161,6 +161,8 @@ def of_choices(**changes: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_order_of_runs_and_what_is_tested(tmp_path: Path) -> None:
     row = {"question": "def", "right": "return", "choices": ["return", "import"]}
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")

@@ -18,10 +18,13 @@ from tests.versions import OLD_TRANSFORMERS
 from roadie import checkpoint
 from roadie.testing.accuracy import relative_error, unit_roundoff
 
-pytestmark = pytest.mark.skipif(
-    OLD_TRANSFORMERS,
-    reason="torch 2.6's FSDP2 has no ignored_params, and the parallel layers of transformers 5.0 are no DTensors",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        OLD_TRANSFORMERS,
+        reason="torch 2.6's FSDP2 has no ignored_params, and the parallel layers of transformers 5.0 are no DTensors",
+    ),
+]
 
 FOLDER = Path(__file__).parent
 VARIANTS = ("road_1", "road_2", "road_4")

@@ -41,6 +41,8 @@ def copied_sources(copy: Path) -> Path:
 CORE_WHEEL_BYTES = 2_000_000
 DATA = ROOT / "packages" / "roadie-embedded-model"
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 
 def build_in(sources: Path, out: Path, environment: dict[str, str], *kinds: str) -> None:
     """A wheel, and also a source archive ("wheel", "sdist"), of `sources` into `out`."""

@@ -150,7 +150,12 @@ def test_a_ratio_without_bounds_harms_no_token_without_weight():
         ("cross_entropy", {"tokens": [1.5] * 5}, None, "got tokens of torch.float32; wanted whole numbers"),
         ("cross_entropy", {"tokens": []}, None, "got tokens of"),
         ("cross_entropy", {"tokens": [[1], [2, 3]]}, None, "got tokens that are no numbers in rows of equal length"),
-        ("ppo", {"targets": [[1], [2], [3], [4], [5]], "advantages": OLD, "logprobs": OLD}, None, r"one for each(\n|$)"),
+        (
+            "ppo",
+            {"targets": [[1], [2], [3], [4], [5]], "advantages": OLD, "logprobs": OLD},
+            None,
+            r"one for each(\n|$)",
+        ),
         ("cross_entropy", {}, {"beta": 1.0}, "got 'beta' for the loss cross_entropy; wanted nothing"),
         ("dro", {"advantages": OLD, "logprobs": OLD}, {"beta": -1.0}, "got beta=-1.0; wanted a finite number"),
         (

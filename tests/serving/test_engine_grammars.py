@@ -12,7 +12,7 @@ import torch
 from tests.serving.harness import Collector, serving
 from tests.versions import needs_grammars
 
-from roadie import embedded
+from roadie import embedded, extras
 from roadie.errors import ConfigError
 from roadie.serving import grammars
 from roadie.serving.engine import EngineSettings, FinishReason, Sampling
@@ -216,6 +216,6 @@ def test_without_the_library_or_a_tokenizer_of_its_kind_constraints_are_refused(
         Grammars(None, 10).compile(JSON)
     with pytest.raises(ConfigError, match="vocab size too small"):
         Grammars(TOKENIZER, 10).compile(JSON)
-    monkeypatch.setattr(grammars, "is_installed", lambda: False)
+    monkeypatch.setattr(extras, "_is_there", lambda module: module != "llguidance")
     with pytest.raises(ConfigError, match=r"roadie\[serve\]"):
         Grammars(TOKENIZER, len(TOKENIZER)).compile(JSON)

@@ -40,6 +40,8 @@ def adapted(variant="road_1"):
     return roadie.get_peft_model(embedded.load_model(), config)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_rate_found_is_as_good_as_that_of_a_full_search(examples):
     """Trainings three times as long, at every rate of the grid, on other held-out text: within MARGIN_NATS of the best."""
     learnt, held_out = examples

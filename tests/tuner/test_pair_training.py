@@ -214,6 +214,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_copies_in_two_processes_train_the_same_share(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", REPLICA, str(rank), str(tmp_path)]) for rank in range(2)]
     assert [process.wait(timeout=HANG_S) for process in processes] == [0, 0]

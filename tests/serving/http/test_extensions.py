@@ -85,7 +85,10 @@ def test_a_route_says_which_bodies_it_takes_and_how_long_they_may_be(server: Run
 
 def test_what_trains_is_shown_to_its_own_key() -> None:
     of_alice = RunFigures("a", "training_run", "running", None, 7, 0.5, (StepFigures(1, 2.0, None),))
-    parts = [Extension(APIRouter(), {}), Extension(APIRouter(), {}, runs_of={"alice": [of_alice], "lawyer": []}.__getitem__)]
+    parts = [
+        Extension(APIRouter(), {}),
+        Extension(APIRouter(), {}, runs_of={"alice": [of_alice], "lawyer": []}.__getitem__),
+    ]
     with running(FakeEngine(), keys=KEYS, extensions=parts) as server:
         told = {key: server.http(key).get("/v1/status").json()["runs"] for key in (USER_KEY, LEGAL_KEY)}
     steps = [{"step": 1, "loss": 2.0, "reward": None}]
