@@ -18,7 +18,8 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HOME=str(CACHE / "huggingface"),
-    TORCHINDUCTOR_CACHE_DIR=str(CACHE / "inductor"),
+    # What inductor has made for AVX2 it takes for AVX-512 too, and then writes beyond tensors: each has its own place.
+    TORCHINDUCTOR_CACHE_DIR=str(CACHE / "inductor" / os.environ.get("ATEN_CPU_CAPABILITY", "native")),
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
