@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from roadie.serving.http.extensions import RunFigures
+
 
 class Answer(BaseModel):
     """A JSON object with these fields and no others."""
@@ -322,26 +324,6 @@ class Figures(Answer):
     uptime_s: float
 
 
-class StepAnswer(Answer):
-    """A step of a run: its loss as the run's API tells it, and its reward where one was told."""
-
-    step: int
-    loss: float | None
-    reward: float | None
-
-
-class RunAnswer(Answer):
-    """A run of this key that has trained since the server started. steps: the last ones."""
-
-    id: str
-    kind: str
-    state: str
-    num_steps: int | None
-    tokens: int
-    tokens_per_s: float
-    steps: list[StepAnswer]
-
-
 class Status(Answer):
     """`GET /v1/status`: what the page shows. adapters: those this key may use; runs: null where the server does not train."""
 
@@ -353,7 +335,7 @@ class Status(Answer):
     is_admin: bool
     figures: Figures
     adapters: list[AdapterAnswer]
-    runs: list[RunAnswer] | None
+    runs: list[RunFigures] | None
 
 
 class Health(Answer):

@@ -23,7 +23,9 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What is shown of a run. kind: what its API calls it; num_steps: it is to make, where known; tokens: learnt from."""
+    """A run of one key that has trained since the server started. kind, state: in the words of its API; num_steps: it is to make,
+    where known; tokens: learnt from; steps: the last ones.
+    """
 
     id: str
     kind: str
