@@ -1,6 +1,6 @@
 """What an answer must be: JSON of a schema, a text of a regular expression, one of some texts, or whatever a grammar describes.
 
-    Constraint(Kind.JSON, '{"type": "object"}')  --Grammars.compile-->  Grammar  --begin-->  Progress, of one answer
+    Constraint(Kind.JSON, '{"type": "object"}')  --Grammars.compile-->  Grammar  --Progress-->  of one answer
 
 llguidance (imported where it is first needed) makes a parser of it, which says after each token which may follow. Constraints
 come from callers: their length is limited here, and what compiling and a step may cost is limited there (`_limits`); whatever
