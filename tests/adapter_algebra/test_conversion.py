@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.laws.reference import dense_rotation, pairs
 
 import roadie
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Variant, parameter_size
-from roadie.testing.reference import dense_rotation, pairs
 
 WIDTHS = {"first": 16, "a.second": 8}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.laws.reference import dense_rotation
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,6 @@ from roadie import checkpoint
 from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters, resolve_layer, rotates_input
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import parameter_size, split_stages
-from roadie.testing.reference import dense_rotation
 
 SHAPES = {"first": (16, 8), "second": (24, 16)}  # outputs, inputs
 Sites = dict[str, tuple[int, ...]]

@@ -8,6 +8,7 @@ import math
 import peft
 import pytest
 import torch
+from tests.laws.reference import dense_rotation
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +16,6 @@ import roadie
 from roadie.adapter import Adapter, LayerParameters
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import parameter_size
-from roadie.testing.reference import dense_rotation
 
 WIDTHS = {"first": 16, "block.second": 24}
 

@@ -17,6 +17,7 @@ from weakref import ref
 
 import pytest
 import torch
+from tests.laws.tuner import ORDER_OF_SUMS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -27,7 +28,6 @@ from roadie.bank import AdapterBank
 from roadie.errors import RoutingError
 from roadie.kernels import eager
 from roadie.testing import random_adapter, randomise
-from roadie.testing.tuner_laws import ORDER_OF_SUMS
 
 D = 16
 NAMES = ["a", "b", "c"]

@@ -16,14 +16,14 @@ from typing import Any
 import peft
 import torch
 from tests.families.models import ROWS, TOKENS, Family
+from tests.laws.reference import dense_rotation
+from tests.laws.tuner import layers_of, sites_of
 from torch import Tensor, nn
 
 import roadie
 from roadie.bank.blends import BASE
 from roadie.testing.accuracy import relative_error, unit_roundoff
 from roadie.testing.models import randomise
-from roadie.testing.reference import dense_rotation
-from roadie.testing.tuner_laws import layers_of, sites_of
 from roadie.tuner.experts import RoadExperts
 from roadie.tuner.weight import is_conv1d
 

@@ -1,6 +1,6 @@
 """Batches to rotate, the truth about them, and the checks that every implementation must pass (AssertionError otherwise).
 
-The truth is R written out entry by entry, in float64 (`roadie.testing.reference`). Bounds follow from the arithmetic: u being
+The truth is R written out entry by entry, in float64 (`tests.laws.reference`). Bounds follow from the arithmetic: u being
 the roundoff of what is computed in, a turned element is off by 2u ``|R| |x|`` and by one rounding to its dtype, and a sum
 of n products by (n + 1) u times the sum of their absolute values.
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.laws.reference import dense, pairs
+from tests.laws.rotations import ROOM
 from torch import Tensor
 
 from roadie.kernels import Implementation, RowRotations
@@ -25,8 +27,6 @@ from roadie.testing.accuracy import (
     unit_roundoff,
     wide,
 )
-from roadie.testing.laws import ROOM
-from roadie.testing.reference import dense, pairs
 
 GUARD = 67  # elements around what is written; odd, so that no row is aligned
 

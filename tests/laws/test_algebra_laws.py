@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.laws import algebra as algebra_laws
 
 from roadie.algebra import blend, logarithm, power
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, compose, determinant, from_parameters, parameter_size, swap_unsigned
-from roadie.testing import algebra_laws
 
 VARIANTS = ("road_1", "road_2", "road_4")
 SIZES = (2, 4, 16)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.laws import tuner as tuner_laws
 from torch import Tensor, nn
 
 import roadie
-from roadie.testing import randomise, tiny_llama, tuner_laws
+from roadie.testing import randomise, tiny_llama
 from roadie.testing.models import linear_chain
 
 VARIANTS = ("road_1", "road_2", "road_4")

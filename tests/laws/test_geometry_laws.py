@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.laws import geometry as geometry_laws
+from tests.laws.reference import dense
 
 from roadie.algebra import (
     Metric,
@@ -22,8 +24,6 @@ from roadie.algebra import (
 )
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, compose, from_parameters, parameter_size
-from roadie.testing import geometry_laws
-from roadie.testing.reference import dense
 
 VARIANTS = ("road_1", "road_2", "road_4")
 

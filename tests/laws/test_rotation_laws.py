@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.laws import hand_computed
+from tests.laws import rotations as laws
+from tests.laws.reference import dense, dense_rotation
 
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, compose, from_parameters, inverse, parameter_size, rotate
-from roadie.testing import hand_computed, laws
-from roadie.testing.reference import dense, dense_rotation
 
 VARIANTS = ("road_1", "road_2", "road_4")
 SIZES = (2, 4, 16, 64)

@@ -9,11 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from tests.laws import algebra as algebra_laws
 
 from roadie.algebra import powers as algebra
 from roadie.errors import AdapterError
 from roadie.rotation import Rotation
-from roadie.testing import algebra_laws
 
 
 def block(a: float, b: float, c: float, d: float) -> Rotation:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.laws import geometry as geometry_laws
+from tests.laws.reference import dense_rotation
 from torch import nn
 
 from roadie import algebra as rotations
@@ -24,8 +26,6 @@ from roadie.adapter_algebra import conversion, layers, operations, verbs
 from roadie.algebra import geometry
 from roadie.errors import RoadieError
 from roadie.rotation import Rotation, from_parameters
-from roadie.testing import geometry_laws
-from roadie.testing.reference import dense_rotation
 
 
 def block(a: float, b: float, c: float, d: float) -> Rotation:

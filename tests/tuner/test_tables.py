@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.cases import no_compiled_kernel
+from tests.laws.tuner import ORDER_OF_SUMS
 from torch import Tensor, nn
 
 import roadie
@@ -16,7 +17,6 @@ from roadie.kernels import prepare_rotation
 from roadie.rotation import rotate
 from roadie.sites import parameters
 from roadie.testing import randomise, tiny_llama
-from roadie.testing.tuner_laws import ORDER_OF_SUMS
 from roadie.tuner import residents, rotating, tables
 
 D = 16

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from tests.laws.tuner import layers_of
 from tests.versions import OLD_TRANSFORMERS
 from torch import Tensor
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration
@@ -22,7 +23,6 @@ from roadie.linear import outside_language
 from roadie.testing import stock_peft
 from roadie.testing.accuracy import relative_error, unit_roundoff
 from roadie.testing.models import randomise
-from roadie.testing.tuner_laws import layers_of
 
 LANGUAGE, TOWER, JOINT = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
 PICTURE = 63  # the token in whose place a part of a picture comes

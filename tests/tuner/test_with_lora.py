@@ -17,6 +17,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.laws.reference import dense_rotation
+from tests.laws.rotations import ROOM
+from tests.laws.tuner import ORDER_OF_SUMS
 from tests.versions import needs_trainer_to_resume_several_adapters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
@@ -28,9 +31,6 @@ from roadie.bank.trainable import TrainableBank
 from roadie.errors import CheckpointError, ConfigError, MergeError, RoutingError, UnsupportedLayer
 from roadie.testing import tiny_llama
 from roadie.testing.accuracy import assert_same_bits, assert_within, smallest_step, unit_roundoff, wide
-from roadie.testing.laws import ROOM
-from roadie.testing.reference import dense_rotation
-from roadie.testing.tuner_laws import ORDER_OF_SUMS
 from roadie.tuner.with_lora import WithLora, lora_of, without_lora, without_road
 from roadie.tuner.with_lora.layer import LoraLinear
 

@@ -11,11 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
-from roadie.algebra import Metric, interpolate, logarithm, mean, squared_distance, subtract
-from roadie.rotation import Rotation, compose, inverse
-from roadie.testing.algebra_laws import (
+from tests.laws.algebra import (
     ROUNDINGS,
     U,
     assert_close,
@@ -25,7 +21,11 @@ from roadie.testing.algebra_laws import (
     error_of_power,
     norm,
 )
-from roadie.testing.reference import dense
+from tests.laws.reference import dense
+from torch import Tensor
+
+from roadie.algebra import Metric, interpolate, logarithm, mean, squared_distance, subtract
+from roadie.rotation import Rotation, compose, inverse
 
 
 def check_interpolation(start: Rotation, end: Rotation, numerator: int, denominator: int) -> None:

@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from tests.laws.reference import dense, pairs
 from torch import Tensor
 
 from roadie.algebra import blend, logarithm, power
 from roadie.rotation import Rotation, compose, inverse
 from roadie.testing.accuracy import assert_same_bits, unit_roundoff
-from roadie.testing.reference import dense, pairs
 
 ROUNDINGS = 16
 U = unit_roundoff(torch.float64)

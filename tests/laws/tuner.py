@@ -1,7 +1,7 @@
 """The laws of adapted models, as functions that raise AssertionError where one is broken.
 
 Each takes a PeftModel of roadie. Those about merging look at every RoAd layer by itself, with an input of its own, so that
-bounds can be derived as in `roadie.testing.laws`: with u the unit roundoff of the weight's dtype, w that of the arithmetic
+bounds can be derived as in `tests.laws.rotations`: with u the unit roundoff of the weight's dtype, w that of the arithmetic
 (float32 or wider) and ``reach = |R| (|W| |R_in| |x| + |b|)``, the base layer is off by at most ``(in + 1) w`` and each rotation
 by 7 w (cos, sin and their product 3, product and sum 2, composing 2), relative to the reach; each rounding to the dtype adds u.
 
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.laws.reference import dense_rotation
+from tests.laws.rotations import ROOM, apply_dense
 from torch import Tensor, nn
 
 from roadie import checkpoint
@@ -29,8 +31,6 @@ from roadie.testing.accuracy import (
     unit_roundoff,
     wide,
 )
-from roadie.testing.laws import ROOM, apply_dense
-from roadie.testing.reference import dense_rotation
 from roadie.tuner import Linear, RoadLayer
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.weight import is_conv1d
