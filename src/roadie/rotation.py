@@ -387,14 +387,6 @@ def inverse(rotation: Rotation) -> Rotation:
     return Rotation(direct, -rotation.cross / det, rotation.group_size)
 
 
-def condition_number(rotation: Rotation) -> float:
-    """Largest over smallest singular value of the worst block (1 for every road_1 rotation; inf if singular)."""
-    dense = to_blocks(rotation).double()
-    values = torch.linalg.svdvals(dense)
-    ratio = values[..., 0] / values[..., 1]
-    return float(torch.nan_to_num(ratio, nan=torch.inf).max())
-
-
 def to_blocks(rotation: Rotation) -> Tensor:
     """The 2 x 2 blocks, ``[..., P, 2, 2]``, in the order of the pairs' first members."""
     d1, d2 = (v.flatten(-2) for v in _halves(rotation.direct, rotation.group_size))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.greedy import GreedyReference, GreedyVerdict
 from tests.patience import HANG_S, until
 from tests.serving.harness import SMALL, adapters_of, prompt, serving
 
@@ -24,7 +25,7 @@ from roadie import checkpoint
 from roadie.bank import AdapterBank
 from roadie.errors import AdapterBusy, AdapterError, CheckpointError, ConfigError, UnknownAdapter
 from roadie.serving import AdapterState, FinishReason, Registry, Unload
-from roadie.testing import GreedyReference, GreedyVerdict, tiny_llama
+from roadie.testing import tiny_llama
 
 
 def state(collector: Any, name: str) -> AdapterState:

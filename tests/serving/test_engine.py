@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.greedy import GreedyReference, GreedyVerdict
 from tests.patience import HANG_S
 from tests.serving.harness import SMALL, Collector, prompt, serving
 from tests.versions import needs_a_cache_that_lets_old_prefixes_go
@@ -29,7 +30,6 @@ from roadie.serving import (
     Sampling,
     stream,
 )
-from roadie.testing import GreedyReference, GreedyVerdict
 
 WISHES = [None, "a0", "a1", "a2", {"a0": 0.5, "a1": 0.5}, {"a2": 1.5}, {"a1": -1.0}, "a3"]
 WISHES[4] = {"a0": 0.5, "a3": 0.25}  # of one group size, as blends have to be

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.greedy import GreedyReference, GreedyVerdict
 from tests.serving.harness import prompt, save_all, serving
 
 from roadie.adapter import Adapter, LayerParameters
 from roadie.serving import EngineSettings, FinishReason
-from roadie.testing import GreedyReference, GreedyVerdict
 
 SETTINGS = EngineSettings(num_slots=6, page_size=8, num_blocks=128)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.greedy import GreedyReference, GreedyVerdict
 from tests.serving.harness import prompt, save_all, serving
 from tests.versions import needs_stacked_experts
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -18,7 +19,6 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qw
 import roadie
 from roadie.bank.live import live_adapter
 from roadie.serving import EngineSettings, FinishReason
-from roadie.testing import GreedyReference, GreedyVerdict
 from roadie.testing.models import randomise
 
 KINDS = ("each", "shared", None, "each", "shared", "each", "shared", None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.greedy import GreedyReference, GreedyVerdict
 from tests.serving.harness import prompt, save_all, serving
 
 import roadie
@@ -16,7 +17,6 @@ from roadie.adapter import INPUT_SUFFIX, Adapter, LayerParameters
 from roadie.rotation import to_dense
 from roadie.serving import EngineSettings, FinishReason
 from roadie.serving.validation import last_layer_sites
-from roadie.testing import GreedyReference, GreedyVerdict
 
 SETTINGS = EngineSettings(num_slots=6, page_size=8, num_blocks=128)
 pytestmark = pytest.mark.filterwarnings("ignore:this adapter")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.greedy import GreedyReference, GreedyVerdict
 from tests.patience import HANG_S
 from tests.serving.harness import Collector, prompt, serving
 
 from roadie.bank import AdapterBank
 from roadie.errors import RoadieError
 from roadie.serving import EngineSettings, FinishReason, Scoring, Unload
-from roadie.testing import GreedyReference, GreedyVerdict
 
 WISHES = [None, "a0", "a1", "a2", "a3", {"a2": 0.5}, {"a1": -1.0}]
 NUM_TURNS = 240

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.greedy import GreedyReference, GreedyVerdict
 from tests.serving.harness import serving
 from tests.versions import needs_stacked_experts
 from transformers import (
@@ -20,7 +21,6 @@ from transformers import (
 
 import roadie
 from roadie.serving import EngineSettings
-from roadie.testing import GreedyReference, GreedyVerdict
 
 KINDS = ("each", "shared", None, "each")
 ANIMALS = ("turtles", "foxes", "hens", "bees")
