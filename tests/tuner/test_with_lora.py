@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.gradients import collect_gradients
 from tests.laws.reference import dense_rotation
 from tests.laws.rotations import ROOM
 from tests.laws.tuner import ORDER_OF_SUMS
@@ -410,7 +411,7 @@ def test_many_adapters_are_trained_at_once_on_a_lora_model() -> None:
     with bank.attached(plain, places), bank.routed(torch.tensor(rows)):
         got = plain(x)
     got.square().sum().backward()
-    bank.collect_gradients()
+    collect_gradients(bank)
     model = roadie.get_peft_model(Two(), road_config(target_modules=["first", "second"]))
     model.add_adapter("b", road_config(target_modules=["first", "second"]))
     roadie.add_lora(model, lora_config(target_modules=["first", "second"]))

@@ -1,7 +1,7 @@
 """A bank's hold on the layers of a model: what rotates a layer's output, or its input, and how it gets at it.
 
-A plain model is held by forward hooks (`Hooks`); it needs nothing but linear layers, and no PEFT, and taking the hooks off leaves
-it as it was. Layers that rotate by themselves, such as the tuner's, are held by another `Hold`.
+A plain model is held by forward hooks (`sites_in`); it needs nothing but linear layers, and no PEFT, and taking the hooks off
+leaves it as it was. Layers that rotate by themselves, such as the tuner's, are given to a bank as sites of their own kind.
 
 A **site** is a layer's output, at the layer's path, or its input, at that path with `roadie.adapter.INPUT_SUFFIX`. Several layers
 may be given one input, which is therefore never written to. The projections of stacked experts are sites too (`roadie.experts`).
@@ -11,14 +11,15 @@ Legend: D features of a site, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import INPUT_SUFFIX, PEFT_PREFIX, LayerParameters, is_input
+from roadie.adapter import INPUT_SUFFIX, PEFT_PREFIX, LayerParameters, experts_kind, is_input, layer_of
 from roadie.errors import AdapterError, ConfigError
 from roadie.experts import ExpertSite, Pairs, attach, check_group_sizes
 from roadie.kernels import (
@@ -62,16 +63,19 @@ class LayerRotation:
         self._num_rotations = num_rotations
         self._last: _Last | None = None
 
-    def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
+    def of(self, y: Tensor, is_fresh: Callable[[], bool], pairs: Pairs | None = None) -> Tensor:
         """y ``[B, ..., D]`` rotated by the slots in force, or y itself where none are, or none of them has a rotation here.
 
-        is_fresh: whether nobody else holds y, so that it may be written to.
+        is_fresh: whether nobody else holds y, so that it may be written to. pairs: those that y ``[P, D]`` is of, which
+        experts give.
         """
         choice = self._routing.current()
-        return y if choice is None else self.by(choice, y, is_fresh)
+        return y if choice is None else self.by(choice, y, is_fresh, pairs)
 
-    def by(self, choice: Choice, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
+    def by(self, choice: Choice, y: Tensor, is_fresh: Callable[[], bool], pairs: Pairs | None = None) -> Tensor:
         """As `of`, by this choice."""
+        if pairs is not None:
+            return self._by_pairs(choice, y, pairs)
         table = self.table.current
         if torch.compiler.is_compiling():
             return rotate(y, table, self.table.routed(choice.placed(y, self._site)))
@@ -112,13 +116,8 @@ class LayerRotation:
         """Whether no slots are in force."""
         return self._routing.current() is None
 
-    def of_pairs(self, y: Tensor, pairs: Pairs) -> Tensor:
-        """As `of`, of what experts give to pairs of a token and an expert: y ``[P, D]``, which nobody else holds."""
-        choice = self._routing.current()
-        return y if choice is None else self.by_pairs(choice, y, pairs)
-
-    def by_pairs(self, choice: Choice, y: Tensor, pairs: Pairs) -> Tensor:
-        """As `of_pairs`, by this choice. Pairs are others in every call, so that nothing is remembered of them."""
+    def _by_pairs(self, choice: Choice, y: Tensor, pairs: Pairs) -> Tensor:
+        """As `by`, for pairs, which are others in every call, so that nothing is remembered of them."""
         is_compiled = torch.compiler.is_compiling()
         if not is_compiled and not choice.is_static and self.table.has_none(choice.host):
             return y
@@ -138,84 +137,110 @@ class LayerRotation:
         return type(None), ()
 
 
-class Hold(Protocol):
-    """How a bank gets at the layers of a model."""
-
-    def layers(self, model: nn.Module) -> Mapping[str, Any]:
-        """Path in the base model -> every site that an adapter can rotate; its width as `out_features` (or a Conv1D's)."""
-        ...
-
-    def refusals(self, model: nn.Module) -> Mapping[str, str]:
-        """Layer path in the base model -> why the layer, and its input, cannot be rotated."""
-        ...
-
-    def linear(self, layer: Any) -> nn.Module:
-        """The linear layer that a site is the output of, or the input; or the experts."""
-        ...
-
-    def device_of(self, layer: Any) -> torch.device:
-        """Where the site's layer computes."""
-        ...
-
-    def attach(self, layer: Any, rotation: LayerRotation) -> Callable[[], None]:
-        """From now on the site is rotated; gives what ends that."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
-class LayerInput:
-    """The input of a linear layer as a site of its own."""
+class Site:
+    """One place that a bank can rotate.
+
+    layer: the linear layer whose output it is, or whose input; or the experts. out_features: D. attach: from now on the site is
+    given to what rotates there, such as a `LayerRotation`; gives what ends that. device: where the layer computes. experts: of
+    stacked experts, which say how many rotations lie end to end.
+    """
 
     layer: nn.Module
+    out_features: int
+    attach: Callable[[Any], Callable[[], None]]
+    device: Callable[[], torch.device]
+    experts: ExpertSite | None = None
+
+    @classmethod
+    def of_output(cls, layer: nn.Module) -> Site:
+        """What a linear layer gives."""
+        return cls(layer, out_features(layer) or 0, partial(_hook_output, layer), partial(_device_of, layer))
+
+    @classmethod
+    def of_input(cls, layer: nn.Module) -> Site:
+        """What a linear layer is given."""
+        return cls(layer, in_features(layer), partial(_hook_input, layer), partial(_device_of, layer))
+
+    @classmethod
+    def of_experts(cls, site: ExpertSite) -> Site:
+        """What a projection of stacked experts gives."""
+        experts = site.projection.experts
+        return cls(experts, site.out_features, partial(attach, site), partial(_device_of, experts), site)
 
     @property
-    def out_features(self) -> int:
-        """D, the inputs of the layer."""
-        return in_features(self.layer)
+    def num_rotations(self) -> int:
+        """How many rotations lie end to end in a slot."""
+        return 1 if self.experts is None else self.experts.num_rotations
+
+    def check(self, name: str, path: str, layer: LayerParameters) -> None:
+        """Raise `AdapterError` where parameters of the adapter `name` do not fit this site, which is at `path`."""
+        if layer.out_features != self.out_features:
+            raise AdapterError(
+                f"got adapter {name!r} with {layer.out_features} {'inputs' if is_input(path) else 'outputs'} for {path!r}; "
+                f"wanted {self.out_features}; use its own base model"
+            )
+        if self.experts is not None:
+            try:
+                check_group_sizes(self.experts, layer.stages)
+            except ConfigError as error:
+                raise AdapterError(f"got adapter {name!r}, of which {path!r} does not fit: {error}") from None
 
 
-class Hooks:
-    """Forward hooks on the linear layers of any model, and the turns of its stacked experts."""
-
-    def layers(self, model: nn.Module) -> Mapping[str, Any]:
-        """Inside PEFT's layers the base layer."""
-        layers = linear_layers(model)
-        inputs = {f"{path}{INPUT_SUFFIX}": LayerInput(layer) for path, layer in layers.items()}
-        experts = {path_in_base(path): site for path, site in ExpertSite.in_model(model).items()}
-        return {**layers, **inputs, **experts}
-
-    def refusals(self, model: nn.Module) -> Mapping[str, str]:
-        """Layers that the model does not call, or that give no tensor, and experts that cannot be adapted, with the reason."""
-        reasons = {**refusals(model), **ExpertSite.refused_in(model)}
-        return {path_in_base(path): reason for path, reason in reasons.items()}
-
-    def linear(self, layer: nn.Module | LayerInput | ExpertSite) -> nn.Module:
-        if isinstance(layer, ExpertSite):
-            return layer.projection.experts
-        return layer.layer if isinstance(layer, LayerInput) else layer
-
-    def device_of(self, layer: nn.Module | LayerInput | ExpertSite) -> torch.device:
-        return next(self.linear(layer).parameters()).device
-
-    def attach(self, layer: nn.Module | LayerInput | ExpertSite, rotation: LayerRotation) -> Callable[[], None]:
-        if isinstance(layer, ExpertSite):
-            return attach(layer, rotation)
-        if isinstance(layer, LayerInput):
-            return layer.layer.register_forward_pre_hook(_input_hook(rotation)).remove
-        gives_fresh_memory = type(layer) is nn.Linear
-
-        def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
-            check_output(y, module, rotation.path)
-            return rotation.of(y, lambda: gives_fresh_memory and _is_only_ours(module))
-
-        return layer.register_forward_hook(hook).remove
+def sites_in(model: nn.Module) -> dict[str, Site]:
+    """Path in the base model -> every site of any model, held by hooks; inside PEFT's layers those of the base layer."""
+    layers = {
+        path_in_base(path): module
+        for path, module in model.named_modules()
+        if path and is_linear(module) and ".lora_" not in path
+    }
+    outputs = {path: Site.of_output(layer) for path, layer in layers.items()}
+    inputs = {f"{path}{INPUT_SUFFIX}": Site.of_input(layer) for path, layer in layers.items()}
+    experts = {path_in_base(path): Site.of_experts(site) for path, site in ExpertSite.in_model(model).items()}
+    return {**outputs, **inputs, **experts}
 
 
-def _input_hook(rotation: LayerRotation) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def site_at(model: nn.Module, path: str) -> Site:
+    """The one of `sites_in` at `path`, without a look at the others."""
+    kind = experts_kind(path)
+    if kind is not None:
+        sites = ExpertSite.of(model.get_submodule(path.rpartition(".")[0]), kind)
+        return Site.of_experts(next(site for site in sites if path.endswith(f".{site.name}")))
+    layer = model.get_submodule(layer_of(path))
+    return Site.of_input(layer) if is_input(path) else Site.of_output(layer)
+
+
+def refused_in(model: nn.Module) -> dict[str, str]:
+    """Path in the base model -> why the layer, and its input, cannot be rotated, or the experts."""
+    reasons = {**refusals(model), **ExpertSite.refused_in(model)}
+    return {path_in_base(path): reason for path, reason in reasons.items()}
+
+
+def path_in_base(path: str) -> str:
+    """Where a layer of a model, which PEFT may have wrapped, is in the base model."""
+    return path.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _hook_output(layer: nn.Module, rotation: Any) -> Callable[[], None]:
+    gives_fresh_memory = type(layer) is nn.Linear
+
+    def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+        check_output(y, module, rotation.path)
+        rotated: Tensor = rotation.of(y, lambda: gives_fresh_memory and _is_only_ours(module))
+        return rotated
+
+    return layer.register_forward_hook(hook).remove
+
+
+def _hook_input(layer: nn.Module, rotation: Any) -> Callable[[], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return rotation.of(inputs[0], lambda: False), *inputs[1:]
 
-    return hook
+    return layer.register_forward_pre_hook(hook).remove
 
 
 def _is_only_ours(module: nn.Module) -> bool:
@@ -226,44 +251,3 @@ def _is_only_ours(module: nn.Module) -> bool:
         and not nn.modules.module._global_forward_hooks
         and type(module.weight.data) is Tensor
     )
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path in the base model -> every linear layer of `model`; inside PEFT's layers the base layer."""
-    layers = {}
-    for path, module in model.named_modules():
-        if path and is_linear(module) and ".lora_" not in path:
-            layers[path_in_base(path)] = module
-    return layers
-
-
-def path_in_base(path: str) -> str:
-    """Where a layer of a model, which PEFT may have wrapped, is in the base model."""
-    return path.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
-
-
-def out_features_of(module: Any) -> int:
-    """D of a site that a bank holds."""
-    width = getattr(module, "out_features", None) or out_features(module)
-    assert isinstance(width, int)
-    return width
-
-
-def num_rotations_at(site: Any) -> int:
-    """How many rotations lie end to end at a site that a bank holds: of experts, which are rotated apart."""
-    return getattr(site, "num_rotations", 1)
-
-
-def check_site(name: str, path: str, site: Any, layer: LayerParameters) -> None:
-    """Raise `AdapterError` where parameters of the adapter `name` do not fit the site at `path`."""
-    wanted = out_features_of(site)
-    if layer.out_features != wanted:
-        raise AdapterError(
-            f"got adapter {name!r} with {layer.out_features} {'inputs' if is_input(path) else 'outputs'} for {path!r}; "
-            f"wanted {wanted}; use its own base model"
-        )
-    if isinstance(site, ExpertSite):
-        try:
-            check_group_sizes(site, layer.stages)
-        except ConfigError as error:
-            raise AdapterError(f"got adapter {name!r}, of which {path!r} does not fit: {error}") from None

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from roadie import checkpoint
 from roadie.adapter import Adapter, check_adapter_name, experts_kind, is_input, layer_of
 from roadie.bank.admission import ReadyAdapter, SiteChains, rotations, rotations_of_row
-from roadie.bank.attachment import Hold, Hooks, LayerRotation, check_site, num_rotations_at, out_features_of
+from roadie.bank.attachment import LayerRotation, Site, refused_in, sites_in
 from roadie.bank.blends import Blend, Wish, blended, parse
 from roadie.bank.families import Family
 from roadie.bank.live import live_adapter
 from roadie.bank.servers import serve, stop_serving
 from roadie.bank.slots import SlotBook
-from roadie.bank.static import Graphs, StaticChoice, static_slots
+from roadie.bank.static import BankChoice, Graphs, static_slots
 from roadie.bank.streams import Streams
 from roadie.errors import AdapterError, BankFull, ConfigError, RoutingError
 from roadie.kernels import Chain
@@ -48,8 +48,8 @@ class AdapterBank:
     blends) fit at once. dtype: of the tables, kept as `dtype`: float32, or bfloat16 or float16 for half the memory, at one
     rounding of direct and cross (relative error up to 2^-9 in bfloat16, 2^-12 in float16, of every rotated element); a model in
     one of these takes no tables in the other.
-    wait_s: how long `replace` and `admit` wait for a slot that is being read. hold: how the bank gets at the layers; by forward
-    hooks, unless layers rotate their own output. check_name: raises for names that are not allowed; PEFT's rules, unless
+    wait_s: how long `replace` and `admit` wait for a slot that is being read. sites: of layers that rotate by themselves, by
+    path; None: those of the model, by forward hooks. check_name: raises for names that are not allowed; PEFT's rules, unless
     somebody has others.
 
     One thread may admit, replace and evict while others run the model. `close` (or a with block) takes the bank off the model.
@@ -67,15 +67,15 @@ class AdapterBank:
         *,
         dtype: torch.dtype = torch.float32,
         wait_s: float = 10.0,
-        hold: Hold | None = None,
+        sites: Mapping[str, Site] | None = None,
         check_name: Callable[[str], None] = check_adapter_name,
     ) -> None:
         if slots < 1 or not dtype.is_floating_point:
             raise ConfigError(f"got slots={slots}, dtype={dtype}; wanted at least one slot and a floating-point dtype")
-        self._hold: Hold = hold or Hooks()
-        self.model, self._modules = model, self._hold.layers(model)
-        self._refusals = self._hold.refusals(model)
-        if not self._modules:
+        self.model, self._is_hooked = model, sites is None
+        self._sites = sites_in(model) if sites is None else sites
+        self._refusals = refused_in(model) if sites is None else {}
+        if not self._sites:
             raise ConfigError(f"got a {type(model).__name__} without linear layers; wanted a model that RoAd can adapt")
         self.dtype, self._wait_s, self._check_name = dtype, wait_s, check_name
         self._attached: dict[str, LayerRotation] = {}
@@ -93,7 +93,7 @@ class AdapterBank:
         self._last: tuple[Hashable, Tensor, Mark] = None, torch.empty(0), Mark()
         self.storage_version = 0
         self.graphs, self.streams = Graphs(), Streams()
-        if hold is None:
+        if self._is_hooked:
             serve(model, self.rows)
 
     def admit(self, name: str, source: Adapter | ReadyAdapter | str | Path | tuple[nn.Module, str]) -> int:
@@ -259,11 +259,11 @@ class AdapterBank:
         Raises `RoutingError` for what is none of these, or out of range.
         """
         if static:
-            return self._routing.chosen(StaticChoice(self, static_slots(slots), expansion), self.model)
+            return self._routing.chosen(BankChoice(self, static_slots(slots), expansion, is_static=True), self.model)
         if not isinstance(slots, Tensor):
             slots = self.slots(slots)
         # Layers remember where a batch lay; the leases hang on the tensor that was given, and end with the choice.
-        choice = _BankChoice(self, slots.clone(), expansion, held=slots)
+        choice = BankChoice(self, slots.clone(), expansion, held=slots)
         choice.check(self._book.num_slots)
         return self._routing.chosen(choice, self.model)
 
@@ -287,7 +287,7 @@ class AdapterBank:
     def close(self) -> None:
         """Take the bank off the model, which is then what it was."""
         with self._lock:
-            if isinstance(self._hold, Hooks):
+            if self._is_hooked:
                 stop_serving(self.model)
             self._detach.close()
             self._attached.clear()
@@ -308,7 +308,8 @@ class AdapterBank:
         adapters = {name: self._read(source) for name, source in sources.items()}
         for name, adapter in adapters.items():
             self._check_fits(name, adapter)
-        return rotations({name: adapter.layers for name, adapter in adapters.items()}, self.dtype, self._device_of)
+        layers = {name: adapter.layers for name, adapter in adapters.items()}
+        return rotations(layers, self.dtype, lambda path: self._sites[path].device())
 
     def _check_fits(self, name: str, adapter: Adapter) -> None:
         for path in adapter.layers:
@@ -318,14 +319,14 @@ class AdapterBank:
                     f"got adapter {name!r} with a rotation of {path!r}: {self._refusals[layer_of(path)]}"
                     + ("" if experts_kind(path) else of_layers)
                 )
-        problems = [f"{path}: not a linear layer of the model" for path in adapter.layers if path not in self._modules]
+        problems = [f"{path}: not a linear layer of the model" for path in adapter.layers if path not in self._sites]
         if problems:
             raise AdapterError(
                 f"got adapter {name!r} with {'; '.join(problems[:3])}; wanted layers of this model; use the base model that it "
                 f"was trained on ({adapter.base_model_name or 'not named in its config'})"
             )
         for path, layer in adapter.layers.items():
-            check_site(name, path, self._modules[path], layer)
+            self._sites[path].check(name, path, layer)
 
     def _read(self, source: Any) -> Adapter:
         if isinstance(source, Adapter):
@@ -414,18 +415,13 @@ class AdapterBank:
         return len(self._attached), sum([held.table.version for held in self._attached.values()])
 
     def _attach(self, path: str) -> None:
-        module = self._modules[path]
-        width, device = out_features_of(module), self._device_of(path)
+        site = self._sites[path]
+        device = site.device()
         is_sparse = is_input(path) or experts_kind(path) is not None
-        table = SlotTable(width, self._book.num_slots, self.dtype, device, is_sparse=is_sparse)
+        table = SlotTable(site.out_features, self._book.num_slots, self.dtype, device, is_sparse=is_sparse)
         self.streams.add(device)
-        self._attached[path] = rotation = LayerRotation(
-            table, self._routing, self._hold.linear(module), path, num_rotations_at(module)
-        )
-        self._detach.callback(self._hold.attach(module, rotation))
-
-    def _device_of(self, path: str) -> torch.device:
-        return self._hold.device_of(self._modules[path])
+        self._attached[path] = rotation = LayerRotation(table, self._routing, site.layer, path, site.num_rotations)
+        self._detach.callback(site.attach(rotation))
 
     def _forget(self, name: str) -> None:
         """An adapter's blends are not those of the one that comes after it."""
@@ -467,19 +463,6 @@ class AdapterBank:
     def _unknown(self, name: str) -> RoutingError:
         known = ", ".join(map(repr, list(self.names)[:8])) or "none"
         return RoutingError(f"got adapter {name!r}, which is not in the bank; wanted one of {known}; admit it first")
-
-
-class _BankChoice(Choice):
-    """Rows of a bank, which are marked as the last ones were where they are the same in the same kind of call."""
-
-    def __init__(self, bank: AdapterBank, slots: Tensor, expansion: int, held: object) -> None:
-        super().__init__(slots, expansion, model=bank.model, held=held)
-        self._bank = bank
-
-    def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().starts(model, args, kwargs)
-        self._bank.streams.before_reading()
-        self.mark = self._bank.mark(self.host, self.expansion, self.calls, self.slots.device)
 
 
 def _has(parts: Sequence[SiteChains], index: int) -> bool:

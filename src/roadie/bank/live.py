@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,16 +23,23 @@ def live_adapter(model: nn.Module, name: str, part: Callable[[Tensor], Tensor] =
     Paths are those of the base model; part: what is taken of a parameter that several processes share.
     Raises `AdapterError` where no layer has such an adapter.
     """
-    layers = {}
-    for path, module in model.named_modules():
-        if name not in getattr(module, "road_theta", ()):
-            continue
-        layer: Any = module
-        sizes = getattr(layer, "stages", None) or layer.group_size  # PEFT's layers have one rotation
-        theta, alpha = (part(store[name]).detach().clone() for store in (layer.road_theta, layer.road_alpha))
-        layers[path.removeprefix(PEFT_PREFIX)] = LayerParameters(theta, alpha, layer.variant[name], sizes[name])
+    modules = ((path.removeprefix(PEFT_PREFIX), module) for path, module in model.named_modules())
+    layers = layers_with(name, modules, lambda parameter: part(parameter).detach().clone())
     if not layers:
         raise AdapterError(
             f"got adapter {name!r} of a {type(model).__name__} that has no layer with it; wanted a loaded one"
         )
     return Adapter(layers)
+
+
+def layers_with(
+    name: str, modules: Iterable[tuple[str, Any]], part: Callable[[Tensor], Tensor]
+) -> dict[str, LayerParameters]:
+    """Path -> what `part` makes of the parameters of the adapter `name`, for those of the modules that have it."""
+    layers = {}
+    for path, layer in modules:
+        if name in getattr(layer, "road_theta", ()):
+            sizes = getattr(layer, "stages", None) or layer.group_size  # PEFT's layers have one rotation
+            theta, alpha = part(layer.road_theta[name]), part(layer.road_alpha[name])
+            layers[path] = LayerParameters(theta, alpha, layer.variant[name], sizes[name])
+    return layers

@@ -1,4 +1,4 @@
-"""Slots that are read where they lie, as graphs that are captured once and replayed ask for (CUDA graphs).
+"""Rows of a bank, and slots that are read where they lie, as graphs ask for that are captured once and replayed (CUDA graphs).
 
 A graph reads memory that it was captured over: the caller's tensor of slots, and a bank's tables. It knows nothing of leases, and
 cannot be told that a table has moved. So what it may read lives as long as the tensor of slots does, and where tables become
@@ -8,34 +8,16 @@ others while such tensors are there, that is said.
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 from weakref import ref
 
 from torch import Tensor, nn
 
-from roadie.bank.streams import Streams
 from roadie.errors import RoutingError
-from roadie.kernels import Chain
 from roadie.kernels.constants import kept_beside
 from roadie.sites.rows import Choice
 
 _logger = logging.getLogger("roadie")
-
-
-class Bank(Protocol):
-    """What is asked of an `AdapterBank`. writes: how often slots were written to; total_slots: rows of a table."""
-
-    model: nn.Module
-    graphs: Graphs
-    streams: Streams
-    storage_version: int
-    writes: int
-
-    @property
-    def tables(self) -> list[Chain]: ...
-
-    @property
-    def total_slots(self) -> int: ...
 
 
 class Graphs:
@@ -44,7 +26,7 @@ class Graphs:
     def __init__(self) -> None:
         self._slots: dict[int, ref[Tensor]] = {}
 
-    def kept(self, bank: Bank, slots: Tensor) -> dict[str, Any]:
+    def kept(self, bank: Any, slots: Tensor) -> dict[str, Any]:
         """What lives as long as `slots`: the tables as they are now, and what the caller adds."""
         of_all = kept_beside(slots)
         key = bank, bank.storage_version
@@ -65,20 +47,27 @@ class Graphs:
             )
 
 
-class StaticChoice(Choice):
-    """Rows of a bank whose slots are read where they lie."""
+class BankChoice(Choice):
+    """Rows of an `AdapterBank`. Where they lie on the CPU they are marked as the last ones were, if they are the same in the same
+    kind of call; where they are static, what a graph may read of the bank is kept beside them."""
 
-    def __init__(self, bank: Bank, slots: Tensor, expansion: int) -> None:
-        super().__init__(slots, expansion, model=bank.model, is_static=True)
+    def __init__(
+        self, bank: Any, slots: Tensor, expansion: int, held: object = None, *, is_static: bool = False
+    ) -> None:
+        super().__init__(slots, expansion, model=bank.model, held=held, is_static=is_static)
         self._bank, self._writes = bank, -1
 
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().starts(model, args, kwargs)
-        self._bank.streams.before_reading()
-        self.check(self._bank.total_slots)
-        if self._writes != self._bank.writes:
-            self._writes = self._bank.writes
-            self._bank.graphs.kept(self._bank, self.slots)
+        bank = self._bank
+        bank.streams.before_reading()
+        if not self.is_static:
+            self.mark = bank.mark(self.host, self.expansion, self.calls, self.slots.device)
+            return
+        self.check(bank.total_slots)
+        if self._writes != bank.writes:
+            self._writes = bank.writes
+            bank.graphs.kept(bank, self.slots)
 
 
 def static_slots(slots: Any) -> Tensor:

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import experts_kind, is_input, layer_of
-from roadie.bank.attachment import Hooks, LayerInput, num_rotations_at
+from roadie.adapter import is_input
+from roadie.bank.attachment import Site, site_at
 from roadie.bank.families import AdaptedLayer, Family, Stack
 from roadie.errors import RoutingError
-from roadie.experts import ExpertSite, Pairs
+from roadie.experts import Pairs
 from roadie.kernels import Chain, Keep, RotationTable, rotate_checked, table_of
 from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_gradients, split_stages
 from roadie.sites.rows import Choice, Routing
@@ -127,15 +127,6 @@ class TrainableBank:
                 squares = torch.stack([tensor.square().sum(dim=(0, 1, 3)) for tensor in tensors]).sum(dim=0)
                 yield PartGradients(part.names, part.family, part.rows, tensors, squares)
 
-    def collect_gradients(self) -> list[Tensor]:
-        """Make the gradients of the tables `Stack.gradients`; the squares of their norms ``[S]`` for each family."""
-        squares = []
-        for part in self.gradients():
-            for stack, tensor in zip(part.family.stacks, part.tensors, strict=True):
-                stack.gradients[:, :, part.rows] = tensor
-            squares.append(part.squares)
-        return squares
-
     def _gradients(self, number: int, taken: _Taken) -> Tensor:
         """Of the parameters of one stack, ``[L, 2, S, n]``."""
         stack, parameters = taken.stack, taken.parameters
@@ -158,13 +149,11 @@ class TrainableBank:
     @contextmanager
     def attached(self, model: nn.Module, paths: Collection[str] | None = None) -> Iterator[None]:
         """Within the block the sites `paths` (None: those of the tables) are rotated wherever rows are routed (`routed`)."""
-        hooks: Any = Hooks()
         with ExitStack() as stack:
             stack.callback(self._routing.detach, self._routing.attach(model))
             for path in self._tables if paths is None else paths:
-                hooked = _hooked(model, path)
-                site = _Site(self, path, hooks.linear(hooked), num_rotations_at(hooked))
-                stack.callback(hooks.attach(hooked, site))
+                site = site_at(model, path)
+                stack.callback(site.attach(_SiteRotation(self, path, site)))
             yield
 
     def routed(self, slots: Tensor) -> AbstractContextManager[Any]:
@@ -214,45 +203,28 @@ class PartGradients:
             stack.gradients.index_add_(2, rows.to(tensor.device), chosen)
 
 
-class _Site(NamedTuple):
-    """A site of an attached model, as `Hooks` rotate it."""
+class _SiteRotation(NamedTuple):
+    """What rotates a site of an attached model."""
 
     bank: TrainableBank
     path: str
-    layer: nn.Module
-    num_rotations: int
+    site: Site
 
-    def of(self, y: Tensor, is_fresh: Callable[[], bool]) -> Tensor:
-        """y, each row by its adapter."""
+    def of(self, y: Tensor, is_fresh: Callable[[], bool], pairs: Pairs | None = None) -> Tensor:
+        """y, each row by its adapter; pairs: see `LayerRotation.of`."""
         found = self.bank.in_force(self.path)
         if found is None:
             return y
         table, choice = found
-        slots = choice.placed(y, self.layer, self.bank.rows_of(table))
-        return rotate_checked(y, table.chain, slots, table.keep, is_fresh())
+        rows = self.bank.rows_of(table)
+        if pairs is None:
+            return rotate_checked(y, table.chain, choice.placed(y, self.site.layer, rows), table.keep, is_fresh())
+        slots = pairs.placed(choice, self.site.layer, rows)
+        chain, of_pairs = pairs.spread(table.chain, slots, self.site.num_rotations)
+        return rotate_checked(y, chain, of_pairs, table.keep, is_fresh())
 
     def rests(self) -> bool:
         return self.bank.in_force(self.path) is None
-
-    def of_pairs(self, y: Tensor, pairs: Pairs) -> Tensor:
-        """As `of`, of what stacked experts give to pairs of a token and an expert."""
-        found = self.bank.in_force(self.path)
-        if found is None:
-            return y
-        table, choice = found
-        slots = pairs.placed(choice, self.layer, self.bank.rows_of(table))
-        chain, of_pairs = pairs.spread(table.chain, slots, self.num_rotations)
-        return rotate_checked(y, chain, of_pairs, table.keep, True)
-
-
-def _hooked(model: nn.Module, path: str) -> Any:
-    """What `Hooks` know by this path."""
-    kind = experts_kind(path)
-    if kind is not None:
-        experts = model.get_submodule(path.rpartition(".")[0])
-        return next(site for site in ExpertSite.of(experts, kind) if path.endswith(f".{site.name}"))
-    layer = model.get_submodule(layer_of(path))
-    return LayerInput(layer) if is_input(path) else layer
 
 
 class _Taken(NamedTuple):

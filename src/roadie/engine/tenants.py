@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, experts_kind, is_input, layer_of
-from roadie.bank.attachment import check_site
+from roadie.bank.attachment import Site
 from roadie.bank.families import AdaptedLayer, Family
 from roadie.checkpoint.layout import without_prefix
 from roadie.checkpoint.replacement import replaced_folder
@@ -177,7 +177,7 @@ def _layers_of(model: nn.Module, state: TenantState) -> tuple[AdaptedLayer, ...]
     sites = ExpertSite.in_model(model) if any(map(experts_kind, adapter.layers)) else {}
     for path, layer in adapter.layers.items():
         if path in sites:
-            check_site("to train", path, sites[path], layer)
+            Site.of_experts(sites[path]).check("to train", path, layer)
             continue
         module = modules.get(layer_of(path))
         width = out_features(module)

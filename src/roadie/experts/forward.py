@@ -63,8 +63,8 @@ class Turn(Protocol):
         """Whether nothing is rotated now."""
         ...
 
-    def of_pairs(self, y: Tensor, pairs: Pairs) -> Tensor:
-        """y ``[P, D]``, which nobody else holds, each row rotated as its pair says."""
+    def of(self, y: Tensor, is_fresh: Callable[[], bool], pairs: Pairs) -> Tensor:
+        """y ``[P, D]``, each row rotated as its pair says; is_fresh: whether nobody else holds y."""
         ...
 
 
@@ -142,7 +142,7 @@ def _turned(y: Tensor, projection: Projection, turning: list[Any], pairs: Pairs)
         return y
     y = projection.in_order(y)
     for turn in turning:
-        y = turn.of_pairs(y, pairs)
+        y = turn.of(y, lambda: True, pairs)
     return projection.as_stored(y)
 
 

@@ -73,7 +73,7 @@ class RoadExperts(nn.Module, MergedLayer):
             self.unmerge()
         return not self._is_in_force()
 
-    def of_pairs(self, y: Tensor, pairs: Pairs) -> Tensor:
+    def of(self, y: Tensor, is_fresh: Any, pairs: Pairs) -> Tensor:
         """As a module, whose hooks see the call."""
         rotated: Tensor = self(y, pairs)
         return rotated
@@ -86,7 +86,7 @@ class RoadExperts(nn.Module, MergedLayer):
         else:
             in_bank = None if torch.compiler.is_compiling() else choice.in_bank
             if in_bank is not None and not (torch.is_grad_enabled() and choice.trains):
-                return y if self.resident is None else self.resident.by_pairs(in_bank, y, pairs)
+                return y if self.resident is None else self.resident.by(in_bank, y, lambda: True, pairs)
             found, slots = self._made_for(choice), pairs.placed(choice, self.base_layer)
         if found.chain is None:
             return y

@@ -9,17 +9,18 @@ Legend: B rows of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from roadie.adapter import Adapter, LayerParameters
-from roadie.bank.attachment import LayerRotation
+from roadie.adapter import Adapter
+from roadie.bank.attachment import LayerRotation, Site
 from roadie.bank.bank import AdapterBank
 from roadie.bank.blends import Blend, names_in
+from roadie.bank.live import layers_with
 from roadie.kernels import Place, Stamp, can_be_stamped, is_looked_on
 
 _FEWEST_SLOTS = 16
@@ -35,29 +36,16 @@ class _Resident(NamedTuple):
     stamp: Stamp
 
 
-class _InLayers:
-    """RoAd layers rotate their own output: each is told what with."""
+class Held(NamedTuple):
+    """Adapters in slots of a bank, one for each wish (int64 on the CPU), as they were after so many writes to it.
 
-    def __init__(self, layers: dict[str, Any]) -> None:
-        self._layers = layers
+    Hold the slots while they are used: nothing else is written there.
+    """
 
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        return dict(self._layers)
-
-    def refusals(self, model: nn.Module) -> dict[str, str]:
-        return {}  # looked at when the layers were adapted
-
-    def linear(self, layer: Any) -> nn.Module:
-        base: nn.Module = layer.get_base_layer()
-        return base
-
-    def device_of(self, layer: Any) -> torch.device:
-        device: torch.device = layer.get_base_layer_device()
-        return device
-
-    def attach(self, layer: Any, rotation: LayerRotation) -> Callable[[], None]:
-        layer.resident = rotation
-        return lambda: setattr(layer, "resident", None)
+    names: Sequence[str]
+    slots: Tensor
+    bank: AdapterBank
+    writes: int
 
 
 class Residents:
@@ -73,9 +61,9 @@ class Residents:
         self._lock = Lock()  # several threads may run one model
 
     def admit(
-        self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None], additions: int = 0
-    ) -> Tensor | None:
-        """The slot of each wish, int64 on the CPU, all of it in the bank and current; hold the tensor while it is used.
+        self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None], additions: int
+    ) -> Held | None:
+        """All that is wished for in the bank, and current.
 
         layers: the RoAd layers of `model` by path; additions: how often one of them was given an adapter, or lost one. None
         where parameters cannot be watched, or torch looks on, so that nothing may be kept of them.
@@ -87,13 +75,13 @@ class Residents:
                     self._forget(name)
             return self._admit(model, layers, wishes)
 
-    def _admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Tensor | None:
+    def _admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Held | None:
         if layers is not self._given:
             if list(layers.values()) != list(self._layers.values()):
                 self.clear()
                 self._layers = layers
             self._given, self._stores = layers, [_store(layer) for layer in self._layers.values()]
-        names = dict.fromkeys([name for wish in wishes for name in names_in(wish)])
+        names = list(dict.fromkeys([name for wish in wishes for name in names_in(wish)]))
         stale = [name for name in names if not self._is_current(name)]
         places = {name: self._places(name) for name in names} if stale or self._bank is None else {}
         if places or self._bank is None:
@@ -103,11 +91,12 @@ class Residents:
             if is_looked_on() or not all(map(can_be_stamped, tensors)):
                 return None
             if not self._fit(model, tensors):
-                stale = list(names)
+                stale = names
         self._make_room(len({*self._seen, *stale}) + len(set(wishes)))
         if stale:
             self._keep({name: places[name] for name in stale})
-        return self.bank.slots([dict(wish.weights) if isinstance(wish, Blend) else wish for wish in wishes])
+        slots = self.bank.slots([dict(wish.weights) if isinstance(wish, Blend) else wish for wish in wishes])
+        return Held(names, slots, self.bank, self.bank.writes)
 
     def _kinds(self, name: str) -> list[Kind]:
         """Of which kind an adapter is in each layer."""
@@ -117,11 +106,11 @@ class Residents:
         """Where the parameters of an adapter are."""
         return [(store, name) for theta, alpha, *_ in self._stores if name in theta for store in (theta, alpha)]
 
-    def are_current(self, names: Iterable[str], bank: AdapterBank | None, writes: int, additions: int) -> bool:
-        """Whether adapters are in the slots of `bank` that they were in after so many writes, as their parameters are now."""
-        if self._bank is not bank or bank is None or bank.writes != writes or additions != self._additions:
+    def are_current(self, held: Held, additions: int) -> bool:
+        """Whether adapters are still in these slots, as their parameters are now."""
+        if held.bank is not self._bank or held.writes != held.bank.writes or additions != self._additions:
             return False
-        return all(map(self._is_current, names))
+        return all(map(self._is_current, held.names))
 
     @property
     def bank(self) -> AdapterBank:
@@ -153,7 +142,8 @@ class Residents:
         if self._bank is not None and self._bank.dtype in (dtype, torch.float64):
             return True
         self.clear()
-        self._bank = AdapterBank(model, _FEWEST_SLOTS, dtype=dtype, hold=_InLayers(self._layers))
+        sites = {path: _site(layer) for path, layer in self._layers.items()}
+        self._bank = AdapterBank(model, _FEWEST_SLOTS, dtype=dtype, sites=sites)
         return False
 
     def _make_room(self, num_slots: int) -> None:
@@ -169,7 +159,8 @@ class Residents:
             self.bank.grow(2 * num_slots)
 
     def _keep(self, stale: dict[str, list[Place]]) -> None:
-        self.bank.update({name: _adapter(self._layers, name) for name in stale})
+        layers = self._layers.items()
+        self.bank.update({name: Adapter(layers_with(name, layers, lambda shared: shared)) for name in stale})
         for name, stamp in zip(stale, Stamp.each(list(stale.values())), strict=True):
             self._seen[name] = _Resident(self._kinds(name), stamp)
 
@@ -183,17 +174,22 @@ class Residents:
         return seen is not None and name in self.bank and seen.stamp.holds()
 
 
+def _site(layer: Any) -> Site:
+    """RoAd layers rotate their own output: each is told what with."""
+
+    def attach(rotation: LayerRotation) -> Callable[[], None]:
+        layer.resident = rotation
+        return lambda: setattr(layer, "resident", None)
+
+    return Site(
+        layer.get_base_layer(),
+        layer.out_features,
+        attach,
+        layer.get_base_layer_device,
+        layer.__dict__.get("site"),
+    )
+
+
 def _store(layer: Any) -> _Store:
     theta, alpha = layer._modules["road_theta"]._parameters, layer._modules["road_alpha"]._parameters
     return theta, alpha, layer.variant, layer.stages
-
-
-def _adapter(layers: dict[str, Any], name: str) -> Adapter:
-    """The adapter as a value that shares the parameters' memory."""
-    parts = {}
-    for path, layer in layers.items():
-        if name in layer.road_theta:
-            parts[path] = LayerParameters(
-                layer.road_theta[name], layer.road_alpha[name], layer.variant[name], layer.stages[name]
-            )
-    return Adapter(parts)

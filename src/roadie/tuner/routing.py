@@ -23,14 +23,13 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from roadie.bank.bank import AdapterBank
-from roadie.bank.blends import BASE, Blend, Wish, names_in, parse
+from roadie.bank.blends import BASE, Blend, Wish, parse
 from roadie.bank.servers import announce
 from roadie.bank.static import static_slots
 from roadie.errors import RoutingError
 from roadie.kernels import is_looked_on
 from roadie.sites.rows import Choice, Mark, Routing
-from roadie.tuner.residents import Residents
+from roadie.tuner.residents import Held, Residents
 from roadie.tuner.tables import Kept, Tables, are_trained
 
 
@@ -119,9 +118,7 @@ class AdapterChoice(Choice):
         each = [name.names if isinstance(name, Blend) else (name,) for name in names]
         self.adapters = tuple(dict.fromkeys([adapter for adapters in each for adapter in adapters]))
         self._running: nn.Module | None = None
-        self._used: tuple[str, ...] = ()
-        self._bank: AdapterBank | None = None
-        self._writes = 0
+        self._held: Held | None = None
         self._served: Choice | None = None
         self.in_bank: Choice | None = None
         self.is_refused = False
@@ -153,19 +150,23 @@ class AdapterChoice(Choice):
 
     def _from_bank(self) -> Choice | None:
         additions = self._routing.additions
-        if self._served is not None and self._residents.are_current(self._used, self._bank, self._writes, additions):
-            return self._served
-        wishes = {slot: self.names[slot] for slot in self.host.unique().tolist() if slot >= 0}
-        self._used = tuple(dict.fromkeys([name for wish in wishes.values() for name in names_in(wish)]))
-        held = self._residents.admit(self._parts.model, self._parts.layers, list(wishes.values()), additions)
-        if held is None:
-            return None
-        self._bank = self._residents.bank
-        self._writes = self._bank.writes
-        place = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is -1 too: the base model
-        place[list(wishes)] = held
-        self._served = self._bank.choice(place[self.host], self.expansion, self.calls, self.slots.device, held)
+        if self._held is None or not self._residents.are_current(self._held, additions):
+            wishes = self._wishes()
+            self._held = self._residents.admit(self._parts.model, self._parts.layers, list(wishes.values()), additions)
+            if self._held is None:
+                return None
+            place = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is -1 too: the base model
+            place[list(wishes)] = self._held.slots
+            self._served = self._in_slots(self._held, place)
         return self._served
+
+    def _wishes(self) -> dict[int, str | Blend]:
+        """What the bank has to have, by slot."""
+        return {slot: self.names[slot] for slot in self.host.unique().tolist() if slot >= 0}
+
+    def _in_slots(self, held: Held, place: Tensor) -> Choice:
+        """The rows in slots of the bank; place: which each slot is there."""
+        return held.bank.choice(place[self.host], self.expansion, self.calls, self.slots.device, held.slots)
 
 
 class StaticChoice(AdapterChoice):
@@ -174,8 +175,6 @@ class StaticChoice(AdapterChoice):
     What a graph reads, the bank's tables and the table of slots, lives as long as the caller's slots do.
     """
 
-    _held: Tensor | None = None
-
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().starts(model, args, kwargs)
         self.check(len(self.names))
@@ -183,25 +182,23 @@ class StaticChoice(AdapterChoice):
             torch.take(self._kept["place"], self.slots, out=self._kept["slots"])
 
     def _from_bank(self) -> Choice | None:
-        additions = self._routing.additions
-        if self._held is None or not self._residents.are_current(self.adapters, self._bank, self._writes, additions):
-            self._held = self._residents.admit(self._parts.model, self._parts.layers, list(self.adapters), additions)
-            if self._held is None:
-                return None
-            self._bank = self._residents.bank
-            self._writes = self._bank.writes
-            self._kept = kept = self._bank.graphs.kept(self._bank, self.slots)
-            place = torch.cat((self._held, torch.tensor([-1])))  # the last is also the one at -1: the base model
-            with torch.inference_mode(False):
-                if "place" not in kept:
-                    kept["place"], kept["slots"] = place.to(self.slots.device), torch.empty_like(self.slots)
-                else:  # a graph goes on with the adapters as they are now
-                    kept["place"].copy_(place)
-            kept["held"] = self._held
-            self._served = Choice(kept["slots"], self.expansion, calls=self.calls, is_static=True)
-        assert self._served is not None
-        self._served.mark = self.mark
-        return self._served
+        served = super()._from_bank()
+        if served is not None:
+            served.mark = self.mark
+        return served
+
+    def _wishes(self) -> dict[int, str | Blend]:
+        return dict(enumerate(self.names))
+
+    def _in_slots(self, held: Held, place: Tensor) -> Choice:
+        self._kept = kept = held.bank.graphs.kept(held.bank, self.slots)
+        with torch.inference_mode(False):
+            if "place" not in kept:
+                kept["place"], kept["slots"] = place.to(self.slots.device), torch.empty_like(self.slots)
+            else:  # a graph goes on with the adapters as they are now
+                kept["place"].copy_(place)
+        kept["held"] = held.slots
+        return Choice(kept["slots"], self.expansion, calls=self.calls, is_static=True)
 
 
 class RoadRouting(Routing[AdapterChoice]):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.gradients import collect_gradients
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -119,7 +120,7 @@ def test_gradients_are_those_of_autograd(keep: Keep | None) -> None:
             loss = loss_of(lambda path, y: model[path](y), x)
         loss.backward()
     assert kept.count(x.data_ptr()) == 2  # what both layers are given, and nothing of their own
-    bank.collect_gradients()
+    collect_gradients(bank)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(x.grad, of_x)
     for gradient, (_, found) in zip(wanted, places(bank).values(), strict=True):
