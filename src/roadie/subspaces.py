@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roadie.adapter import Adapter, LayerParameters
+from roadie.adapter import Adapter, LayerParameters, stages_of
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Variant, pairs_of_parameters
 from roadie.share import Layout, Share, shares
@@ -67,14 +67,27 @@ def touched_pairs(layer: LayerParameters) -> Tensor:
 
 
 def trained_places(
-    pairs: Share | Tensor, variant: str | Variant, out_features: int, group_size: int, *, device: object = None
+    pairs: Share | Tensor,
+    variant: str | Variant,
+    out_features: int,
+    group_size: int | Sequence[int],
+    *,
+    device: object = None,
 ) -> Tensor:
     """Which places of theta (and of alpha) belong to `pairs`, a share or bool ``[P]``: bool ``[n]``.
 
-    Raises `ConfigError` for a mask of another shape or dtype.
+    group_size: as in `LayerParameters`. Raises `ConfigError` for a mask of another shape or dtype, and for a chain of several
+    rotations.
     """
+    stages = stages_of(group_size)
+    if len(stages) > 1:
+        got = f"share={str(pairs)!r}" if isinstance(pairs, Share) else "a mask"
+        raise ConfigError(
+            f"got {got} with several rotations in a row (stages {list(stages)}); wanted one rotation, whose pairs can be chosen; "
+            "leave out the pairs, or the stages"
+        )
     num_pairs = out_features // 2
-    place_pairs = pairs_of_parameters(variant, out_features, group_size, device=device)
+    place_pairs = pairs_of_parameters(variant, out_features, stages[0], device=device)
     if isinstance(pairs, Share):
         chosen = torch.zeros(num_pairs, dtype=torch.bool, device=place_pairs.device)
         chosen[list(pairs.pairs(num_pairs))] = True
@@ -91,7 +104,7 @@ def trained_places(
 def places_of_share(share: Share, layer: LayerParameters) -> Tensor:
     """`trained_places` of a share in a layer."""
     device = layer.theta.device
-    return trained_places(share, layer.variant, layer.out_features, layer.group_size, device=device)
+    return trained_places(share, layer.variant, layer.out_features, layer.stages, device=device)
 
 
 def _pairs(layer: LayerParameters) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from roadie.adapter import LayerParameters
-from roadie.errors import AdapterError, ConfigError
+from roadie.errors import AdapterError
 from roadie.rotation import Variant, parameter_size
 from roadie.share import Share
 from roadie.subspaces import trained_places
@@ -123,19 +123,8 @@ def _empty_stack(alike: Sequence[AdaptedLayer], device: torch.device) -> Stack:
     _, out_features, variant, stages, share = alike[0]
     shape = (len(alike), 2, 0, len(stages) * parameter_size(variant, out_features))
     tensors = {name: torch.zeros(shape, device=device) for name in ("parameters", "exp_avg", "exp_avg_sq", "gradients")}
-    trained = _trained(share, variant, out_features, stages, device) if share is not None else None
+    trained = None if share is None else trained_places(share, variant, out_features, stages, device=device)
     return Stack(tuple(layer.path for layer in alike), out_features, variant, stages, trained=trained, **tensors)
-
-
-def _trained(
-    share: Share, variant: Variant, out_features: int, stages: tuple[int, ...], device: torch.device
-) -> Tensor:
-    if len(stages) > 1:
-        raise ConfigError(
-            f"got share={str(share)!r} with several rotations in a row (stages {list(stages)}); wanted one rotation, whose pairs "
-            "can be shared out; leave out the share, or the stages"
-        )
-    return trained_places(share, variant, out_features, stages[0], device=device)
 
 
 def _mapped(stack: Stack, change: Callable[[Tensor], Tensor]) -> Stack:

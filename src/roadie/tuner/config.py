@@ -64,39 +64,25 @@ class RoadConfig(PeftConfig):
     Raises `ConfigError` (a ValueError) for values that are not valid. Making one routes PEFT's ROAD to roadie.
     """
 
-    variant: str = field(default="road_1", metadata={"help": "road_1, road_2 or road_4: parameters a pair of outputs."})
-    group_size: int = field(default=64, metadata={"help": "Outputs are paired inside groups of this even size."})
-    init_weights: bool = field(default=True, metadata={"help": "Start as the identity; False: random, for tests."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    target_towers: bool = field(
-        default=False,
-        metadata={"help": "all-linear means towers of pictures and sounds too, not the language model alone."},
-    )
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole and saved along."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or road_only."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embeddings are trained."}
-    )
-    variant_pattern: dict[str, str] = field(default_factory=dict, metadata={"help": "Regex of modules -> variant."})
-    group_size_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Regex of modules -> group size."}
-    )
-    adapt_group_size: bool = field(default=False, metadata={"help": "Use gcd(out_features, group_size) where needed."})
-    stages: list[int] | None = field(default=None, metadata={"help": "Group sizes of several rotations in a row."})
-    stages_pattern: dict[str, list[int]] = field(default_factory=dict, metadata={"help": "Regex of modules -> stages."})
-    input_stages: list[int] | None = field(
-        default=None, metadata={"help": "Group sizes of the rotations of layers' inputs; None: outputs alone."}
-    )
-    input_stages_pattern: dict[str, list[int]] = field(
-        default_factory=dict, metadata={"help": "Regex of modules -> input_stages."}
-    )
-    target_experts: str | None = field(
-        default=None,
-        metadata={"help": "Rotate stacked experts too: 'each' by its own rotation, or all by one 'shared'."},
-    )
+    variant: str = "road_1"
+    group_size: int = DEFAULT_GROUP_SIZE
+    init_weights: bool = True
+    target_modules: list[str] | str | None = None
+    target_towers: bool = False
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    variant_pattern: dict[str, str] = field(default_factory=dict)
+    group_size_pattern: dict[str, int] = field(default_factory=dict)
+    adapt_group_size: bool = False
+    stages: list[int] | None = None
+    stages_pattern: dict[str, list[int]] = field(default_factory=dict)
+    input_stages: list[int] | None = None
+    input_stages_pattern: dict[str, list[int]] = field(default_factory=dict)
+    target_experts: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Note what is done with a config that was read: PEFT sets inference_mode before it loads the weights beside it.

@@ -154,14 +154,9 @@ def _parts_of(path: str, layer: RoadLayer, name: str, pairs: Pairs) -> list[_Par
             f"layer {path}: got parameters of type {type(parameters[0]).__name__}; wanted plain ones: pairs cannot be chosen "
             "where a parameter is spread over processes; use DistributedDataParallel"
         )
-    device, stages = parameters[0].device, layer.stages[name]
-    if len(stages) > 1:
-        raise ConfigError(
-            f"layer {path}: got an adapter with several rotations in a row (group sizes {list(stages)}); wanted one "
-            "rotation, whose pairs can be chosen; train without stages"
-        )
+    sizes = layer.variant[name], layer.out_features, layer.stages[name]
     try:
-        places = trained_places(pairs, layer.variant[name], layer.out_features, stages[0], device=device)
+        places = trained_places(pairs, *sizes, device=parameters[0].device)
     except ConfigError as error:
         raise ConfigError(f"layer {path}: {error}") from None
     return [_Part(parameter, places, parameter.detach().clone()) for parameter in parameters]

@@ -90,11 +90,6 @@ class LoraTuner(LoraModel):
         for layer in self.layers():
             layer.enable_adapters(enabled)
 
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Train LoRA adapters, or freeze them."""
-        for layer in self.layers():
-            layer.set_requires_grad(adapter_names, requires_grad)
-
     def check_merge(self, adapter_names: list[str] | None, *, finite: bool) -> None:
         """Raise `MergeError` where a layer refuses to merge; changes nothing."""
         for layer in self.layers():
