@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality run | quick | real | tenants | recipe | report`."""
+"""`python -m benchmarks.quality run | quick | real | reward | tenants | recipe | report`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     real.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1")
     real.add_argument("--threads", type=int, default=1)
     real.add_argument("--until", default=None, help="HH:MM in UTC: start no run after that")
+    reward = verbs.add_parser("reward", help="train what the records of learning by reward lack; needs no network")
+    reward.add_argument(
+        "--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint that transformers loads"
+    )
+    reward.add_argument("--records", type=Path, default=None, help="folder of the records")
+    reward.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1")
+    reward.add_argument("--threads", type=int, default=1)
+    reward.add_argument("--until", default=None, help="HH:MM in UTC: start no run after that")
     tenants = verbs.add_parser("tenants", help="what a step of decoding costs with an adapter for each of 32 rows")
     tenants.add_argument(
         "--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint that transformers loads"
@@ -85,6 +93,15 @@ def _real(options: argparse.Namespace) -> int:
     return command.explained(
         lambda: print(real.sweep_all(options.data, options.models, folder, options.device, stop, options.task), "runs")
     )
+
+
+def _reward(options: argparse.Namespace) -> int:
+    from benchmarks.quality import reward
+
+    torch.set_num_threads(options.threads)
+    folder = options.records or reward.records_folder(device=options.device)
+    stop = _stop_at(options.until)
+    return command.explained(lambda: print(reward.sweep(options.model, folder, options.device, stop), "runs"))
 
 
 def _tenants(options: argparse.Namespace) -> int:
@@ -133,6 +150,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "quick": _quick,
     "real": _real,
+    "reward": _reward,
     "tenants": _tenants,
     "recipe": _recipe,
     "report": _report,

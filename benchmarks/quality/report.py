@@ -120,10 +120,11 @@ def best(found: Sequence[Comparison]) -> Comparison:
 
 def text_of(by_task: Mapping[str, Sequence[Record]]) -> str:
     """The document; equal for equal records."""
-    from benchmarks.quality import real_report  # which is made with what is here
+    from benchmarks.quality import real_report, reward_report  # which are made with what is here
 
     results = {task: results_of(found) for task, found in by_task.items()}
-    sections = [_HEAD, *real_report.text(), _TOYS, *_verdicts(results), *_losing(results), *_directions(results)]
+    sections = [_HEAD, *real_report.text(), *reward_report.text(), _TOYS]
+    sections += [*_verdicts(results), *_losing(results), *_directions(results)]
     for task, found in results.items():
         sections += _task(task, by_task[task], found)
     return "\n".join([*sections, *_rates(by_task), *_rest(by_task, results)])
@@ -388,11 +389,12 @@ def _curves(by_task: Mapping[str, Sequence[Record]], path: Path) -> None:
 
 def main() -> int:
     """Write the document and its pictures."""
-    from benchmarks.quality import real_report
+    from benchmarks.quality import real_report, reward_report
 
     by_task = committed()
     DOCUMENT.write_text(text_of(by_task), encoding="utf-8")
     draw(by_task)
     real_report.draw()
+    reward_report.draw()
     print(DOCUMENT.relative_to(machine.ROOT))
     return 0

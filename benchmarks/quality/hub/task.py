@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,7 @@ class Prepared:
 
 def prepare(name: str, settings: TaskSettings, root: Path, device: str) -> Prepared:
     """The task of a configuration; raises `ConfigError` where model, tokenizer or data cannot be had."""
-    tokenizer = _loaded(
-        settings.model, lambda where: AutoTokenizer.from_pretrained(where, revision=settings.model.revision)
-    )
+    tokenizer = tokenizer_of(settings.model)
     encoder = Encoder(settings.rows, tokenizer)
     parts = read_parts(settings, root)
     training, is_language = settings.training, settings.model.kind == "causal-language-model"
@@ -46,7 +44,7 @@ def prepare(name: str, settings: TaskSettings, root: Path, device: str) -> Prepa
         name=name,
         kind=LANGUAGE if is_language else CLASSIFICATION,
         title=settings.title,
-        model=lambda: base_model(settings, tokenizer, device),
+        model=lambda: base_model(settings.model, tokenizer, device, settings.rows.labels),
         splits=Splits(train, (), ()),
         pad_id=_pad_id(tokenizer),
         targets=settings.model.targets if isinstance(settings.model.targets, str) else list(settings.model.targets),
@@ -60,9 +58,15 @@ def prepare(name: str, settings: TaskSettings, root: Path, device: str) -> Prepa
     return Prepared(name, settings, task, Judge(settings, encoder, parts))
 
 
-def base_model(settings: TaskSettings, tokenizer: Any, device: str) -> nn.Module:
-    """A fresh copy of the base model on a device, in the dtype of the configuration."""
-    wanted, labels = settings.model, settings.rows.labels
+def tokenizer_of(model: Model) -> Any:
+    """The tokenizer that comes with a model."""
+    return _loaded(model, lambda where: AutoTokenizer.from_pretrained(where, revision=model.revision))
+
+
+def base_model(
+    wanted: Model, tokenizer: Any, device: str, labels: tuple[str, ...] | Literal["number"] | None = None
+) -> nn.Module:
+    """A fresh copy of the base model on a device, in the dtype of the configuration; labels: as `Rows` has them."""
     more: dict[str, Any] = {}
     kind = AutoModelForCausalLM
     if labels is not None:
