@@ -101,8 +101,7 @@ def test_a_job_that_was_paused_goes_on_as_if_nothing_had_been(
     job = wait(client, job.id)
     assert (job.status, job.trained_tokens) == ("succeeded", whole.trained_tokens)
     assert [step for step, _ in losses(client, job.id)] == list(range(1, 13))
-    for (_, one), (_, other) in zip(losses(client, job.id), losses(client, whole.id), strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+    assert losses(client, job.id) == losses(client, whole.id)  # the same batches, alone as well: the same bits
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
     assert {"Fine-tuning job paused", "Fine-tuning job resumed"} <= set(messages)
 
