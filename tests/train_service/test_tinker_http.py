@@ -15,11 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.patience import until
 from tests.serving.http.harness import Running
-from tests.train_service.tinker_server import BOB, NAME, PROTOBUF, ROWS, Http, message, of_server, tinker
+from tests.serving.http.schemathesis import check_document, needs_schemathesis
+from tests.train_service.tinker_server import (
+    ALICE,
+    BOB,
+    NAME,
+    PROTOBUF,
+    ROWS,
+    Http,
+    message,
+    of_server,
+    serving,
+    tinker,
+)
 
 from roadie.serving.http.gate import UNKNOWN
 
-LACKING = pytest.importorskip("roadie.train_service.tinker_api.routes").LACKING
+routes = pytest.importorskip("roadie.train_service.tinker_api.routes")
+API, LACKING = routes.API, routes.LACKING
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +319,17 @@ def test_expired_checkpoints_go(alice: Http, server: Running) -> None:
     service.sweep(time.time() + 3601)
     until(lambda: not folder.exists())
     assert alice.post("weights_info", {"tinker_path": path}).status_code == 404
+
+
+@needs_schemathesis
+@pytest.mark.slow
+def test_the_document_of_these_routes_is_true(tmp_path: Path) -> None:
+    """forward_backward takes protobuf alone, of which schemathesis knows nothing; the SDK's types take 0 for false."""
+    with serving(tmp_path) as server:
+        http = Http(server)
+        model = http.model()
+        http.result(http.forward_backward(model, 1, ROWS[0]))
+        asked = ("--include-path-regex", f"^{API}/", "--exclude-path", f"{API}/forward_backward")
+        asked += ("--exclude-checks", "negative_data_rejection")
+        check_document(server.url, ALICE, tmp_path, "coverage,fuzzing", 6, *asked)
+        assert http.result(http.forward_backward(model, 2, ROWS[0])).metrics["loss:sum"] > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import openai
 import pytest
 from tests.patience import HANG_S, until
 from tests.serving.http.harness import free_port
-from tests.serving.http.test_openapi import CHECKS, SCHEMATHESIS
+from tests.serving.http.schemathesis import check_document, needs_schemathesis
 from tests.train_service.fine_tuning.harness import (
     ADMIN,
     ALICE,
@@ -114,26 +113,12 @@ def is_far(client: openai.OpenAI, job_id: str, steps: int) -> bool:
     return any(event.type == "metrics" and event.data["step"] >= steps for event in page.data)
 
 
-@pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed")
+@needs_schemathesis
 @pytest.mark.parametrize("phase", ["coverage,fuzzing", "stateful"])
 def test_the_document_is_true_and_nothing_makes_the_server_fail(tmp_path: Path, phase: str) -> None:
     with serving(tmp_path / "state", KEYS) as server:
         client = server.openai(ADMIN)
         file_id = upload(client, chats("Yes.", 1))
         wait(client, client.fine_tuning.jobs.create(model=BASE, training_file=file_id).id)
-        done = subprocess.run(
-            [
-                *(SCHEMATHESIS, "run", f"{server.url}/openapi.json", "-H", f"Authorization: Bearer {ADMIN}"),
-                *("--checks", CHECKS, "--phases", phase, "--max-examples", "12", "--seed", "1", "--warnings", "off"),
-                *("--include-path-regex", "^/v1/(files|fine_tuning)", "--generation-database", "none", "--no-color"),
-            ],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            timeout=HANG_S,
-        )
+        check_document(server.url, ADMIN, tmp_path, phase, 12, "--include-path-regex", "^/v1/(files|fine_tuning)")
         assert server.http().get("/health").status_code == 200
-    assert done.returncode == 0, done.stdout
-    found = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
-    assert found is not None
-    assert int(found[1]) == int(found[2]) > 50

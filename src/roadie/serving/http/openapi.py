@@ -19,9 +19,10 @@ _MEANING = {
     400: "The request cannot be served as it is.",
     401: "No API key, or one that is not known.",
     403: "The key may not do this, or the Host is another's.",
-    404: "No such model or adapter, or none that this key may use.",
+    404: "There is nothing of this name, or nothing that this key may use.",
     408: "The body came too slowly.",
     409: "The adapter is in use, or being unloaded.",
+    410: "It has ended.",
     413: "The body is too long.",
     415: "The body is not said to be JSON.",
     429: "Too many requests; Retry-After says when to come back.",
@@ -30,6 +31,11 @@ _MEANING = {
     504: "The request took too long.",
     507: "The server could not write its state; nothing has changed.",
 }
+_KEY_SCHEMES = {
+    "key": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+"""Where a key may stand: OpenAI's clients send the first, Tinker's the second."""
 _DESCRIPTION = (
     "One base model and many adapters, by OpenAI's API. The adapter is the `model` of a request, or `base` with the extra field "
     "`adapters`. Streams are server-sent events that end with `data: [DONE]`; an error after the first event is the last event "
@@ -49,7 +55,7 @@ def document(app: FastAPI, routes: Routes, *, has_keys: bool) -> dict[str, Any]:
         for method, operation in operations.items():
             _complete(path, method, operation, routes[path], has_keys)
     if has_keys:
-        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        found["components"]["securitySchemes"] = _KEY_SCHEMES
     return found
 
 
@@ -75,7 +81,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], route: Route, h
     for status in sorted(_errors(path, method, route, has_keys)):
         responses[str(status)] = _error_response(status)
     if has_keys and route.right is not Right.NONE:
-        operation["security"] = [{"key": []}]
+        operation["security"] = [{name: []} for name in _KEY_SCHEMES]
 
 
 def _errors(path: str, method: str, route: Route, has_keys: bool) -> set[int]:

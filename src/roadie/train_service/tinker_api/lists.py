@@ -22,7 +22,7 @@ from roadie.serving.http.gate import Right, Route
 from roadie.train_service.tinker_api import records
 from roadie.train_service.tinker_api.checkpoints import LISTED
 from roadie.train_service.tinker_api.records import Checkpoint, Run, Sampler, Session
-from roadie.train_service.tinker_api.routes import API, Tenant
+from roadie.train_service.tinker_api.routes import API, ERRORS, Tenant
 from roadie.train_service.tinker_api.service import TinkerService
 
 LINK_S = 3600
@@ -30,18 +30,20 @@ MAX_LISTED = 1000
 _RUN = f"{API}/training_runs/{{run}}"
 _CHECKPOINT = f"{_RUN}/checkpoints/{{segment}}/{{name}}"
 ROUTES: dict[str, Route] = {
-    f"{API}/training_runs": Route(),
-    _RUN: Route(),
-    f"{_RUN}/checkpoints": Route(),
-    _CHECKPOINT: Route(),
-    **{f"{_CHECKPOINT}/{last}": Route() for last in ("ttl", "archive", "publish", "external_weights_urls")},
-    f"{API}/files/{{checkpoint}}/{{file}}": Route(Right.NONE),
-    f"{API}/checkpoints": Route(),
-    f"{API}/weights_info": Route(),
-    f"{API}/samplers/{{sampler}}": Route(),
-    f"{API}/sessions": Route(),
-    f"{API}/sessions/{{session}}": Route(),
-    f"{API}/sessions/{{session}}/finish": Route(),
+    f"{API}/training_runs": Route(errors=ERRORS),
+    _RUN: Route(errors=ERRORS),
+    f"{_RUN}/checkpoints": Route(errors=ERRORS),
+    _CHECKPOINT: Route(errors=ERRORS),
+    **{
+        f"{_CHECKPOINT}/{last}": Route(errors=ERRORS) for last in ("ttl", "archive", "publish", "external_weights_urls")
+    },
+    f"{API}/files/{{checkpoint}}/{{file}}": Route(Right.NONE, errors=ERRORS),
+    f"{API}/checkpoints": Route(errors=ERRORS),
+    f"{API}/weights_info": Route(errors=ERRORS),
+    f"{API}/samplers/{{sampler}}": Route(errors=ERRORS),
+    f"{API}/sessions": Route(errors=ERRORS),
+    f"{API}/sessions/{{session}}": Route(errors=ERRORS),
+    f"{API}/sessions/{{session}}/finish": Route(errors=ERRORS),
 }
 Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
 Offset = Annotated[int, Query(ge=0, le=2**53)]

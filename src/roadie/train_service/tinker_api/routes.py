@@ -62,15 +62,20 @@ def tenant_of(request: Request) -> str:
 Body = Annotated[bytes, Depends(raw_body)]
 Tenant = Annotated[str, Depends(tenant_of)]
 
+ERRORS = (404, 507)
+"""What a route answers with for what it is asked about (not there, or another key's) or cannot write, beside a gate's errors."""
 ROUTES: dict[str, Route] = {
     f"{API}/healthz": Route(Right.NONE),
-    f"{API}/forward_backward": Route(kinds=("application/x-protobuf",), max_body_bytes=MAX_BODY_BYTES),
-    f"{API}/asample": Route(max_body_bytes=MAX_BODY_BYTES),
+    f"{API}/forward_backward": Route(
+        kinds=("application/x-protobuf",), max_body_bytes=MAX_BODY_BYTES, errors=ERRORS
+    ),
+    f"{API}/asample": Route(max_body_bytes=MAX_BODY_BYTES, errors=ERRORS),
     f"{API}/telemetry": Route(max_body_bytes=MAX_BODY_BYTES),
+    f"{API}/session_heartbeat": Route(errors=(*ERRORS, 410)),
     **{
-        f"{API}/{path}": Route()
+        f"{API}/{path}": Route(errors=ERRORS)
         for path in (
-            "client/config", "client/dynamic_config", "get_server_capabilities", "create_session", "session_heartbeat",
+            "client/config", "client/dynamic_config", "get_server_capabilities", "create_session",
             "create_model", "load_weights", "optim_step", "save_weights", "save_weights_for_sampler",
             "save_weights_external", "create_sampling_session", "join_sampling_session", "retrieve_future",
             "cancel_future", "get_info", "unload_model", *LACKING,
