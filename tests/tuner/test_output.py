@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import roadie
 from roadie.errors import InPlaceError
+from roadie.linear import gives_fresh_memory
 from roadie.testing import randomise, stock_peft, tiny_llama
 from roadie.tuner import KeptForBackward
-from roadie.tuner.output import gives_fresh_memory
 
 VARIANTS = ["road_1", "road_2", "road_4"]
 WIDTH, OUT, ROWS = 16, 64, 32

@@ -31,7 +31,7 @@ from roadie.kernels import (
     rotate,
     rotate_checked,
 )
-from roadie.linear import check_output, in_features, is_linear, out_features, refusals
+from roadie.linear import check_output, gives_fresh_memory, in_features, is_linear, out_features, refusals
 from roadie.sites.rows import Choice, Routing
 from roadie.sites.table import SlotTable
 
@@ -226,11 +226,9 @@ def _device_of(layer: nn.Module) -> torch.device:
 
 
 def _hook_output(layer: nn.Module, rotation: Any) -> Callable[[], None]:
-    gives_fresh_memory = type(layer) is nn.Linear
-
     def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
         check_output(y, module, rotation.path)
-        rotated: Tensor = rotation.of(y, lambda: gives_fresh_memory and _is_only_ours(module))
+        rotated: Tensor = rotation.of(y, lambda: gives_fresh_memory(module, num_hooks=1))  # this one
         return rotated
 
     return layer.register_forward_hook(hook).remove
@@ -241,13 +239,3 @@ def _hook_input(layer: nn.Module, rotation: Any) -> Callable[[], None]:
         return rotation.of(inputs[0], lambda: False), *inputs[1:]
 
     return layer.register_forward_pre_hook(hook).remove
-
-
-def _is_only_ours(module: nn.Module) -> bool:
-    """Whether nobody else holds the output of an nn.Linear: ours is the only hook."""
-    return (
-        len(module._forward_hooks) == 1
-        and "forward" not in module.__dict__
-        and not nn.modules.module._global_forward_hooks
-        and type(module.weight.data) is Tensor
-    )

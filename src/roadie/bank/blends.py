@@ -26,7 +26,9 @@ from typing import TypeAlias
 
 from roadie.algebra import blend_chains
 from roadie.errors import AdapterError, ConfigError, RoutingError
+from roadie.kernels import Chain
 from roadie.rotation import Rotation
+from roadie.sites.table import chain_of_rows, rotations_at
 
 BASE = "__base__"
 Wish: TypeAlias = "str | Mapping[str, float] | None"
@@ -131,3 +133,24 @@ def blended(path: str, parts: Sequence[tuple[str, float, Sequence[Rotation] | No
     except (AdapterError, ConfigError) as error:
         shown = " + ".join(f"{weight:g} {name}" for name, weight, _ in present)
         raise type(error)(f"{error} Layer: {path!r}; blend: {shown}.") from None
+
+
+def with_blends(chain: Chain | None, names: Sequence[str], wishes: Sequence[str | Blend]) -> Chain | None:
+    """From tables whose rows are the adapters `names`, those whose rows are `wishes`, blends of these adapters included.
+
+    Adapters that are not among the names have no rotation. Differentiable.
+
+    Raises `AdapterError` or `ConfigError` where a blend does not exist.
+    """
+    if chain is None:
+        return None
+    rows: list[Sequence[Rotation]] = []
+    for wish in wishes:
+        weights = wish.weights if isinstance(wish, Blend) else ((wish, 1.0),)
+        parts = [
+            (name, weight, (rotations_at(chain, names.index(name)) if name in names else ()) or None)
+            for name, weight in weights
+        ]
+        rotations = parts[0][2] if isinstance(wish, str) else blended(f"of {chain[0].direct.shape[1]} outputs", parts)
+        rows.append(rotations or ())
+    return chain_of_rows(rows, chain[0].direct.dtype)

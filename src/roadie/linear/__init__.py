@@ -8,7 +8,7 @@ call it (`roadie.linear.reads`), and no meaning where the layer gives something 
 from roadie.linear.kinds import in_features, is_linear, out_features
 from roadie.linear.language import outside_language
 from roadie.linear.names import by_likeness, has_name, ignored_names, without_numbers
-from roadie.linear.outputs import check_output
+from roadie.linear.outputs import check_output, gives_fresh_memory
 from roadie.linear.reads import read_in_a_forward, weight_reads
 from roadie.linear.refusals import check_named, refusals, unpaired, without_refused
 
@@ -16,6 +16,7 @@ __all__ = [
     "by_likeness",
     "check_named",
     "check_output",
+    "gives_fresh_memory",
     "has_name",
     "ignored_names",
     "in_features",

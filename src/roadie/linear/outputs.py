@@ -1,4 +1,4 @@
-"""What a linear layer gives: a tensor of its out features, or something that cannot be rotated.
+"""What a linear layer gives: a tensor of its out features, or something that cannot be rotated; and whether in new memory.
 
 Subclasses of torch.nn.Linear may compute something else in their forward: routers of mixtures of experts give scores and logits
 as a tuple, grouped projections give a part of the out features for each group. They are asked: called once on the "meta"
@@ -7,6 +7,7 @@ device, where nothing is computed and nothing allocated.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from roadie.linear.kinds import out_features
 
 _ROWS = 80640  # of the trial: divisible by what layers group their rows by, 1 to 10, 12, 14, 15, 16, 18, ... 64
 _TRIALS = ((_ROWS,), (2, _ROWS // 2))
+_KNOWN_KINDS = {
+    ("transformers.pytorch_utils", "Conv1D"),
+    ("bitsandbytes.nn.modules", "Linear4bit"),
+    ("bitsandbytes.nn.modules", "Linear8bitLt"),
+}
 
 
 def wrong_output(module: nn.Module) -> str | None:
@@ -47,6 +53,27 @@ def check_output(y: Any, module: nn.Module, path: str) -> None:
             f"{path}: got {_shown(y)} from {type(module).__name__}; wanted a tensor, whose last dimension is rotated; put the "
             "layer into exclude_modules"
         )
+
+
+def gives_fresh_memory(layer: nn.Module, num_hooks: int = 0) -> bool:
+    """Whether a linear layer returns a new tensor each time, which nobody else holds: of a known kind, and without hooks.
+
+    num_hooks: after its forward, of whoever asks.
+    """
+    weight = layer._parameters.get("weight")
+    return (
+        _is_of_a_known_kind(type(layer))  # type: ignore[arg-type]
+        and len(layer._forward_hooks) == num_hooks
+        and "forward" not in layer.__dict__  # accelerate's hooks stand there
+        and not nn.modules.module._global_forward_hooks
+        # No tensor subclass, which decides itself what it returns; bitsandbytes' parameters are known.
+        and (type(weight) is nn.Parameter or (weight is not None and type(weight.data) is Tensor))
+    )
+
+
+@cache
+def _is_of_a_known_kind(kind: Any) -> bool:
+    return kind is nn.Linear or (kind.__module__, kind.__name__) in _KNOWN_KINDS
 
 
 def _what_is_wrong(given: Any, module: nn.Module) -> str | None:

@@ -25,13 +25,12 @@ from torch.nn.modules import module as _every_module
 
 from roadie.algebra.chains import compose_chains
 from roadie.errors import RoutingError, UnsupportedLayer
-from roadie.linear import check_output, read_in_a_forward
+from roadie.linear import check_output, gives_fresh_memory, read_in_a_forward
 from roadie.rotation import check_group_size, transposed
 from roadie.tuner.config import RoadConfig
 from roadie.tuner.inputs import RoadInput
 from roadie.tuner.merged import MergedLayer
 from roadie.tuner.merging import WeightRotations
-from roadie.tuner.output import gives_fresh_memory
 from roadie.tuner.rotating import RoadLayer, check_variant, group_sizes_of, input_group_sizes_of
 from roadie.tuner.routing import ARE_MERGED, adapter_rows
 from roadie.tuner.weight import BaseWeight, base_weight, is_conv1d
@@ -183,7 +182,6 @@ class Linear(nn.Module, MergedLayer):
         return base_weight(self)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones, applied in the order given; see PEFT's BaseTunerLayer."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not self.merged and any(name in self.road_theta for name in names):
             self._check_not_held()
@@ -192,24 +190,20 @@ class Linear(nn.Module, MergedLayer):
             self.road_input.set_adapter(adapter_names, inference_mode=inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off; see PEFT's BaseTunerLayer."""
         RoadLayer.enable_adapters(self, enabled)
         if self.road_input is not None:
             RoadLayer.enable_adapters(self.road_input, enabled)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train adapters, or freeze them; see PEFT's BaseTunerLayer."""
         RoadLayer.set_requires_grad(self, adapter_names, requires_grad)
         if self.road_input is not None:
             RoadLayer.set_requires_grad(self.road_input, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from this layer; see PEFT's BaseTunerLayer."""
         super().delete_adapter(adapter_name)
         self._forget_input(adapter_name)
 
     def clear_cache(self) -> None:
-        """Forget rotations computed from the parameters; needed only after writing to ``.data`` of frozen GPU parameters."""
         super().clear_cache()
         if self.road_input is not None:
             self.road_input.clear_cache()

@@ -1,16 +1,8 @@
-"""The output of a base layer on its way through the rotation: in place where nobody can tell, and what backward keeps.
-
-Legend: B rows of the batch, D out features, S slots.
-"""
+"""What backward keeps of a base layer's output on its way through the rotation."""
 
 from __future__ import annotations
 
 from enum import Enum
-from functools import cache
-from typing import Any
-
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from roadie.kernels import Keep
 
@@ -34,23 +26,3 @@ class KeptForBackward(str, Enum):
         if self is KeptForBackward.OUTPUT:
             return Keep.OUTPUT
         return Keep.COPY if self is KeptForBackward.AUTO and is_road_1 else Keep.INPUT
-
-
-def gives_fresh_memory(layer: nn.Module) -> bool:
-    """Whether a base layer returns a new tensor each time, which nobody else holds: of a known kind, and without hooks."""
-    weight = layer._parameters.get("weight")
-    return (
-        _is_of_a_known_kind(type(layer))  # type: ignore[arg-type]
-        and not layer._forward_hooks
-        and "forward" not in layer.__dict__  # accelerate's hooks stand there
-        and not nn.modules.module._global_forward_hooks
-        # No tensor subclass, which decides itself what it returns; bitsandbytes' parameters are known.
-        and (type(weight) is nn.Parameter or (weight is not None and type(weight.data) is Tensor))
-    )
-
-
-@cache
-def _is_of_a_known_kind(kind: Any) -> bool:
-    if kind in (nn.Linear, Conv1D):
-        return True
-    return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in ("Linear4bit", "Linear8bitLt")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,11 @@ from roadie.kernels import Place, Stamp, can_be_stamped, is_looked_on
 
 _FEWEST_SLOTS = 16
 
-Kind: TypeAlias = "tuple[str | None, tuple[int, ...] | None]"  # variant and group sizes
-_Store: TypeAlias = "tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], dict[str, tuple[int, ...]]]"
-
 
 class _Resident(NamedTuple):
-    """An adapter as it was when it was put into the bank: its kind in each layer, and its parameters."""
+    """An adapter as it was when it was put into the bank: how many parameters it had, and what they were."""
 
-    kinds: list[Kind]
+    num_places: int
     stamp: Stamp
 
 
@@ -55,7 +52,7 @@ class Residents:
         self._bank: AdapterBank | None = None
         self._layers: dict[str, Any] = {}
         self._given = self._layers  # the same layers, perhaps by other paths
-        self._stores: list[_Store] = []
+        self._stores: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # theta and alpha of each layer
         self._seen: dict[str, _Resident] = {}
         self._additions = 0
         self._lock = Lock()  # several threads may run one model
@@ -71,7 +68,7 @@ class Residents:
         with self._lock:
             if additions != self._additions:
                 self._additions = additions
-                for name in [name for name, resident in self._seen.items() if resident.kinds != self._kinds(name)]:
+                for name in [name for name, seen in self._seen.items() if seen.num_places != len(self._places(name))]:
                     self._forget(name)
             return self._admit(model, layers, wishes)
 
@@ -80,7 +77,7 @@ class Residents:
             if list(layers.values()) != list(self._layers.values()):
                 self.clear()
                 self._layers = layers
-            self._given, self._stores = layers, [_store(layer) for layer in self._layers.values()]
+            self._given, self._stores = layers, [_stores_of(layer) for layer in layers.values()]
         names = list(dict.fromkeys([name for wish in wishes for name in names_in(wish)]))
         stale = [name for name in names if not self._is_current(name)]
         places = {name: self._places(name) for name in names} if stale or self._bank is None else {}
@@ -98,13 +95,9 @@ class Residents:
         slots = self.bank.slots([dict(wish.weights) if isinstance(wish, Blend) else wish for wish in wishes])
         return Held(names, slots, self.bank, self.bank.writes)
 
-    def _kinds(self, name: str) -> list[Kind]:
-        """Of which kind an adapter is in each layer."""
-        return [(variant.get(name), stages.get(name)) for _, _, variant, stages in self._stores]
-
     def _places(self, name: str) -> list[Place]:
         """Where the parameters of an adapter are."""
-        return [(store, name) for theta, alpha, *_ in self._stores if name in theta for store in (theta, alpha)]
+        return [(store, name) for stores in self._stores if name in stores[0] for store in stores]
 
     def are_current(self, held: Held, additions: int) -> bool:
         """Whether adapters are still in these slots, as their parameters are now."""
@@ -128,7 +121,7 @@ class Residents:
 
     def _has_moved(self) -> bool:
         """Whether a table is not where its layer computes."""
-        for layer, (theta, *_) in zip(self._layers.values(), self._stores, strict=True):
+        for layer, (theta, _) in zip(self._layers.values(), self._stores, strict=True):
             if layer.resident is not None:
                 first = next(iter(theta.values()), None)
                 here = layer.get_base_layer_device() if first is None else first.device
@@ -149,7 +142,7 @@ class Residents:
     def _make_room(self, num_slots: int) -> None:
         """Adapters never give way to others here: the bank grows. Those that the model no longer has go."""
         gone = set(self._seen)
-        for theta, *_ in self._stores:
+        for theta, _ in self._stores:
             gone -= theta.keys()
             if not gone:
                 break
@@ -162,7 +155,7 @@ class Residents:
         layers = self._layers.items()
         self.bank.update({name: Adapter(layers_with(name, layers, lambda shared: shared)) for name in stale})
         for name, stamp in zip(stale, Stamp.each(list(stale.values())), strict=True):
-            self._seen[name] = _Resident(self._kinds(name), stamp)
+            self._seen[name] = _Resident(len(stale[name]), stamp)
 
     def _forget(self, name: str) -> None:
         del self._seen[name]
@@ -190,6 +183,5 @@ def _site(layer: Any) -> Site:
     )
 
 
-def _store(layer: Any) -> _Store:
-    theta, alpha = layer._modules["road_theta"]._parameters, layer._modules["road_alpha"]._parameters
-    return theta, alpha, layer.variant, layer.stages
+def _stores_of(layer: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return layer._modules["road_theta"]._parameters, layer._modules["road_alpha"]._parameters

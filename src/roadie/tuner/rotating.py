@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from roadie.adapter import stages_of
 from roadie.bank.attachment import LayerRotation
+from roadie.bank.blends import with_blends
 from roadie.bank.live import on_this_process
 from roadie.errors import ConfigError
 from roadie.kernels import is_looked_on, prepare_checked, rotate_checked
 from roadie.rotation import Rotation, Variant, chain_from_parameters, parameter_size, to_dense
 from roadie.sites.parameters import Part, Slot, parts_of
 from roadie.sites.rows import Choice
-from roadie.tuner.blends import with_blends
 from roadie.tuner.output import KeptForBackward
 from roadie.tuner.routing import AdapterChoice, RoadRouting
 from roadie.tuner.tables import Kept, Last, Layout, Made, Names, Tables, are_trained, unseen_by_checkpoints

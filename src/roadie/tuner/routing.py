@@ -320,13 +320,7 @@ def rows(model: nn.Module, slots: Tensor | Sequence[str], *, static: bool = Fals
     The table holds all adapters, so that a compiled model stays one program whatever the rows choose. Raises `RoutingError` for
     unknown adapters, slots out of range, or a model with merged adapters.
     """
-    if not static:
-        return _chosen(model, slots, are_all=True)
-    routing = shared_routing(model)
-    parts = routing.parts_of(model)
-    routing.check_unmerged(parts)
-    choice = StaticChoice(parts, static_slots(slots), parts.slots(), routing, 1, parts.are_compiled(), is_static=True)
-    return routing.chosen(choice, model)
+    return _chosen(model, static_slots(slots) if static else slots, are_all=True, is_static=static)
 
 
 announce(rows)
@@ -341,7 +335,12 @@ def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int
 
 
 def _chosen(
-    model: nn.Module, wanted: Tensor | Sequence[Wish], expansion: int = 1, *, are_all: bool = False
+    model: nn.Module,
+    wanted: Tensor | Sequence[Wish],
+    expansion: int = 1,
+    *,
+    are_all: bool = False,
+    is_static: bool = False,
 ) -> AbstractContextManager[Any]:
     """are_all: whether the table holds all adapters."""
     routing = shared_routing(model)
@@ -354,7 +353,8 @@ def _chosen(
         blends = dict.fromkeys([wish for wish in wishes if isinstance(wish, Blend)])
         table = (*(table or sorted({wish for wish in wishes if isinstance(wish, str)})), *blends)
         wanted = _slots_in(table, wishes)
-    return routing.chosen(AdapterChoice(parts, wanted, table, routing, expansion, is_compiled), model)
+    kind = StaticChoice if is_static else AdapterChoice
+    return routing.chosen(kind(parts, wanted, table, routing, expansion, is_compiled, is_static), model)
 
 
 def _slots_in(table: tuple[str | Blend, ...], wishes: Sequence[str | Blend | None]) -> Tensor:

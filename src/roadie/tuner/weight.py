@@ -67,9 +67,9 @@ class BaseWeight(ABC):
         bias = getattr(self.base_layer, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
-    @abstractmethod
     def check_can_merge(self) -> None:
         """Raise `MergeError` if nothing can be merged into this kind of weight."""
+        self._dense()
 
     def check(self, rotations: WeightRotations, adapters: str) -> None:
         """Raise `MergeError` if merging gives a non-finite value; changes nothing."""
@@ -106,9 +106,6 @@ class BaseWeight(ABC):
 
 class DenseWeight(BaseWeight):
     """A floating-point weight ``[D, in]`` (nn.Linear) or ``[in, D]`` (Conv1D), rotated in place."""
-
-    def check_can_merge(self) -> None:
-        self._dense()
 
     def _stored(self) -> Tensor:
         weight: Tensor = self.base_layer.weight
