@@ -753,6 +753,20 @@ def test_what_cannot_be_loaded_whole_leaves_the_model_alone(
     }
 
 
+def test_a_further_adapter_that_cannot_be_loaded_is_nowhere_and_its_name_is_free(
+    tmp_path: Path, portrait: Callable[[Any], Any]
+) -> None:
+    model = llama()
+    roadie.save_together(model, tmp_path / "both")
+    _nan(tmp_path / "both")
+    before, names = portrait(model), set(lora_of(model).peft_config)
+    with pytest.raises(CheckpointError, match="finite"):
+        roadie.add_lora(model, tmp_path / "both" / "lora", "further")
+    assert portrait(model) == before
+    assert set(lora_of(model).peft_config) == names
+    roadie.add_lora(model, lora_config(target_modules=["q_proj"]), "further")
+
+
 # Adding, refusing, copying
 
 

@@ -25,7 +25,6 @@ from roadie.tuner.model import RoadModel
 from roadie.tuner.names import check_name
 from roadie.tuner.rotating import RoadLayer
 from roadie.tuner.with_lora import lora_files
-from roadie.tuner.with_lora.layer import LoraLinear
 from roadie.tuner.with_lora.tuner import LoraTuner, plain_config
 
 _TUNER = "_roadie_lora"  # of the tuner, in the base model's __dict__: no submodule, and copied along
@@ -58,7 +57,9 @@ def add_lora(
     config = plain_config(config)
     trains = tensors is None if is_trainable is None else is_trainable
     _complete(config, model, trains)
-    with all_or_nothing(SimpleNamespace(peft_config={adapter_name: config}), base, adapter_name):
+    holder: Any = SimpleNamespace(peft_config={}) if tuner is None else tuner
+    holder.peft_config[adapter_name] = config
+    with all_or_nothing(holder, base, adapter_name):
         tuner = _injected(base, tuner, config, adapter_name)
         if tensors is not None:
             lora_files.fill(base, adapter_name, tensors, str(source))
@@ -254,19 +255,7 @@ def _injected(base: nn.Module, tuner: LoraTuner | None, config: LoraConfig, name
     if tuner is None:
         tuner = LoraTuner(base, config, name)
     else:
-        tuner.peft_config[name] = config
-        try:
-            tuner.inject_adapter(base, name)
-        except BaseException:
-            del tuner.peft_config[name]
-            _forget(tuner.layers(), name)
-            raise
+        tuner.inject_adapter(base, name)
     base.__dict__["peft_config"] = of_road
     tuner._cast_adapter_dtype(name)
     return tuner
-
-
-def _forget(layers: list[LoraLinear], name: str) -> None:
-    for layer in layers:
-        for book in (layer.r, layer.lora_alpha, layer.scaling, layer.use_rslora, layer.use_dora, layer.lora_bias):
-            book.pop(name, None)
