@@ -48,19 +48,12 @@ class _Last(NamedTuple):
 class LayerRotation:
     """One layer, or its input: its table, and the choice of the rows. A copy of a model has none: its bank is another's.
 
-    routing: of the bank; site: the linear layer, or the experts, which is at `path`; num_rotations: end to end in a slot.
+    routing: of the bank; path: where the site is.
     """
 
-    def __init__(
-        self,
-        table: SlotTable,
-        routing: Routing[Choice],
-        site: nn.Module,
-        path: str = "an adapted layer",
-        num_rotations: int = 1,
-    ) -> None:
-        self.table, self.path, self._routing, self._site = table, path, routing, site
-        self._num_rotations = num_rotations
+    def __init__(self, table: SlotTable, routing: Routing[Choice], site: Site, path: str) -> None:
+        self.table, self.path, self._routing, self._site = table, path, routing, site.layer
+        self._num_rotations = site.num_rotations
         self._last: _Last | None = None
 
     def of(self, y: Tensor, is_fresh: Callable[[], bool], pairs: Pairs | None = None) -> Tensor:

@@ -420,7 +420,7 @@ class AdapterBank:
         is_sparse = is_input(path) or experts_kind(path) is not None
         table = SlotTable(site.out_features, self._book.num_slots, self.dtype, device, is_sparse=is_sparse)
         self.streams.add(device)
-        self._attached[path] = rotation = LayerRotation(table, self._routing, site.layer, path, site.num_rotations)
+        self._attached[path] = rotation = LayerRotation(table, self._routing, site, path)
         self._detach.callback(site.attach(rotation))
 
     def _forget(self, name: str) -> None:

@@ -320,21 +320,13 @@ def rows(model: nn.Module, slots: Tensor | Sequence[str], *, static: bool = Fals
     The table holds all adapters, so that a compiled model stays one program whatever the rows choose. Raises `RoutingError` for
     unknown adapters, slots out of range, or a model with merged adapters.
     """
-    return _chosen(model, static_slots(slots) if static else slots, are_all=True, is_static=static)
+    return adapter_rows(model, static_slots(slots) if static else slots, are_all=True, is_static=static)
 
 
 announce(rows)
 
 
-def adapter_rows(model: nn.Module, adapter_names: Sequence[Wish], expansion: int) -> AbstractContextManager[Any]:
-    """Route the rows of one call by name, where generation may make `expansion` consecutive rows of each.
-
-    Where nothing is compiled the table holds just the adapters that are asked for: others cost nothing and get no gradient.
-    """
-    return _chosen(model, adapter_names, expansion)
-
-
-def _chosen(
+def adapter_rows(
     model: nn.Module,
     wanted: Tensor | Sequence[Wish],
     expansion: int = 1,
@@ -342,7 +334,11 @@ def _chosen(
     are_all: bool = False,
     is_static: bool = False,
 ) -> AbstractContextManager[Any]:
-    """are_all: whether the table holds all adapters."""
+    """Route the rows of one call by name, or by slot, where generation may make `expansion` consecutive rows of each.
+
+    Where nothing is compiled the table holds just the adapters that are asked for: others cost nothing and get no gradient.
+    are_all: whether it holds all adapters all the same.
+    """
     routing = shared_routing(model)
     parts = routing.parts_of(model)
     routing.check_unmerged(parts)
