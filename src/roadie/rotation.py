@@ -188,12 +188,17 @@ def parameter_gradients(
     theta, alpha = theta.to(grad_direct.dtype), alpha.to(grad_direct.dtype)
     cosine, sine = torch.cos(theta), torch.sin(theta)
     if variant is Variant.ROAD_4:  # direct and cross have parameters of their own
+        zero = torch.zeros_like(grad_direct)
         grad_direct, grad_cross = (
-            _interleaved(*parts, group_size)
-            for parts in ((grad_direct, torch.zeros_like(grad_cross)), (torch.zeros_like(grad_direct), grad_cross))
+            _interleaved(grad_direct, zero, group_size),
+            _interleaved(zero, grad_cross, group_size),
         )
-    elif variant is Variant.ROAD_1:
-        grad_direct, grad_cross = (_sum_of_both(grad, group_size) for grad in (grad_direct, grad_cross))
+    elif variant is Variant.ROAD_1:  # what both members of a pair add to the value they share
+        pairs = (*grad_direct.shape[:-1], -1, 2, group_size // 2)
+        grad_direct, grad_cross = (
+            grad_direct.view(pairs).sum(-2).flatten(-2),
+            grad_cross.view(pairs).sum(-2).flatten(-2),
+        )
     grad_alpha = torch.addcmul(grad_direct * cosine, grad_cross, sine)
     grad_angle = torch.addcmul(grad_cross * cosine, grad_direct, sine, value=-1)
     return grad_angle * alpha, grad_alpha
@@ -203,11 +208,6 @@ def _interleaved(direct: Tensor, cross: Tensor, group_size: int) -> Tensor:
     """Two [..., D] -> [..., 2D] as road_4 stores them: G of one, G of the other."""
     groups = [vector.unflatten(-1, (-1, group_size)) for vector in (direct, cross)]
     return torch.stack(groups, dim=-2).flatten(-3)
-
-
-def _sum_of_both(grad: Tensor, group_size: int) -> Tensor:
-    """[..., D] -> [..., P]: what both members of a pair add to the value they share."""
-    return grad.view(*grad.shape[:-1], -1, 2, group_size // 2).sum(-2).view(*grad.shape[:-1], -1)
 
 
 def to_parameters(rotation: Rotation, variant: str | Variant, *, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from roadie.kernels.api import (
     rotate,
     rotate_,
     rotate_checked,
-    takes_kernels,
 )
 from roadie.kernels.choice import refusals, using
 from roadie.kernels.contract import Implementation, PreparedRotation, RowRotations
@@ -41,7 +40,6 @@ __all__ = [
     "rotate_",
     "rotate_checked",
     "table_of",
-    "takes_kernels",
     "using",
     "writes_to",
 ]

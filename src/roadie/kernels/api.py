@@ -29,9 +29,9 @@ from roadie.errors import AdapterError, ConfigError
 from roadie.kernels.choice import asked_for, chosen
 from roadie.kernels.contract import PreparedRotation
 from roadie.kernels.eager import composed
-from roadie.kernels.keeping import PLAIN, Keep, settled
-from roadie.kernels.step import Rotated, forward
-from roadie.kernels.table import Chain, RotationTable, as_chain, check, row_rotations, table_without_gaps, vectors_of
+from roadie.kernels.keeping import HAVE_LAZY_COPIES, PLAIN, Keep, settled
+from roadie.kernels.step import Rotated, turned
+from roadie.kernels.table import Chain, RotationTable, as_chain, check, table_without_gaps, turns_of
 from roadie.rotation import Rotation
 
 _apply = super(torch.autograd.Function, Rotated).apply  # without looking for transforms, of which there are none here
@@ -57,13 +57,15 @@ def rotate(
 
 def rotate_checked(x: Tensor, chain: Chain, slots: Tensor | None, keep: Keep, into_x: bool) -> Tensor:
     """As `rotate`, of what is known to fit together: a layer's output, and tables and slots that were made for it."""
-    keep = Keep.INPUT if len(chain) > 1 else settled(keep, x) if keep is Keep.COPY else keep
-    if not takes_kernels(x, chain):
+    is_memory, needs_gradient, vectors = _seen(x, chain)
+    if not is_memory:
         return _as_operations(x, chain, slots, keep)
-    if not needs_gradient(x, chain):
-        return _in_place(x, chain, slots) if into_x else forward(x, chain, slots)
+    if not needs_gradient:
+        return _in_place(x, chain, slots) if into_x else turned(x, turns_of(x, chain, slots))
+    if len(chain) > 1 or (keep is Keep.COPY and x.device.type not in HAVE_LAZY_COPIES):
+        keep = Keep.INPUT
     into_x = into_x and keep is not Keep.INPUT and not x._is_view()
-    z, _ = _apply(x, slots, chain, keep, into_x, *vectors_of(chain))
+    z, _ = _apply(x, slots, chain, keep, into_x, *vectors)
     return z
 
 
@@ -71,11 +73,12 @@ def rotate_(x: Tensor, rotations: Rotations, slots: Tensor | None = None) -> Ten
     """As `rotate`, in place of x, which is returned. Raises `AdapterError` where a gradient is needed."""
     chain = as_chain(rotations)
     check(x, chain, slots)
-    if needs_gradient(x, chain):
+    is_memory, needs_gradient, _ = _seen(x, chain)
+    if needs_gradient:
         raise AdapterError(
             "got tensors that need a gradient; rotating in place would lose it; use rotate, or torch.no_grad()"
         )
-    if not takes_kernels(x, chain):
+    if not is_memory:
         return x.copy_(_as_operations(x, chain, slots, Keep.INPUT))
     return _in_place(x, chain, slots)
 
@@ -89,15 +92,15 @@ def prepare_rotation(y: Tensor, rotations: Rotations, slots: Tensor | None = Non
 
 def prepare_checked(y: Tensor, chain: Chain, slots: Tensor | None) -> PreparedRotation | None:
     """As `prepare_rotation`, of what is known to fit together; None too where `rotate_` may not be used."""
-    if not takes_kernels(y, chain) or needs_gradient(y, chain):
+    is_memory, needs_gradient, _ = _seen(y, chain)
+    if needs_gradient or not is_memory:
         return None
-    turns = [row_rotations(y, table, slots) for table in chain]
     implementation = chosen(y.device, y.dtype, chain[0].direct.dtype)
-    return implementation.prepare(turns, tuple(slots.shape) if slots is not None else (), y)
+    return implementation.prepare(turns_of(y, chain, slots), tuple(slots.shape) if slots is not None else (), y)
 
 
 def _in_place(x: Tensor, chain: Chain, slots: Tensor | None) -> Tensor:
-    forward(x, chain, slots, out=x)
+    turned(x, turns_of(x, chain, slots), in_place=True)
     if not x.is_inference():  # so that autograd sees the change of what it saved
         torch.autograd.graph.increment_version(x)
     return x
@@ -106,7 +109,7 @@ def _in_place(x: Tensor, chain: Chain, slots: Tensor | None) -> Tensor:
 def _as_operations(x: Tensor, chain: Chain, slots: Tensor | None, keep: Keep) -> Tensor:
     """The same as operations that torch sees: for compilers, tracers, modes of torch and tensors made of tensors."""
     if len(chain) == 1:
-        return _as_operation(x, chain[0], slots, keep)
+        return _as_operation(x, chain[0], slots, settled(keep, x))
     value = x.to(torch.float64 if torch.float64 in (x.dtype, chain[0].direct.dtype) else torch.float32)
     for table in chain:
         value = _as_operation(value, *table_without_gaps(table, slots, value.dtype), Keep.INPUT)
@@ -144,24 +147,18 @@ def _is_looked_on() -> bool:
     )
 
 
-def takes_kernels(x: Tensor, chain: Chain) -> bool:
-    """Whether x and the tables are memory and nothing else, and nothing of torch looks on."""
-    if type(x) not in PLAIN or _is_looked_on():
-        return False
-    for table in chain:  # noqa: SIM110 - a generator costs as much as all that is asked here
-        if type(table.direct) not in PLAIN or type(table.cross) not in PLAIN:
-            return False
-    return True
-
-
-def needs_gradient(x: Tensor, chain: Chain) -> bool:
-    """Whether autograd wants to know of a rotation of x."""
-    if not torch.is_grad_enabled() or x.requires_grad:
-        return torch.is_grad_enabled()
-    for table in chain:  # noqa: SIM110
-        if table.direct.requires_grad or table.cross.requires_grad:
-            return True
-    return False
+def _seen(x: Tensor, chain: Chain) -> tuple[bool, bool, list[Tensor]]:
+    """Whether x and the tables are memory and nothing else, with nothing of torch looking on; whether autograd wants to know of
+    a rotation of x; and the vectors of the chain.
+    """
+    is_memory, needs_gradient = type(x) in PLAIN and not _is_looked_on(), x.requires_grad
+    vectors: list[Tensor] = []
+    for table in chain:
+        direct, cross = table.direct, table.cross
+        vectors += (direct, cross)
+        is_memory = is_memory and type(direct) in PLAIN and type(cross) in PLAIN
+        needs_gradient = needs_gradient or direct.requires_grad or cross.requires_grad
+    return is_memory, needs_gradient and torch.is_grad_enabled(), vectors
 
 
 def _must_be_seen_through(x: Tensor) -> bool:

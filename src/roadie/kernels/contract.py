@@ -24,8 +24,8 @@ any stride along T.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class RowRotations(NamedTuple):
     repeat: int
     sizes: Tensor | None
     group_size: int
+
+
+Turns: TypeAlias = tuple[RowRotations, ...]
+"""The stages of a chain, the first applied first, all with the same slots; most often there is one."""
 
 
 def table_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -92,21 +96,22 @@ class Implementation(ABC):
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """Write R x into `out`, ``[T, D]`` both, in the dtype of x; `out` may be x itself (but must not overlap it otherwise)."""
 
-    def prepare(
-        self, chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor
-    ) -> PreparedRotation | None:
+    def prepare(self, chain: Turns, routed_shape: tuple[int, ...], y: Tensor) -> PreparedRotation | None:
         """`rotate_chain` of outputs like y, whose first dimensions are `routed_shape`, ready to be called many times.
 
         For decoding, where everything around a rotation counts. None where that would win nothing.
         """
         return None
 
-    def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
-        """Write ``R_K ... R_1 x`` into `out`, the first of `chain` applied first: `rotate` of each, and one rounding at the end.
+    def rotate_chain(self, x: Tensor, out: Tensor, chain: Turns) -> None:
+        """Write ``R_K ... R_1 x`` into `out`: `rotate` of each, and one rounding at the end.
 
-        All in `chain` have the same slots. Where a slot's group size is 0, it has no rotation there, and its rows pass as
-        they are. What is in between is in float32, or float64 where x or a table is.
+        Where a slot's group size is 0 in a chain of several, it has no rotation there, and its rows pass as they are. What is in
+        between is in float32, or float64 where x or a table is.
         """
+        if len(chain) == 1:
+            self.rotate(x, out, chain[0])
+            return
         wide = torch.float64 if torch.float64 in (x.dtype, chain[0].direct.dtype) else torch.float32
         value = torch.empty(x.shape, dtype=wide, device=x.device).copy_(x)
         for turns in chain:
@@ -139,3 +144,28 @@ class Implementation(ABC):
         output, sum of g output^T = M R^T, and M comes from solving for it; a singular R gives what is not finite, but 0 where all
         sums of the pair are 0: a slot that no row uses is not spoilt.
         """
+
+    def backward_chain(
+        self, grad: Tensor, kept: Tensor | None, grad_x: Tensor | None, chain: Turns, sums: Tensor | None, solve: int
+    ) -> None:
+        """`backward` of a chain; of one of several stages the input was kept, and gradients are wanted.
+
+        sums: ``[2 K, S, D]``, own and partner of each stage in turn, or the gradients of its direct and cross.
+        """
+        of_stages: list[Any] = [None] * (2 * len(chain)) if sums is None else list(sums.unbind())
+        if len(chain) == 1:
+            self.backward(grad, kept, grad_x, chain[0], of_stages[0], of_stages[1], solve)
+            return
+        wide = torch.float64 if torch.float64 in (grad.dtype, chain[0].direct.dtype) else torch.float32
+        stages = [without_gaps(turns, wide) for turns in chain]
+        inputs: list[Any] = [None if kept is None else kept.to(wide)] * len(chain)
+        for number in range(1, 0 if kept is None else len(chain)):
+            inputs[number] = torch.empty_like(inputs[number - 1])
+            self.rotate(inputs[number - 1], inputs[number], stages[number - 1])
+        value = grad.to(wide)
+        for number in reversed(range(len(chain))):
+            after, value = value, torch.empty(grad.shape, dtype=wide, device=grad.device)
+            own, partner = of_stages[2 * number : 2 * number + 2]
+            self.backward(after, inputs[number], value, stages[number], own, partner, solve)
+        if grad_x is not None:
+            grad_x.copy_(value)

@@ -7,14 +7,14 @@ Legend: T rows, B routed rows, r = T / B rows a slot, D out features, S slots, W
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from roadie.errors import KernelError
-from roadie.kernels.contract import OF_OUTPUT, SUMS, Implementation, RowRotations
+from roadie.kernels.contract import OF_OUTPUT, SUMS, Implementation, RowRotations, Turns
 from roadie.kernels.table import RotationTable
 from roadie.rotation import partner_columns, swap_unsigned
 
@@ -76,7 +76,7 @@ class EagerImplementation(Implementation):
         for piece in _pieces(x, turns):
             piece.of(out).copy_(piece.chosen.turned(piece.of(x)))
 
-    def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
+    def rotate_chain(self, x: Tensor, out: Tensor, chain: Turns) -> None:
         """A chain; see the contract."""
         _check_slots(chain[0])
         super().rotate_chain(x, out, chain)

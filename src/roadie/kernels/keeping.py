@@ -43,7 +43,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 # Where torch's own tests run every operation on lazy copies.
 writes_to: Callable[[Tensor], int] = attrgetter("_version")
 """How many writes to a tensor torch has counted."""
-_HAVE_LAZY_COPIES = ("cpu", "cuda") if hasattr(Tensor, "_lazy_clone") and hasattr(torch._C, "_data_address") else ()
+HAVE_LAZY_COPIES = ("cpu", "cuda") if hasattr(Tensor, "_lazy_clone") and hasattr(torch._C, "_data_address") else ()
 _memory_of: Callable[[Tensor], int] = getattr(
     torch._C, "_data_address", lambda tensor: tensor.untyped_storage().data_ptr()
 )
@@ -68,7 +68,7 @@ def settled(keep: Keep, x: Tensor) -> Keep:
         return keep
     if torch.compiler.is_compiling():
         return Keep.OUTPUT
-    return keep if type(x) in PLAIN and x.device.type in _HAVE_LAZY_COPIES else Keep.INPUT
+    return keep if type(x) in PLAIN and x.device.type in HAVE_LAZY_COPIES else Keep.INPUT
 
 
 def to_save(ctx: Any, x: Tensor, z: Tensor, keep: Keep, *, into_x: bool = False) -> Tensor:

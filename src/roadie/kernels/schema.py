@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from roadie.errors import KernelError
+from roadie.kernels.choice import chosen
 from roadie.kernels.eager import of_kept_input, of_kept_output
 from roadie.kernels.keeping import remember_for_tracers, saved_tensors, watch
-from roadie.kernels.step import backward, empty_gradients, forward
-from roadie.kernels.table import RotationTable
+from roadie.kernels.step import matrix, turned
+from roadie.kernels.table import RotationTable, row_rotations
 
 # What is kept alive here stays registered.
 _library = Library("roadie", "DEF")
@@ -50,7 +51,8 @@ def _forward(
     keep_output: bool = False,
 ) -> Tensor:
     """R x in new memory, without gradient: the operation's kernel on every device."""
-    return forward(x, (RotationTable(direct, cross, group_size if sizes is None else sizes),), slots)
+    table = RotationTable(direct, cross, group_size if sizes is None else sizes)
+    return turned(x, (row_rotations(x, table, slots),))
 
 
 def _backward(
@@ -64,7 +66,25 @@ def _backward(
     want_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """R^T grad (empty where not wanted) and the sums own and partner ``[S, D]`` (empty where nothing was kept)."""
-    return backward(grad, kept, RotationTable(direct, cross, group_size if sizes is None else sizes), slots, want_x)
+    grad_x, own, partner = _empty_gradients(grad, kept, direct, want_x)
+    if not grad.numel() or grad.is_meta:
+        return grad_x, own.zero_(), partner.zero_()
+    turns = row_rotations(grad, RotationTable(direct, cross, group_size if sizes is None else sizes), slots)
+    rows, into = matrix(grad), grad_x.view(-1, grad.shape[-1]) if want_x else None
+    implementation = chosen(grad.device, grad.dtype, direct.dtype)
+    if kept is None:
+        implementation.backward(rows, None, into, turns, None, None)
+    else:
+        implementation.backward(rows, matrix(kept), into, turns, own, partner)
+    return grad_x, own, partner
+
+
+def _empty_gradients(grad: Tensor, kept: Tensor | None, direct: Tensor, want_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `_backward` gives."""
+    wide = torch.float64 if torch.float64 in (grad.dtype, direct.dtype) else torch.float32
+    grad_x = torch.empty(grad.shape if want_x else (0,), dtype=grad.dtype, device=grad.device)
+    own = torch.empty(direct.shape if kept is not None else (0,), dtype=wide, device=grad.device)
+    return grad_x, own, torch.empty_like(own)
 
 
 _library.impl("rotate_rows", _forward, "CompositeExplicitAutograd")
@@ -80,7 +100,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 def _(
     grad: Tensor, kept: Tensor | None, direct: Tensor, cross: Tensor, slots: Any, sizes: Any, size: int, want_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(grad, kept, direct, want_x)
+    return _empty_gradients(grad, kept, direct, want_x)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,42 +9,36 @@ Legend: x ``[..., D]``, S slots, K tables of a chain.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from roadie.kernels.choice import chosen
-from roadie.kernels.contract import OF_INPUT, OF_OUTPUT, SUMS
+from roadie.kernels.contract import OF_INPUT, OF_OUTPUT, Turns
 from roadie.kernels.eager import composed, composed_gradients
 from roadie.kernels.keeping import Keep, saved_tensors, to_save
-from roadie.kernels.table import Chain, RotationTable, row_rotations, table_without_gaps, with_vectors
+from roadie.kernels.table import Chain, table_without_gaps, turns_of, with_vectors
 
-Gradients = tuple[Tensor | None, list[Tensor | None]]
+Gradients: TypeAlias = tuple[Tensor | None, Sequence[Tensor | None]]
+"""Of x, and of direct and cross of each stage in turn."""
 
 
-def forward(x: Tensor, chain: Chain, slots: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x through all rotations, into out (which may be x) or new memory; without gradient."""
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def turned(x: Tensor, turns: Turns, *, in_place: bool = False) -> Tensor:
+    """x through all rotations, in place or in new memory; without gradient."""
+    out = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return out
-    rows = matrix(x)
-    into = rows if out is x else matrix(out)
-    implementation = chosen(x.device, x.dtype, chain[0].direct.dtype)
-    if len(chain) == 1:
-        implementation.rotate(rows, into, row_rotations(x, chain[0], slots))
-    else:
-        implementation.rotate_chain(rows, into, [row_rotations(x, table, slots) for table in chain])
-    if into.data_ptr() != out.data_ptr():  # a copy, of an out that is no matrix
-        out.copy_(into.view(out.shape))
+    rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else matrix(x)
+    into = rows if in_place else out.view(rows.shape)
+    chosen(x.device, x.dtype, turns[0].direct.dtype).rotate_chain(rows, into, turns)
+    if in_place and rows.data_ptr() != x.data_ptr():  # a copy, of an x that is no matrix
+        x.copy_(rows.view(x.shape))
     return out
 
 
 def matrix(x: Tensor) -> Tensor:
     """x as rows ``[T, D]`` with stride 1 along D: a view where its strides allow one, else a copy."""
-    if x.is_contiguous():
-        return x.view(-1, x.shape[-1])
     if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
         return x
     return x.contiguous().view(-1, x.shape[-1])
@@ -58,10 +52,11 @@ class Rotated(torch.autograd.Function):
         ctx: Any, x: Tensor, slots: Tensor | None, chain: Chain, keep: Keep, into_x: bool, *vectors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """vectors: those of the chain; into_x: in place of x. Beside the result what is kept of it, if that is a copy."""
-        z = forward(x, chain, slots, out=x if into_x else None)
+        turns = turns_of(x, chain, slots)
+        z = turned(x, turns, in_place=into_x)
         if into_x:
             ctx.mark_dirty(x)
-        ctx.chain, ctx.keep_output = chain, keep is not Keep.INPUT
+        ctx.chain, ctx.turns, ctx.keep_output = chain, turns, keep is not Keep.INPUT
         kept = to_save(ctx, x, z, keep, into_x=into_x) if any(ctx.needs_input_grad[5:]) else None
         ctx.save_for_backward(kept, slots, *vectors)
         ctx.set_materialize_grads(False)
@@ -75,75 +70,48 @@ class Rotated(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         kept, slots, *vectors = saved_tensors(ctx)
-        want_x = ctx.needs_input_grad[0]
-        chain = with_vectors(ctx.chain, vectors) if torch.is_grad_enabled() else ctx.chain  # (with their history)
-        if len(chain) > 1:
-            grad_x, of_vectors = _gradients_of_chain(grad, kept, chain, slots, want_x)
+        if torch.is_grad_enabled():
+            found = _differentiable(grad, kept, with_vectors(ctx.chain, vectors), slots, ctx.keep_output)
         else:
-            grad_x, of_vectors = _gradients(grad, kept, chain[0], slots, ctx.keep_output, want_x)
-        return grad_x, None, None, None, None, *of_vectors
+            solve = OF_OUTPUT if ctx.keep_output else OF_INPUT
+            found = _gradients(grad, kept, ctx.turns, ctx.needs_input_grad[0], solve)
+        return found[0], None, None, None, None, *found[1]
 
 
-def backward(
-    grad: Tensor, kept: Tensor | None, table: RotationTable, slots: Tensor | None, want_x: bool, solve: int = SUMS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """R^T grad, and what `solve` makes of the sums over rows, own and partner ``[S, D]``; empty where they are not wanted.
-
-    Without gradient. kept: None where nothing was kept, and no sums are wanted.
-    """
-    grad_x, own, partner = empty_gradients(grad, kept, table.direct, want_x)
-    if not grad.numel() or grad.is_meta:
-        return grad_x, own.zero_(), partner.zero_()
-    rows = None if kept is None else matrix(kept)
-    sums: tuple[Tensor | None, Tensor | None] = (None, None) if kept is None else (own, partner)
-    into = grad_x.view(-1, grad_x.shape[-1]) if want_x else None
-    implementation = chosen(grad.device, grad.dtype, table.direct.dtype)
-    implementation.backward(matrix(grad), rows, into, row_rotations(grad, table, slots), *sums, solve)
-    return grad_x, own, partner
-
-
-def empty_gradients(grad: Tensor, kept: Tensor | None, direct: Tensor, want_x: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what `backward` gives."""
+def _gradients(grad: Tensor, kept: Tensor | None, turns: Turns, want_x: bool, solve: int) -> Gradients:
+    """Gradients of x (None where not wanted) and of direct and cross of each stage (None where nothing was kept)."""
+    direct, device, width = turns[0].direct, grad.device, grad.shape[-1]
     wide = torch.float64 if torch.float64 in (grad.dtype, direct.dtype) else torch.float32
-    grad_x = torch.empty(grad.shape if want_x else (0,), dtype=grad.dtype, device=grad.device)
-    own = torch.empty(direct.shape if kept is not None else (0,), dtype=wide, device=grad.device)
-    return grad_x, own, torch.empty_like(own)
+    grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=device) if want_x else None
+    sums = None if kept is None else torch.empty((2 * len(turns), *direct.shape), dtype=wide, device=device)
+    if grad.numel() and not grad.is_meta:
+        rows = grad.view(-1, width) if grad.is_contiguous() else matrix(grad)
+        if kept is not None:
+            kept = kept.view(-1, width) if kept.is_contiguous() else matrix(kept)
+        into = None if grad_x is None else grad_x.view(rows.shape)
+        chosen(device, grad.dtype, direct.dtype).backward_chain(rows, kept, into, turns, sums, solve)
+    elif sums is not None:
+        sums.zero_()
+    return grad_x, (None,) * (2 * len(turns)) if sums is None else sums.to(direct.dtype).unbind()
 
 
-def _gradients(
-    grad: Tensor, kept: Tensor | None, table: RotationTable, slots: Tensor | None, keep_output: bool, want_x: bool
+def _differentiable(
+    grad: Tensor, kept: Tensor | None, chain: Chain, slots: Tensor | None, keep_output: bool
 ) -> Gradients:
-    """Gradients of x (None where not wanted) and of direct and cross (None where nothing was kept)."""
-    if torch.is_grad_enabled():
-        grad_x, *of_vectors = composed_gradients(grad, kept, table, slots, keep_output)
-        return grad_x, of_vectors
-    grad_x, own, partner = backward(grad, kept, table, slots, want_x, OF_OUTPUT if keep_output else OF_INPUT)
-    into = grad_x if want_x else None
-    if kept is None:
-        return into, [None, None]
-    return into, [own.to(table.direct.dtype), partner.to(table.cross.dtype)]
-
-
-def _gradients_of_chain(grad: Tensor, x: Tensor | None, chain: Chain, slots: Tensor | None, want_x: bool) -> Gradients:
-    """As `_gradients` of a chain, whose input was kept."""
+    """As `_gradients`, as operations that can be differentiated again; the vectors are given with their history."""
+    if len(chain) == 1:
+        grad_x, *of_table = composed_gradients(grad, kept, chain[0], slots, keep_output)
+        return grad_x, of_table
     wide = torch.float64 if torch.float64 in (grad.dtype, chain[0].direct.dtype) else torch.float32
     plain = [table_without_gaps(table, slots, wide) for table in chain]
-    inputs = _inputs(x.to(wide), plain) if x is not None else [None] * len(chain)
+    inputs = [None if kept is None else kept.to(wide)]
+    for table, there in plain[:-1]:
+        given = inputs[-1]
+        inputs.append(None if given is None else composed(given, table, there))
     value = grad.to(wide)
     of_vectors: list[Tensor | None] = []
-    for (table, there), kept in zip(reversed(plain), reversed(inputs), strict=True):
-        back, of_table = _gradients(value, kept, table, there, False, True)
-        assert back is not None
-        value, of_vectors = back, [*of_table, *of_vectors]
-    of_vectors = [None if gradient is None else gradient.to(chain[0].direct.dtype) for gradient in of_vectors]
-    return value.to(grad.dtype) if want_x else None, of_vectors
-
-
-def _inputs(x: Tensor, plain: Sequence[tuple[RotationTable, Tensor | None]]) -> list[Tensor | None]:
-    """What each rotation of the chain was given; differentiable where gradients are to be differentiated again."""
-    inputs: list[Tensor | None] = [x]
-    value = x
-    for table, there in plain[:-1]:
-        value = composed(value, table, there) if torch.is_grad_enabled() else forward(value, (table,), there)
-        inputs.append(value)
-    return inputs
+    for (table, there), given in zip(reversed(plain), reversed(inputs), strict=True):
+        value, *of_table = composed_gradients(value, given, table, there, False)
+        of_vectors = [*of_table, *of_vectors]
+    dtype = chain[0].direct.dtype
+    return value.to(grad.dtype), [None if gradient is None else gradient.to(dtype) for gradient in of_vectors]

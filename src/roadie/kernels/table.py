@@ -14,7 +14,7 @@ from torch import Tensor
 
 from roadie.errors import AdapterError, RoutingError
 from roadie.kernels.constants import constant
-from roadie.kernels.contract import RowRotations, without_gaps
+from roadie.kernels.contract import RowRotations, Turns, without_gaps
 from roadie.rotation import Rotation, check_group_size
 
 
@@ -68,9 +68,10 @@ def as_chain(rotations: Rotation | RotationTable | Sequence[RotationTable]) -> C
 
 def vectors_of(chain: Chain) -> list[Tensor]:
     """direct and cross of each table in turn."""
-    if len(chain) == 1:
-        return [chain[0].direct, chain[0].cross]
-    return [vector for table in chain for vector in (table.direct, table.cross)]
+    vectors: list[Tensor] = []
+    for table in chain:
+        vectors += (table.direct, table.cross)
+    return vectors
 
 
 def with_vectors(chain: Chain, vectors: Sequence[Tensor]) -> Chain:
@@ -79,15 +80,23 @@ def with_vectors(chain: Chain, vectors: Sequence[Tensor]) -> Chain:
     return tuple(RotationTable(direct, cross, table.group_sizes) for table, direct, cross in pairs)
 
 
-def row_rotations(x: Tensor, table: RotationTable, slots: Tensor | None) -> RowRotations:
-    """A table and the slots in the form the implementations take."""
-    sizes, repeat = table.group_sizes, 1
+def turns_of(x: Tensor, chain: Chain, slots: Tensor | None) -> Turns:
+    """A chain and the slots in the form the implementations take, for x and for the gradient of what it becomes."""
+    repeat = 1
     if slots is not None:
         slots = slots if slots.dim() == 1 and slots.is_contiguous() else slots.contiguous().view(-1)
-        repeat = x.numel() // x.shape[-1] // slots.numel()
-    if isinstance(sizes, int):
-        return RowRotations(table.direct.contiguous(), table.cross.contiguous(), slots, repeat, None, sizes)
-    return RowRotations(table.direct.contiguous(), table.cross.contiguous(), slots, repeat, sizes.contiguous(), 0)
+        repeat = x.numel() // x.shape[-1] // slots.numel() if x.numel() else 1
+    turns = []
+    for table in chain:
+        sizes = table.group_sizes
+        of_each, of_all = (None, sizes) if isinstance(sizes, int) else (sizes.contiguous(), 0)
+        turns.append(RowRotations(table.direct.contiguous(), table.cross.contiguous(), slots, repeat, of_each, of_all))
+    return tuple(turns)
+
+
+def row_rotations(x: Tensor, table: RotationTable, slots: Tensor | None) -> RowRotations:
+    """`turns_of` a single table."""
+    return turns_of(x, (table,), slots)[0]
 
 
 def table_without_gaps(

@@ -140,23 +140,27 @@ class Plan:
         """The adjoint of `vectors`; None for the parameters of blocks of which there are no gradients."""
         found: list[Tensor | None] = [None] * len(parameters)
         for kind in self._kinds:
-            used, of_direct, of_cross = [], [], []
+            used: list[_Block] = []
+            vectors: tuple[list[Tensor], list[Tensor]] = [], []
             for block in kind.blocks:
-                both = _both(grads[2 * block.number], grads[2 * block.number + 1])
-                if both is not None:
-                    used.append(block)
-                    of_direct.append(both[0].flatten())
-                    of_cross.append(both[1].flatten())
+                both = grads[2 * block.number], grads[2 * block.number + 1]
+                if both[0] is None and both[1] is None:
+                    continue
+                used.append(block)
+                for into, grad, other in zip(vectors, both, both[::-1], strict=True):
+                    into.append((torch.zeros_like(other) if grad is None else grad).flatten())  # type: ignore[arg-type]
             if not used:
                 continue
             theta, alpha = _end_to_end(used, parameters)
-            whole = parameter_gradients(
-                torch.cat(of_direct), torch.cat(of_cross), theta, alpha, kind.variant, kind.group_size
-            )
-            parts = [part for block in used for part in block.parts]
-            sizes = [parameters[2 * part].numel() for part in parts]
+            of_direct, of_cross = map(torch.cat, vectors)
+            whole = parameter_gradients(of_direct, of_cross, theta, alpha, kind.variant, kind.group_size)
+            sizes: list[int] = []
+            places: list[int] = []
+            for block in used:
+                places += block.parts
+                sizes += [block.size // len(block.parts)] * len(block.parts)
             split = zip(
-                parts, whole[0].to(theta.dtype).split(sizes), whole[1].to(alpha.dtype).split(sizes), strict=True
+                places, whole[0].to(theta.dtype).split(sizes), whole[1].to(alpha.dtype).split(sizes), strict=True
             )
             for part, of_theta, of_alpha in split:
                 found[2 * part], found[2 * part + 1] = of_theta, of_alpha
@@ -193,18 +197,14 @@ def _kinds(blocks: Sequence[Sequence[Part]]) -> list[_Kind]:
 
 def _end_to_end(blocks: Sequence[_Block], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """theta and alpha of all parts, as those of one long site."""
-    if len(blocks) == len(blocks[0].parts) == 1:
-        first = 2 * blocks[0].parts[0]
-        return parameters[first], parameters[first + 1]
-    parts = [part for block in blocks for part in block.parts]
-    return torch.cat([parameters[2 * part] for part in parts]), torch.cat([parameters[2 * part + 1] for part in parts])
-
-
-def _both(of_direct: Tensor | None, of_cross: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """With zeros for the one that there is none of; None where there is neither."""
-    if of_direct is not None:
-        return of_direct, torch.zeros_like(of_direct) if of_cross is None else of_cross
-    return None if of_cross is None else (torch.zeros_like(of_cross), of_cross)
+    vectors: tuple[list[Tensor], list[Tensor]] = [], []
+    for block in blocks:
+        for part in block.parts:
+            vectors[0].append(parameters[2 * part])
+            vectors[1].append(parameters[2 * part + 1])
+    if len(vectors[0]) == 1:
+        return vectors[0][0], vectors[1][0]
+    return torch.cat(vectors[0]), torch.cat(vectors[1])
 
 
 class _Vectors(torch.autograd.Function):

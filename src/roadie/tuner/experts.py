@@ -91,7 +91,7 @@ class RoadExperts(nn.Module, MergedLayer):
         if found.chain is None:
             return y
         chain, of_pairs = pairs.spread(found.chain, slots, self.num_rotations)
-        return rotate_checked(y, chain, of_pairs, self.kept_for_backward.of(is_road_1=found.is_road_1), True)
+        return rotate_checked(y, chain, of_pairs, found.keep, True)
 
     def _weight_rotations(self, names: Sequence[str]) -> WeightRotations:
         rotations, site = super()._weight_rotations(names), self.__dict__["site"]

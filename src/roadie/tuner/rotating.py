@@ -52,10 +52,20 @@ class RoadLayer(BaseTunerLayer):
         self.road_alpha = nn.ParameterDict({})
         self._disable_adapters = False
         self._before_off: tuple[list[tuple[nn.Parameter, bool]], list[str]] | None = None
-        self.kept_for_backward = KeptForBackward.AUTO
         self._kept = Kept()
         self._routing = RoadRouting()
+        self.kept_for_backward = KeptForBackward.AUTO
         self.resident: LayerRotation | None = None
+
+    @property
+    def kept_for_backward(self) -> KeptForBackward:
+        """Which tensor is kept for backward."""
+        return self._kept_for_backward
+
+    @kept_for_backward.setter
+    def kept_for_backward(self, kept: KeptForBackward) -> None:
+        self._kept_for_backward = kept
+        self._changed()
 
     @property
     def group_size(self) -> dict[str, int]:
@@ -170,7 +180,7 @@ class RoadLayer(BaseTunerLayer):
         found = self._made(None)
         if found.chain is None:
             return y
-        z = rotate_checked(y, found.chain, None, self.kept_for_backward.of(is_road_1=found.is_road_1), is_fresh)
+        z = rotate_checked(y, found.chain, None, found.keep, is_fresh)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._remember(y, found)
         return z
@@ -183,8 +193,7 @@ class RoadLayer(BaseTunerLayer):
         found = self._made_for(choice)
         if found.chain is None:
             return y
-        keep = self.kept_for_backward.of(is_road_1=found.is_road_1)
-        return rotate_checked(y, found.chain, self._slots_of(y, choice), keep, is_fresh)
+        return rotate_checked(y, found.chain, self._slots_of(y, choice), found.keep, is_fresh)
 
     def _served(self, y: Tensor, in_bank: Choice, is_fresh: bool) -> Tensor:
         """y rotated by the bank."""
@@ -215,8 +224,12 @@ class RoadLayer(BaseTunerLayer):
         tables = self._routing.by.get()
         if isinstance(tables, Tables) and tables.layout.names == names:
             found = tables.of.get(self)
-            has_graph = tables.has_graph or not torch.is_grad_enabled()
-            if found is not None and found.is_here() and (has_graph or not found.is_trained()):
+            if (
+                found is not None
+                # A wrapper may have put other parameters there until its call is over.
+                and (not found.sources or found.sources[0][0].get(found.sources[0][1]) is found.tensors[0])
+                and (tables.has_graph or not torch.is_grad_enabled() or not found.is_trained())
+            ):
                 return found
         changes = self._routing.changes
         if torch.is_grad_enabled() and are_trained([self], names):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from roadie.kernels import Chain, PreparedRotation, Stamp, can_be_stamped, is_looked_on
+from roadie.kernels import Chain, Keep, PreparedRotation, Stamp, can_be_stamped, is_looked_on
 from roadie.rotation import Variant, parameter_size
 from roadie.sites.parameters import Plan
 
@@ -29,19 +29,15 @@ Store: TypeAlias = dict[str, Any]
 
 
 class Made(NamedTuple):
-    """What a layer rotates by; None where it has nothing to. is_road_1: whether all adapters in it are road_1.
+    """What a layer rotates by; None where it has nothing to. keep: what backward remembers of it.
 
-    sources, tensors: where their parameters stand, and what stood there.
+    sources, tensors: where its parameters stand, and what stood there.
     """
 
     chain: Chain | None
-    is_road_1: bool
+    keep: Keep
     sources: tuple[tuple[Store, str], ...]
     tensors: tuple[Any, ...]
-
-    def is_here(self) -> bool:
-        """Whether the parameters are those that stand there now; a wrapper may have put others there until its call is over."""
-        return not self.sources or self.sources[0][0].get(self.sources[0][1]) is self.tensors[0]
 
     def is_trained(self) -> bool:
         """Whether a parameter is trained."""
@@ -107,12 +103,12 @@ class Layout:
         return Tables(self, dict(zip(self._layers, self.made(chains), strict=True)), False, memory)
 
 
-def _facts_of(layer: Any, names: Names) -> tuple[bool, tuple[tuple[Store, str], ...], tuple[Any, ...]]:
+def _facts_of(layer: Any, names: Names) -> tuple[Keep, tuple[tuple[Store, str], ...], tuple[Any, ...]]:
     here = [name for name in layer.names_for(names) if name in layer.stages]
     stores = [layer._modules[store]._parameters for store in ("road_theta", "road_alpha")]
     sources = tuple((store, name) for name in here for store in stores)  # without the detours of nn.Module
-    is_road_1 = all(layer.variant[name] == Variant.ROAD_1 for name in here)
-    return is_road_1, sources, tuple(store.get(name) for store, name in sources)
+    keep = layer.kept_for_backward.of(is_road_1=all(layer.variant[name] == Variant.ROAD_1 for name in here))
+    return keep, sources, tuple(store.get(name) for store, name in sources)
 
 
 def _sizes_of(layer: Any, names: Names) -> Iterator[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from roadie.errors import KernelError
-from roadie.kernels.contract import SUMS, Implementation, PreparedRotation, RowRotations, table_dtypes
+from roadie.kernels.contract import SUMS, Implementation, PreparedRotation, RowRotations, Turns, table_dtypes
 from roadie.kernels.keeping import address
 
 LIBRARY = Path(__file__).with_name("_rotate.so")
@@ -68,9 +68,7 @@ class CpuImplementation(Implementation):
         if status:
             _settle(status, given)
 
-    def prepare(
-        self, chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor
-    ) -> PreparedRotation | None:
+    def prepare(self, chain: Turns, routed_shape: tuple[int, ...], y: Tensor) -> PreparedRotation | None:
         """What is known before, packed for C, which asks the rest of the tensor that is given; see the contract.
 
         After a base layer has streamed its weight through the caches, Python runs several times slower than in a loop of its
@@ -87,10 +85,13 @@ class CpuImplementation(Implementation):
             *(0 if slots is None else slots.data_ptr(), 0 if sizes is None else sizes.data_ptr(), 0, 0),
             *(0, width, width, 0, width, 1, direct.shape[0], group_size, TYPES[y.dtype], TYPES[direct.dtype], 1),
         )
-        return make(0, (head + job + stages_of(chain), tuple(chain)))
+        return make(0, (head + job + stages_of(chain), chain))
 
-    def rotate_chain(self, x: Tensor, out: Tensor, chain: Sequence[RowRotations]) -> None:
+    def rotate_chain(self, x: Tensor, out: Tensor, chain: Turns) -> None:
         """All rotations of a row while it is in the cache; see the contract."""
+        if len(chain) == 1:
+            self.rotate(x, out, chain[0])
+            return
         threads = threads_for(2 * x.numel() * x.element_size() + table_work(chain))
         job = _job(x, None, out, chain[0], None, None, threads)
         status = loaded().rotate_chain(stages_of(chain), len(chain), job)

@@ -10,12 +10,10 @@ imported. It truncates where it should round to half precision: only its float32
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from roadie.kernels.contract import SUMS, Implementation, PreparedRotation, RowRotations
+from roadie.kernels.contract import SUMS, Implementation, PreparedRotation, RowRotations, Turns
 
 
 class TritonImplementation(Implementation):
@@ -39,9 +37,7 @@ class TritonImplementation(Implementation):
             with launches.current_device(x.device):
                 rotation.rotate(x, out, turns)
 
-    def prepare(
-        self, chain: Sequence[RowRotations], routed_shape: tuple[int, ...], y: Tensor
-    ) -> PreparedRotation | None:
+    def prepare(self, chain: Turns, routed_shape: tuple[int, ...], y: Tensor) -> PreparedRotation | None:
         """Of a single table, where compiled kernels can be launched again; see the contract."""
         from roadie.kernels.triton import prepared, rotation
 
