@@ -308,6 +308,19 @@ def test_many_futures_leave_nothing_behind(alice: Http, server: Running) -> None
     assert service.futures.num_waiting == before
 
 
+def test_metadata_is_listed_as_words(alice: Http) -> None:
+    """The SDK's types take any JSON for it and give words alone."""
+    told = {"name": "a", "group_size": 16, "nested": {"letters": ["b", None]}}
+    words = {"name": "a", "group_size": "16", "nested": '{"letters": ["b", null]}'}
+    body = {"tags": [], "user_metadata": told, "sdk_version": "0.38.0"}
+    session = alice.ok("create_session", body)["session_id"]
+    body = {"session_id": session, "model_seq_id": 0, "base_model": NAME, "user_metadata": told}
+    asked = alice.ok("create_model", body)
+    alice.result(asked["request_id"])
+    assert alice.client.get(f"/api/v1/sessions/{session}").json()["user_metadata"] == words
+    assert alice.client.get(f"/api/v1/training_runs/{asked['model_id']}").json()["user_metadata"] == words
+
+
 def test_expired_checkpoints_go(alice: Http, server: Running) -> None:
     model = alice.model()
     path = alice.result(alice.ok("save_weights", {"model_id": model, "seq_id": 1, "ttl_seconds": 3600})["request_id"])[

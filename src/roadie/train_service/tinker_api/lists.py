@@ -73,6 +73,14 @@ def _time(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, timezone.utc)
 
 
+def _words(metadata: str) -> dict[str, str] | None:
+    """Of metadata, which comes as any JSON, what the SDK's types give: words."""
+    found = {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in json.loads(metadata).items()
+    }
+    return found or None
+
+
 def _checkpoint(found: Checkpoint) -> types.Checkpoint:
     _, _, name = found.path.partition(f"{found.run}/")
     return types.Checkpoint(
@@ -81,7 +89,7 @@ def _checkpoint(found: Checkpoint) -> types.Checkpoint:
         time=_time(found.made_s),
         tinker_path=found.path,
         size_bytes=found.num_bytes,
-        user_metadata=json.loads(found.metadata) or None,
+        user_metadata=_words(found.metadata),
         expires_at=None if found.expires_s is None else _time(found.expires_s),
     )
 
@@ -93,9 +101,6 @@ def _last(service: TinkerService, run: Run, kind: str) -> types.Checkpoint | Non
 
 
 def _run(service: TinkerService, run: Run) -> types.TrainingRun:
-    metadata = {
-        name: value if isinstance(value, str) else json.dumps(value) for name, value in json.loads(run.metadata).items()
-    }
     return types.TrainingRun(
         training_run_id=run.id,
         base_model=run.base_model,
@@ -105,7 +110,7 @@ def _run(service: TinkerService, run: Run) -> types.TrainingRun:
         last_request_time=_time(run.asked_s),
         last_checkpoint=_last(service, run, "training"),
         last_sampler_checkpoint=_last(service, run, "sampler"),
-        user_metadata=metadata or None,
+        user_metadata=_words(run.metadata),
     )
 
 
@@ -236,7 +241,7 @@ def _add_sessions(router: APIRouter, service: TinkerService) -> None:
         return types.GetSessionResponse(
             training_run_ids=[each.id for each in service.records.where(Run, "session = ?", (found.id,))],
             sampler_ids=[each.id for each in service.records.where(Sampler, "session = ?", (found.id,))],
-            user_metadata=json.loads(found.metadata) or None,
+            user_metadata=_words(found.metadata),
             display_name=found.display_name,
         )
 
