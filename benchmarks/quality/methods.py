@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import peft
@@ -27,7 +27,8 @@ class Method:
     """One way to adapt a model.
 
     first: exponent of the first rate by kind of task; kept_per_parameter: float32 numbers a server keeps for a trained
-    one (RoAd is served as direct and cross, whatever its variant).
+    one (RoAd is served as direct and cross, whatever its variant); rate_shares: of the run's learning rate, by a part of the
+    names of the parameters that have a rate of their own, which configurations alone look at (`hub`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     kept_per_parameter: float = 1.0
     kinds: tuple[str, ...] = (LANGUAGE, CLASSIFICATION)
     needs_head: bool = False
+    rate_shares: Mapping[str, float] = field(default_factory=dict)
 
     def suits(self, task: Task) -> bool:
         """Whether the method has something to train on the task."""

@@ -120,10 +120,10 @@ def best(found: Sequence[Comparison]) -> Comparison:
 
 def text_of(by_task: Mapping[str, Sequence[Record]]) -> str:
     """The document; equal for equal records."""
-    from benchmarks.quality import real_report, reward_report  # which are made with what is here
+    from benchmarks.quality import directions_report, real_report, reward_report  # which are made with what is here
 
     results = {task: results_of(found) for task, found in by_task.items()}
-    sections = [_HEAD, *real_report.text(), *reward_report.text(), _TOYS]
+    sections = [_HEAD, *real_report.text(), *directions_report.text(), *reward_report.text(), _TOYS]
     sections += [*_verdicts(results), *_losing(results), *_directions(results)]
     for task, found in results.items():
         sections += _task(task, by_task[task], found)

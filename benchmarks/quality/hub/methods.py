@@ -1,4 +1,4 @@
-"""The methods that a configuration may name: those of docs/quality.md, and some that only large models need."""
+"""The methods that a configuration may name: those of docs/quality.md, what large models need, and directions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import peft
 from torch import nn
 
 from benchmarks.quality import methods
+from benchmarks.quality.hub.directions import DIRECTIONS
 from benchmarks.quality.methods import LORA, Method
 from benchmarks.quality.tasks import CLASSIFICATION, LANGUAGE, Task
 
@@ -27,4 +28,5 @@ def _large_lora(model: nn.Module, task: Task) -> nn.Module:
 METHODS = {
     **methods.METHODS,
     "lora_r32": Method("lora_r32", LORA, _large_lora, {LANGUAGE: -8, CLASSIFICATION: -7}),
+    **DIRECTIONS,
 }

@@ -236,7 +236,8 @@ class TaskSettings(Settings):
     """One task: everything a run is told but the method, its rate and the seed.
 
     methods: learning rates to try by method, or "search" for the open-ended search of docs/quality.md, or where it begins;
-    once: methods that get the first seed alone, after the others; published: what others report, in words.
+    once: methods that get the first seed alone, after the others; directions: the same, after those; published: what others
+    report, in words.
     """
 
     title: str
@@ -252,6 +253,7 @@ class TaskSettings(Settings):
     evaluation: Evaluation = Evaluation()
     methods: Mapping[str, Rates]
     once: Mapping[str, Rates] = Field(default_factory=dict)
+    directions: Mapping[str, Rates] = Field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @model_validator(mode="after")
@@ -274,10 +276,11 @@ class TaskSettings(Settings):
         return part.metric or self.metric
 
     def _of_methods(self) -> Iterator[str]:
-        unknown = [name for name in (*self.methods, *self.once) if name not in METHODS]
+        told = {**self.methods, **self.once, **self.directions}
+        unknown = [name for name in told if name not in METHODS]
         if unknown:
             yield f"got methods {', '.join(unknown)}; wanted some of {', '.join(METHODS)}; rename or remove"
-        if not self.methods or any(rates == () for rates in (*self.methods.values(), *self.once.values())):
+        if not self.methods or any(rates == () for rates in told.values()):
             yield 'wanted at least one method, each with rates or "search"; add them'
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             yield f"got seeds {list(self.seeds)}; wanted one or more, no seed twice"

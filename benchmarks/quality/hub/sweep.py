@@ -24,7 +24,7 @@ from benchmarks.record import RESULTS, rounded
 from roadie.errors import ConfigError
 
 BASE = "base"
-NOT_OF_A_RUN = {"title", "published", "methods", "once", "seeds"}
+NOT_OF_A_RUN = {"title", "published", "methods", "once", "directions", "seeds"}
 Stage = tuple[Method, Any, Sequence[int]]
 
 
@@ -55,11 +55,11 @@ def sweep(path: Path, choice: Choice, folder: Path, stop: Callable[[], bool]) ->
     _check_device(choice.device)
     facts, count = {**records.provenance(), "device": device_name(choice.device)}, 0
     logging.getLogger("roadie").setLevel(logging.ERROR)  # every row that is cut would be told of, each time it is read
-    for once in (False, True):
+    for part in ("methods", "once", "directions"):
         for name, settings in chosen.items():
-            if not stop() and (settings.once if once else settings.methods):
+            if not stop() and getattr(settings, part):
                 prepared = prepare(name, settings, choice.data, choice.device)
-                count += _task(prepared, folder, facts, stop, _stages(settings, once))
+                count += _task(prepared, folder, facts, stop, _stages(settings, part))
     return count
 
 
@@ -83,7 +83,7 @@ def _check_known(what: str, asked: Sequence[str], known: Sequence[str]) -> None:
 
 def _changed(settings: TaskSettings, choice: Choice) -> TaskSettings:
     model = {"name": choice.model or settings.model.name, "dtype": choice.dtype or settings.model.dtype}
-    told = {**settings.once, **settings.methods}
+    told = {**settings.directions, **settings.once, **settings.methods}
     methods = {name: told.get(name, SEARCH) for name in choice.methods} or settings.methods
     if choice.seeds is not None and not 0 < choice.seeds <= len(settings.seeds):
         raise ConfigError(
@@ -92,7 +92,7 @@ def _changed(settings: TaskSettings, choice: Choice) -> TaskSettings:
     new = {
         "model": settings.model.model_copy(update=model),
         "methods": methods,
-        "once": {} if choice.methods else settings.once,
+        **({"once": {}, "directions": {}} if choice.methods else {}),
         "seeds": settings.seeds[: choice.seeds],
     }
     return settings.model_copy(update=new)
@@ -127,10 +127,10 @@ def _task(
     return count
 
 
-def _stages(settings: TaskSettings, once: bool) -> Iterator[Stage]:
-    """All searches for a rate come before the other seeds; methods that are trained `once` have the search alone."""
-    for seeds in (settings.seeds[:1],) if once else (settings.seeds[:1], settings.seeds):
-        for name, rates in (settings.once if once else settings.methods).items():
+def _stages(settings: TaskSettings, part: str) -> Iterator[Stage]:
+    """All searches for a rate come before the other seeds, which `methods` alone have."""
+    for seeds in (settings.seeds[:1], settings.seeds) if part == "methods" else (settings.seeds[:1],):
+        for name, rates in getattr(settings, part).items():
             yield METHODS[name], rates, seeds
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ def run(
     adapted = method.adapt(model, task)
     trained: list[Trained] = []
     started = time.perf_counter()
-    peak = peak_of(adapted, lambda: trained.append(train(task, training, adapted, learning_rate, seed)))
+    peak = peak_of(
+        adapted, lambda: trained.append(train(task, training, adapted, learning_rate, seed, method.rate_shares))
+    )
     wall_s = time.perf_counter() - started
     (done,) = trained
     validation = None if done.stopped_at is not None else judge(task, adapted, "validation")
@@ -91,10 +93,17 @@ def share_of_peak_rate(training: Training, step: int, steps: int) -> float:
     return (1 - done) if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(task: Task, training: Training, model: nn.Module, learning_rate: float, seed: int) -> Trained:
-    """All steps, or those until the loss says that nothing will come of it."""
+def train(
+    task: Task,
+    training: Training,
+    model: nn.Module,
+    learning_rate: float,
+    seed: int,
+    rate_shares: Mapping[str, float] | None = None,
+) -> Trained:
+    """All steps, or those until the loss says that nothing will come of it; rate_shares: as a `Method` has them."""
     head, rest = trainable(model, task)
-    optimizer = _optimizer(training, head, rest, learning_rate)
+    optimizer = _optimizer(training, head, rest, learning_rate, rate_shares or {})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak_rate(training, step, task.steps))
     _set_up(model, training)
     losses: list[float] = []
@@ -140,13 +149,19 @@ def pieces(task: Task, count: int, seed: int) -> Iterator[list[Batch]]:
 
 
 def _optimizer(
-    training: Training, head: dict[str, nn.Parameter], rest: dict[str, nn.Parameter], learning_rate: float
+    training: Training,
+    head: dict[str, nn.Parameter],
+    rest: dict[str, nn.Parameter],
+    learning_rate: float,
+    rate_shares: Mapping[str, float],
 ) -> torch.optim.Optimizer:
     head_rate = training.head_rate if rest and training.head_rate else learning_rate
-    groups = [
-        {"params": list(rest.values()), "lr": learning_rate},
-        {"params": list(head.values()), "lr": head_rate},
-    ]
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in rest.items():
+        share = next((share for part, share in rate_shares.items() if part in name.split(".")), 1.0)
+        by_rate.setdefault(share * learning_rate, []).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": parameters, "lr": one} for one, parameters in by_rate.items()]
+    groups.append({"params": list(head.values()), "lr": head_rate})
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=training.weight_decay)
 
 
