@@ -3,8 +3,8 @@
     search = find_learning_rate(["texts.jsonl"], recipe=Recipe(variant="road_2"))
     search.learning_rate, search.trials
 
-Every trial trains the adapter for `steps` steps with the recipe's schedule, on the same batches, and measures the loss
-on examples that no trial learns from; then the adapter is put back. From the first rate the search goes to its neighbours,
+Every trial trains an adapter of its own for `steps` steps with the recipe's schedule, by a `TrainingEngine`, on the same
+batches, and measures the loss on examples that no trial learns from. From the first rate the search goes to its neighbours,
 a factor of sqrt(10) apart, until the best rate has a worse one on both sides: 3 to 6 trials as a rule.
 
 `RateSearch.doubts` says when such a search was too short to trust: by the differences between the same held-out examples.
@@ -18,18 +18,23 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from roadie.adapter import is_input
+from roadie.bank.families import AdaptedLayer
+from roadie.engine import AdamSettings, TrainingEngine, TrainingSettings
+from roadie.engine.targets import adapted_layers
 from roadie.errors import ConfigError
 from roadie.training.corpus import prepare_corpus
-from roadie.training.encoding import Example, collate, split
+from roadie.training.encoding import Example, split
+from roadie.training.group_sizes import tell_of_smaller_groups
+from roadie.training.many.data import Order
 from roadie.training.many.schedule import learning_rate as scheduled_rate
-from roadie.training.models import ModelSource, as_source, best_device, hidden_size, training_dtype
+from roadie.training.many.session import learnt_tokens, loss_of, norm_of, row_of
+from roadie.training.models import ModelSource, as_source, best_device, hidden_size, load_model, training_dtype
 from roadie.training.recipe import Recipe
 from roadie.training.record import Sources
-from roadie.training.run import adapted_model
+from roadie.tuner import prepare_quantised
 
 FACTOR = math.sqrt(10)
 STEPS = 32
@@ -37,6 +42,7 @@ MOST_TRIALS = 9
 MEASURED_SHARE, MOST_MEASURED = 0.2, 64
 LOWEST, HIGHEST = 1e-6, 0.9
 MEASURED_PARTS = 16
+TRIED = "tried"
 CERTAIN = 2.0
 """Standard errors that a difference must have; chance alone reaches them once in twenty times."""
 
@@ -146,7 +152,8 @@ def find_learning_rate(
     """Search a peak learning rate for training on `data` (see `roadie.training.text`) with `recipe`; writes nothing.
 
     The search starts at the recipe's own rate, or at the default for the model's width. steps: optimizer steps of a trial,
-    of `recipe.batch_size` examples each. on_trial: is told of each trial when it has ended.
+    of `recipe.batch_size` examples each; to save memory, lower `recipe.micro_batch_size` (gradient_checkpointing does nothing
+    here). on_trial: is told of each trial when it has ended.
     Raises `RoadieError` for settings, texts and models that cannot be used.
     """
     source = as_source(model)
@@ -158,9 +165,9 @@ def find_learning_rate(
     recipe = asked.for_width(hidden_size(source))
     share = min(MEASURED_SHARE, MOST_MEASURED / len(examples))
     learnt, measured = split(examples, share, recipe.seed)
-    adapted = adapted_model(source, recipe).to(best_device())
-    pad = adapted.config.pad_token_id or 0
-    return search(adapted, learnt, measured, recipe, steps=steps, pad_token_id=pad, on_trial=on_trial)
+    base = load_model(source, training_dtype(recipe.precision), in_4bit=recipe.load_in_4bit)
+    base = prepare_quantised(base) if recipe.load_in_4bit else base
+    return search(base.to(best_device()), learnt, measured, recipe, steps=steps, on_trial=on_trial)
 
 
 def _check_plain(recipe: Recipe) -> None:
@@ -174,27 +181,29 @@ def _check_plain(recipe: Recipe) -> None:
 
 
 def search(
-    model: nn.Module,
+    model: Any,
     learnt: Sequence[Example],
     measured: Sequence[Example],
     recipe: Recipe,
     *,
     steps: int = STEPS,
-    pad_token_id: int = 0,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> RateSearch:
-    """The search on an adapted model, whose trainable parameters, mode and random state are as before afterwards."""
-    recipe = recipe.for_width(getattr(getattr(model, "config", None), "hidden_size", None))
-    bench = _Bench(model, learnt, measured, recipe, steps, pad_token_id)
+    """The search on a base model, which is frozen, and whose weights stay as they are."""
+    recipe = recipe.for_width(getattr(model.config, "hidden_size", None))
+    layers = adapted_layers(model, recipe.to_mapping())
+    sizes = ((layer.path, layer.stages) for layer in layers if not is_input(layer.path))
+    tell_of_smaller_groups(sizes, recipe.stages or (recipe.group_size,))
+    most_tokens = (recipe.micro_batch_size or recipe.batch_size) * max(len(e.input_ids) for e in (*learnt, *measured))
+    engine = TrainingEngine(model, TrainingSettings(max_tokens_per_pass=most_tokens))
+    bench = _Bench(engine, layers, learnt, measured, recipe, steps)
+    before = bench.parts_before()
     trials: dict[float, Trial] = {}
-    with _put_back(model):
-        before = bench.parts()
-        rate: float | None = recipe.peak_rate
-        while rate is not None and len(trials) < MOST_TRIALS:
-            with _put_back(model):
-                trials[rate] = bench.trial(rate)
-            on_trial(trials[rate])
-            rate = following({tried: trial.loss for tried, trial in trials.items()})
+    rate: float | None = recipe.peak_rate
+    while rate is not None and len(trials) < MOST_TRIALS:
+        trials[rate] = bench.trial(rate)
+        on_trial(trials[rate])
+        rate = following({tried: trial.loss for tried, trial in trials.items()})
     return RateSearch(tuple(trials[rate] for rate in sorted(trials)), _mean(before), steps, before)
 
 
@@ -213,106 +222,62 @@ def _rounded(rate: float) -> float:
 
 @dataclass(frozen=True)
 class _Bench:
-    """What all trials share."""
+    """What all trials share; each has an adapter of its own, one after the other."""
 
-    model: nn.Module
+    engine: TrainingEngine
+    layers: Sequence[AdaptedLayer]
     learnt: Sequence[Example]
     measured: Sequence[Example]
     recipe: Recipe
     steps: int
-    pad_token_id: int
+
+    def parts_before(self) -> Parts:
+        """The held-out losses with an adapter that has learnt nothing."""
+        with self._fresh_adapter():
+            return self._parts()
 
     def trial(self, rate: float) -> Trial:
-        """Train at a rate from where the model is; the held-out loss is infinite where training or loss is not finite."""
-        if not self._trained(rate):
-            return Trial(rate, math.inf, DIVERGED)
-        parts = self.parts()
+        """Train at a rate; the held-out loss is infinite where training or loss is not finite."""
+        with self._fresh_adapter():
+            parts = self._parts() if self._trained(rate) else DIVERGED
         loss = _mean(parts)
         return Trial(rate, loss, parts) if math.isfinite(loss) else Trial(rate, math.inf, DIVERGED)
 
+    @contextmanager
+    def _fresh_adapter(self) -> Iterator[None]:
+        self.engine.create(TRIED, self.recipe.of_adapter, layers=self.layers)
+        yield
+        self.engine.remove(TRIED)
+        self.engine.run()
+
     def _trained(self, rate: float) -> bool:
-        """Train at a rate; whether all losses were finite."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=self.recipe.weight_decay)
-        self.model.train()
-        for step, batch in zip(range(self.steps), self._batches(), strict=False):
+        """Train at a rate, each example once before any again; whether all losses and gradients were finite."""
+        recipe = replace(self.recipe, learning_rate=rate)
+        order = Order(len(self.learnt), recipe.batch_size, recipe.seed)
+        for step in range(self.steps):
+            batch = [self.learnt[place] for place in order.places(step)]
+            weight = 1 / max(1, sum(map(learnt_tokens, batch)))
+            loss = self.engine.forward_backward(TRIED, [row_of(each, weight) for each in batch], "cross_entropy")
             # the schedule starts at a rate of 0, which would be a lost step here
-            share = scheduled_rate(self.recipe, step + 1, self.steps + 1) / self.recipe.peak_rate
-            optimizer.param_groups[0]["lr"] = rate * share
-            if not self._backward(batch):
+            now = scheduled_rate(recipe, step + 1, self.steps + 1)
+            done = self.engine.optim_step(TRIED, AdamSettings(now, recipe.weight_decay, recipe.max_grad_norm))
+            self.engine.run()
+            if not (math.isfinite(loss_of(loss)) and math.isfinite(norm_of(done))):
                 return False
-            if self.recipe.max_grad_norm:
-                nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         return True
 
-    def parts(self) -> Parts:
+    def _parts(self) -> Parts:
         """The losses of the learnt tokens of the held-out examples, and how many these are, a few examples at a time."""
-        self.model.eval()
-        size = min(math.ceil(len(self.measured) / MEASURED_PARTS), self.recipe.micro_batch_size or MEASURED_PARTS)
-        with torch.no_grad():
-            sums = [self._summed(part) for part in _cut(self.measured, size)]
-        return tuple((float(nats), count) for nats, count in sums)
-
-    def _backward(self, batch: Sequence[Example]) -> bool:
-        """Gradients of the mean loss of a batch, in passes of micro_batch_size; whether the loss is finite."""
-        count = sum(label != -100 for example in batch for label in example.labels[1:])
-        total = 0.0
-        for part in self._parts(batch):
-            loss, _ = self._summed(part)
-            (loss / max(1, count)).backward()
-            total += float(loss.detach())
-        return math.isfinite(total)
-
-    def _summed(self, examples: Sequence[Example]) -> tuple[Tensor, int]:
-        """The sum of the losses of the learnt tokens, and how many these are."""
-        device = next(self.model.parameters()).device
-        batch = {name: value.to(device) for name, value in collate(examples, self.pad_token_id).items()}
-        count = int((batch["labels"][:, 1:] != -100).sum())
-        half = training_dtype(self.recipe.precision) is torch.bfloat16
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return self.model(**batch, use_cache=False).loss * count, count
-
-    def _parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-        return _cut(examples, self.recipe.micro_batch_size or self.recipe.batch_size)
-
-    def _batches(self) -> Iterator[list[Example]]:
-        """Without end, and the same for every trial: each example once before any again."""
-        generator = torch.Generator().manual_seed(self.recipe.seed)
-        waiting: list[int] = []
-        while True:
-            while len(waiting) < self.recipe.batch_size:
-                waiting += torch.randperm(len(self.learnt), generator=generator).tolist()
-            chosen, waiting = waiting[: self.recipe.batch_size], waiting[self.recipe.batch_size :]
-            yield [self.learnt[index] for index in chosen]
-
-
-def _cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    return (examples[start : start + size] for start in range(0, len(examples), size))
+        size = math.ceil(len(self.measured) / MEASURED_PARTS)
+        parts = [self.measured[start : start + size] for start in range(0, len(self.measured), size)]
+        losses = [
+            self.engine.forward(TRIED, [row_of(each, 1.0) for each in part], "cross_entropy", all_logprobs=False)
+            for part in parts
+        ]
+        self.engine.run()
+        return tuple((loss_of(loss), sum(map(learnt_tokens, part))) for loss, part in zip(losses, parts, strict=True))
 
 
 def _mean(parts: Parts) -> float:
     """Nats a token."""
     return sum(nats for nats, _ in parts) / sum(count for _, count in parts)
-
-
-@contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Afterwards the trainable parameters, their gradients, the mode of every module and the random state are as before."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    values = [parameter.detach().clone() for parameter in trainable]
-    gradients = [parameter.grad for parameter in trainable]
-    modes = {module: module.training for module in model.modules()}
-    for parameter in trainable:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        with torch.no_grad():
-            for parameter, value, gradient in zip(trainable, values, gradients, strict=True):
-                parameter.copy_(value)
-                parameter.grad = gradient
-        for module, mode in modes.items():
-            module.training = mode

@@ -129,20 +129,20 @@ class Session:
         steps = {name: self._engine.optim_step(name, of_job) for name, of_job in settings.items()}
         self._engine.run()
         self.step += 1
-        tokens = {name: sum(map(_learnt_tokens, of_job)) for name, of_job in rows.items()}
-        found = [(job, loss, _norm(steps[job.name])) for job, loss in zip(jobs, self._all(losses), strict=True)]
+        tokens = {name: sum(map(learnt_tokens, of_job)) for name, of_job in rows.items()}
+        found = [(job, loss, norm_of(steps[job.name])) for job, loss in zip(jobs, self._all(losses), strict=True)]
         self._account(found, tokens, settings, time.perf_counter() - started)
 
     def _own(self, examples: Sequence[Example]) -> tuple[list[TrainingRow], str]:
         """The rows of this process: of each length about as many as the others have; their losses add up to a mean over all."""
-        weight = 1 / max(1, sum(map(_learnt_tokens, examples)))
+        weight = 1 / max(1, sum(map(learnt_tokens, examples)))
         ordered = sorted(examples, key=lambda example: -len(example.input_ids))
         own = examples if self._together.count == 1 else ordered[self._together.rank :: self._together.count]
-        return [_row(example, weight) for example in own], "cross_entropy"
+        return [row_of(example, weight) for example in own], "cross_entropy"
 
     def _all(self, losses: Mapping[str, Future[ForwardResult]]) -> list[float]:
         """The losses of jobs, those of all processes together."""
-        own = torch.tensor([_loss(future) for future in losses.values()], dtype=torch.float64)
+        own = torch.tensor([loss_of(future) for future in losses.values()], dtype=torch.float64)
         found: list[float] = self._together.sum_(own).tolist()
         return found
 
@@ -208,25 +208,28 @@ class Session:
             getattr(observer, event)(*arguments)
 
 
-def _learnt_tokens(example: Example) -> int:
+def learnt_tokens(example: Example) -> int:
+    """How many tokens of an example are learnt."""
     return sum(label != IGNORED for label in example.labels[1:])
 
 
-def _row(example: Example, weight: float) -> TrainingRow:
-    """Each token but the last predicts the next one, where that is learnt."""
+def row_of(example: Example, weight: float) -> TrainingRow:
+    """An example for the engine: each token but the last predicts the next one, where that is learnt."""
     labels = torch.tensor(example.labels[1:])
     is_learnt = labels != IGNORED
     return TrainingRow(torch.tensor(example.input_ids[:-1]), labels * is_learnt, is_learnt * weight)
 
 
-def _loss(future: Future[ForwardResult]) -> float:
+def loss_of(future: Future[ForwardResult]) -> float:
+    """The loss of a call that is done; not finite where it was refused for that."""
     error = future.exception()
     if isinstance(error, NotFinite):
         return math.nan if error.loss is None else error.loss
     return future.result().loss
 
 
-def _norm(future: Future[StepResult]) -> float:
+def norm_of(future: Future[StepResult]) -> float:
+    """The norm of the gradient of a step that is done; NaN where there was none."""
     error = future.exception()
     return math.nan if error is not None else future.result().gradient_norm
 
