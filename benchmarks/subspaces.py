@@ -26,7 +26,7 @@ import roadie
 from benchmarks import machine, record, subspaces_report
 from roadie import checkpoint, embedded
 from roadie.adapter import Adapter
-from roadie.adapter_algebra import blend_adapters, compose_adapters, power_adapter
+from roadie.adapter_algebra import blend_adapters, compose, power
 from roadie.embedded import corpus
 from roadie.subspaces import join
 from roadie.training.encoding import Example, collate, encode
@@ -125,8 +125,8 @@ def _combined(trained: dict[str, Adapter]) -> dict[str, Adapter]:
     return {
         **trained,
         **joined,
-        "both-halved": power_adapter(joined["both-contiguous"], 0.5),
-        "full-A-then-B": compose_adapters(outer=full[1], inner=full[0]),
+        "both-halved": power(joined["both-contiguous"], 0.5),
+        "full-A-then-B": compose(outer=full[1], inner=full[0]),
         "full-blended": blend_adapters(full, [0.5, 0.5]),
     }
 

@@ -11,7 +11,7 @@ from tests.laws.reference import dense_rotation
 
 from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
-from roadie.adapter_algebra import blend_adapters, compose_adapters, inverse_adapter, power_adapter
+from roadie.adapter_algebra import blend_adapters, compose_adapters, inverse, power
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Variant, parameter_size
 from roadie.testing import stock_peft
@@ -59,13 +59,13 @@ def test_composing_is_a_product_in_every_layer(variants, group_size) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_powers_and_inverses_of_adapters(variant) -> None:
     adapter = make(variant)
-    half = power_adapter(adapter, 0.5)
+    half = power(adapter, 0.5)
     for path in WIDTHS:
         assert_equal(matrix(half, path) @ matrix(half, path), matrix(adapter, path))
-        assert_equal(matrix(inverse_adapter(adapter), path), torch.linalg.inv(matrix(adapter, path)))
-        assert_equal(matrix(power_adapter(adapter, 3), path), torch.linalg.matrix_power(matrix(adapter, path), 3))
-        assert_equal(matrix(power_adapter(adapter, 0), path), torch.eye(WIDTHS[path], dtype=torch.float64))
-    assert power_adapter(adapter, 1) is adapter
+        assert_equal(matrix(inverse(adapter), path), torch.linalg.inv(matrix(adapter, path)))
+        assert_equal(matrix(power(adapter, 3), path), torch.linalg.matrix_power(matrix(adapter, path), 3))
+        assert_equal(matrix(power(adapter, 0), path), torch.eye(WIDTHS[path], dtype=torch.float64))
+    assert power(adapter, 1) is adapter
 
 
 @pytest.mark.parametrize("variants", [("road_1", "road_1"), ("road_2", "road_4"), ("road_1", "road_2")], ids="-".join)
@@ -102,7 +102,7 @@ def test_a_layer_that_an_adapter_does_not_have_is_the_identity_there() -> None:
     assert composed.config["target_modules"] == sorted(WIDTHS)
     alike = [make(layers=[path], target_modules="all-linear") for path in ("second", "first")]
     assert compose_adapters(*alike).config["target_modules"] == ["first", "second"]
-    assert power_adapter(alike[0], 2).config["target_modules"] == "all-linear"
+    assert power(alike[0], 2).config["target_modules"] == "all-linear"
 
 
 def test_modules_are_named_where_the_configs_choose_them_in_different_ways() -> None:
@@ -139,7 +139,7 @@ def test_what_comes_out_is_saved_loaded_and_computed_by_stock_peft(variants, tmp
     for name, adapter in {
         "both": compose_adapters(outer=second, inner=first),
         "mixed": blend_adapters([first, second], [0.5, 0.25]),
-        "undone": inverse_adapter(first),
+        "undone": inverse(first),
     }.items():
         checkpoint.save(adapter, tmp_path / name)
         again = checkpoint.load(tmp_path / name)
@@ -186,7 +186,7 @@ def test_configs_keep_what_they_say_alike() -> None:
     assert (config["task_type"], config["unknown"], config["variant"]) == ("CAUSAL_LM", [1, 2], "road_2")
     assert config["target_modules"] == ["second", "third", "first"]
     assert not {"revision", "init_weights", "bias"} & set(config)
-    assert power_adapter(make(exclude_modules=["lm_head"]), 2).config["exclude_modules"] == ["lm_head"]
+    assert power(make(exclude_modules=["lm_head"]), 2).config["exclude_modules"] == ["lm_head"]
     other_model = make(**{**shared, "base_model_name_or_path": "another/model"})
     assert "base_model_name_or_path" not in compose_adapters(first, other_model).config
 
@@ -197,9 +197,9 @@ def test_every_layer_keeps_its_group_size(tmp_path) -> None:
     assert {path: layer.group_size for path, layer in result.layers.items()} == {"first": 2, "second": 8, "third": 8}
     checkpoint.save(result, tmp_path)
     assert checkpoint.load(tmp_path).group_sizes == (2, 8)
-    assert dict(power_adapter(make(group_size=8), 2).config)["group_size"] == 8
+    assert dict(power(make(group_size=8), 2).config)["group_size"] == 8
     nothing_said = Adapter(make(group_size=2).layers)
-    checkpoint.save(inverse_adapter(nothing_said), tmp_path)
+    checkpoint.save(inverse(nothing_said), tmp_path)
     assert checkpoint.load(tmp_path).group_sizes == (2,)
 
 
@@ -208,7 +208,7 @@ def test_paths_that_end_in_one_another_keep_their_group_sizes(tmp_path) -> None:
         return LayerParameters(torch.zeros(8), torch.ones(8), "road_1", group_size)
 
     adapter = Adapter({"x": layer(2), "a.x": layer(4), "b.a.x": layer(2), "aox": layer(2)})
-    checkpoint.save(power_adapter(adapter, 2), tmp_path)
+    checkpoint.save(power(adapter, 2), tmp_path)
     sizes = {path: layer.group_size for path, layer in checkpoint.load(tmp_path).layers.items()}
     assert sizes == {"x": 2, "a.x": 4, "b.a.x": 2, "aox": 2}
 
@@ -229,12 +229,12 @@ def test_refusals_name_adapter_layer_and_outputs() -> None:
     with pytest.raises(AdapterError, match=r"layer second: adapter 1 of 2: got .*outputs 1 and 3: mirrored"):
         blend_adapters([good, mirrored], [0.0, 0.5])
     with pytest.raises(AdapterError, match=r"layer second: the adapter: got .*outputs 1 and 3: mirrored"):
-        power_adapter(mirrored, 0.5)
-    assert_equal(matrix(inverse_adapter(mirrored), "second") @ matrix(mirrored, "second"), torch.eye(24).double())
+        power(mirrored, 0.5)
+    assert_equal(matrix(inverse(mirrored), "second") @ matrix(mirrored, "second"), torch.eye(24).double())
     with pytest.raises(AdapterError, match="layer second: the adapter: got a singular"):
-        inverse_adapter(singular)
+        inverse(singular)
     with pytest.raises(AdapterError, match=r"layer first: the adapter: got .* not finite \(outputs 0 and 2\)"):
-        power_adapter(with_block(make("road_2", seed=1), "second", 0.0, 1.0), 1e5 + 0.5)
+        power(with_block(make("road_2", seed=1), "second", 0.0, 1.0), 1e5 + 0.5)
 
 
 def test_adapters_that_do_not_fit_are_refused() -> None:
@@ -250,7 +250,7 @@ def test_adapters_that_do_not_fit_are_refused() -> None:
         AdapterError, match=r"inner: got 1 tensors that are no rotations \(base_model.model.head.weight\)"
     ):
         compose_adapters(make(), whole)
-    assert power_adapter(whole, 1) is whole
+    assert power(whole, 1) is whole
     for adapters, weights, names in (([], [], ()), ([make()], [1, 2], ()), ([make()] * 2, [1, 1], ["a", "a"])):
         with pytest.raises(AdapterError, match="wanted as many of each"):
             blend_adapters(adapters, weights, names=names)
@@ -261,9 +261,9 @@ def test_adapters_that_do_not_fit_are_refused() -> None:
 
 def test_results_too_large_for_float32_are_refused() -> None:
     large = Adapter({"first": LayerParameters(torch.zeros(8), torch.full((8,), 1e5), "road_1", 4)})
-    assert power_adapter(large, 7).layers["first"].alpha.max() > 9e34
+    assert power(large, 7).layers["first"].alpha.max() > 9e34
     with pytest.raises(AdapterError, match=r"layer first: got a result too large for torch.float32"):
-        power_adapter(large, 8)
+        power(large, 8)
 
 
 def test_the_inputs_stay_as_they_are() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_an_adapter_that_changes_nothing_has_no_alignment():
     assert found.closest.alignment is None
     assert found.closest.top_overlap is None
     assert found.layers[0].alignment is None
-    json.dumps(found.to_mapping(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_the_closest_two_are_shown(adapters):

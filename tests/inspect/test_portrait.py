@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_half_precision_is_read_as_what_it_is():
 
 
 def test_a_portrait_is_json():
-    mapping = look(drawn("road_4", spread=1.0)).to_mapping()
+    mapping = asdict(look(drawn("road_4", spread=1.0)))
     assert json.loads(json.dumps(mapping, allow_nan=False))["layers"][0]["path"] == "model.layers.0.self_attn.q_proj"
 
 

@@ -191,8 +191,8 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
 def adapters_combined() -> None:
     first, second = adapter("a", "b"), adapter("b", "c", seed=5)
     products = operations.compose_adapters(first, second), operations.compose_adapters(outer=second, inner=first)
-    left = operations.subtract_adapters(first, second)
-    quarter = operations.interpolate_adapters(first, second, 0.25)
+    left = verbs.subtract(first, second)
+    quarter = verbs.interpolate(first, second, 0.25)
     for path in "abc":
         one, two = matrix(first, path), matrix(second, path)
         close(matrix(products[0], path), one @ two)
@@ -222,11 +222,7 @@ def adapters_averaged() -> None:
 def adapters_apart() -> None:
     first, second = adapter("a", "b"), adapter("b", "c", seed=5)
     squares = {path: float((matrix(first, path) - matrix(second, path)).square().sum()) for path in "abc"}
-    assert operations.distance_adapters(first, second) == pytest.approx(
-        math.sqrt(sum(squares.values()) / 24), rel=1e-12
-    )
-    by_layer = operations.layer_distances(first, second)
-    assert by_layer == pytest.approx({path: math.sqrt(square / 8) for path, square in squares.items()}, rel=1e-12)
+    assert verbs.distance(first, second) == pytest.approx(math.sqrt(sum(squares.values()) / 24), rel=1e-12)
 
 
 OF_OPERATIONS = {
@@ -240,16 +236,6 @@ OF_OPERATIONS = {
         'compose_chains(parts.get("inner", ()), parts.get("outer", ()))',
         adapters_combined,
     ),
-    "interpolate: from the end": (
-        'interpolate_chains(_or_identities(parts, "start"), _or_identities(parts, "end"), t)',
-        'interpolate_chains(_or_identities(parts, "end"), _or_identities(parts, "start"), t)',
-        adapters_combined,
-    ),
-    "subtract: the other from the one": (
-        'compose_chains(parts.get("the adapter", ()), inverse_chain(parts.get("the removed one", ())))',
-        'compose_chains(parts.get("the removed one", ()), inverse_chain(parts.get("the adapter", ())))',
-        adapters_combined,
-    ),
     "mean: weights of the layers' own adapters alone": (
         "weights = list(parts.values()), [part_of[name] for name in parts]",
         "weights = list(parts.values()), [part_of[name] / sum(part_of[n] for n in parts) for name in parts]",
@@ -260,8 +246,6 @@ OF_OPERATIONS = {
         "magnitude_corrected=False, names",
         adapters_averaged,
     ),
-    "distance: over layers, not outputs": ("/ sum(width for _, width", "/ sum(1 for _, width", adapters_apart),
-    "distance: of layers": ("math.sqrt(square / width)", "math.sqrt(square)", adapters_apart),
 }
 
 
@@ -269,7 +253,7 @@ def smallest_variants() -> None:
     road_1, road_2 = adapter(variant="road_1"), adapter(variant="road_2")
     assert [v.value for v in operations.compose_adapters(road_1, road_1).variants] == ["road_1"]
     assert [v.value for v in operations.compose_adapters(road_1, road_2).variants] == ["road_2"]
-    assert [v.value for v in operations.power_adapter(road_2, 0).variants] == ["road_1"]
+    assert [v.value for v in verbs.power(road_2, 0).variants] == ["road_1"]
 
 
 def layers_refused() -> None:
@@ -279,12 +263,12 @@ def layers_refused() -> None:
     large = Adapter({"a": LayerParameters(torch.zeros(8), torch.full((8,), 1e30), "road_2", 4)})
     refused(lambda: operations.compose_adapters(large, large), "too large for torch.float32")
     whole = Adapter(adapter().layers, {}, {"head": torch.zeros(1)})
-    refused(lambda: operations.distance_adapters(whole, adapter()), "no rotations")
+    refused(lambda: verbs.distance(whole, adapter()), "no rotations")
 
 
 def precision() -> None:
     narrow = Adapter({"a": layer(dtype=torch.float32)})
-    assert operations.power_adapter(narrow, 2).layers["a"].theta.dtype == torch.float32
+    assert verbs.power(narrow, 2).layers["a"].theta.dtype == torch.float32
     wide = operations.compose_adapters(Adapter({"a": layer(dtype=torch.bfloat16)}), Adapter({"a": layer()}))
     assert wide.layers["a"].theta.dtype == torch.float64
 
@@ -462,6 +446,17 @@ def by_kind() -> None:
 
 
 OF_VERBS = {
+    "interpolate: from the end": (
+        'interpolate_chains(_or_identities(parts, "start"), _or_identities(parts, "end"), t)',
+        'interpolate_chains(_or_identities(parts, "end"), _or_identities(parts, "start"), t)',
+        adapters_combined,
+    ),
+    "subtract: the other from the one": (
+        "compose_chains(parts.get(_ONE, ()), inverse_chain(parts.get(_REMOVED, ())))",
+        "compose_chains(parts.get(_REMOVED, ()), inverse_chain(parts.get(_ONE, ())))",
+        adapters_combined,
+    ),
+    "distance: over layers, not outputs": ("/ sum(width for _, width", "/ sum(1 for _, width", adapters_apart),
     "different bases": ("    if len(names) > 1:", "    if False:", one_base),
     "no base is another base": (
         "for adapter in adapters if adapter.base_model_name}",

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_an_adapter_that_changes_nothing(path):
 
 
 def test_a_summary_survives_json(path):
-    mapping = json.loads(json.dumps(summarise(path).to_mapping()))
+    mapping = json.loads(json.dumps(asdict(summarise(path))))
     assert mapping["kinds"][0]["name"] == "q_proj"
     assert mapping["config"]["modules_to_save"] == ["lm_head"]
 

@@ -68,7 +68,7 @@ def test_a_row_may_wish_for_a_blend(variant: str) -> None:
     mixed = _logits(model, adapter_names=rows)
     a, b = live_adapter(model, "a"), live_adapter(model, "b")
     blended = _alone(model, adapter_algebra.blend_adapters([a, b], [0.7, 0.3]))
-    backwards = _alone(model, adapter_algebra.inverse_adapter(a))
+    backwards = _alone(model, adapter_algebra.inverse(a))
     with model.disable_adapter():
         base = _logits(model)
     for row, wanted in enumerate([blended, _alone(model, b), backwards, base]):

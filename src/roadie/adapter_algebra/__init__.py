@@ -5,17 +5,7 @@ rotations too; what they do to a layer is in `roadie.algebra`, what that makes o
 """
 
 from roadie.adapter_algebra.conversion import Conversion, LayerLoss, convert
-from roadie.adapter_algebra.operations import (
-    blend_adapters,
-    compose_adapters,
-    distance_adapters,
-    interpolate_adapters,
-    inverse_adapter,
-    layer_distances,
-    mean_adapters,
-    power_adapter,
-    subtract_adapters,
-)
+from roadie.adapter_algebra.operations import blend_adapters, compose_adapters, mean_adapters
 from roadie.adapter_algebra.verbs import check_one_base, compose, distance, interpolate, inverse, mean, power, subtract
 
 __all__ = [
@@ -27,16 +17,10 @@ __all__ = [
     "compose_adapters",
     "convert",
     "distance",
-    "distance_adapters",
     "interpolate",
-    "interpolate_adapters",
     "inverse",
-    "inverse_adapter",
-    "layer_distances",
     "mean",
     "mean_adapters",
     "power",
-    "power_adapter",
     "subtract",
-    "subtract_adapters",
 ]

@@ -14,11 +14,15 @@ from typing import TypeVar, overload
 from roadie import algebra, embedded, rotation
 from roadie.adapter import Adapter
 from roadie.adapter_algebra import operations
-from roadie.algebra import Metric, in_one_pairing
+from roadie.adapter_algebra.layers import Chains, Rotations, combined, over_layers
+from roadie.algebra import Metric, compose_chains, in_one_pairing, interpolate_chains, inverse_chain
+from roadie.algebra.powers import identity_like
 from roadie.errors import AdapterError
 from roadie.rotation import Rotation
 
 T = TypeVar("T", Rotation, Adapter)
+
+_ONE, _REMOVED = "the adapter", "the removed one"
 
 
 def compose(outer: T, inner: T) -> T:
@@ -34,7 +38,9 @@ def compose(outer: T, inner: T) -> T:
 
 def inverse(of: T) -> T:
     """What undoes it, in closed form; raises `AdapterError` where a block is singular."""
-    return rotation.inverse(of) if isinstance(of, Rotation) else operations.inverse_adapter(*_adapters("inverse", of))
+    if isinstance(of, Rotation):
+        return rotation.inverse(of)
+    return operations.blend_adapters(_adapters("inverse", of), [-1.0], names=[_ONE])
 
 
 def power(of: T, exponent: float) -> T:
@@ -45,8 +51,7 @@ def power(of: T, exponent: float) -> T:
     """
     if isinstance(of, Rotation):
         return algebra.power(of, exponent)
-    (adapter,) = _adapters("power", of)
-    return operations.power_adapter(adapter, exponent)
+    return operations.blend_adapters(_adapters("power", of), [exponent], names=[_ONE])
 
 
 def interpolate(start: T, end: T, t: float) -> T:
@@ -56,8 +61,11 @@ def interpolate(start: T, end: T, t: float) -> T:
     """
     if isinstance(start, Rotation) and isinstance(end, Rotation):
         return algebra.interpolate(start, end, t)
-    first, last = _adapters("interpolate", start, end)
-    return operations.interpolate_adapters(first, last, t)
+
+    def between(parts: Chains) -> Sequence[Rotation]:
+        return interpolate_chains(_or_identities(parts, "start"), _or_identities(parts, "end"), t)
+
+    return combined(_named("interpolate", start=start, end=end), between)
 
 
 @overload
@@ -97,7 +105,14 @@ def subtract(of: T, removed: T) -> T:
     """
     if isinstance(of, Rotation) and isinstance(removed, Rotation):
         return algebra.subtract(of, removed)
-    return operations.subtract_adapters(*_adapters("subtract", of, removed))
+
+    def difference(parts: Chains) -> Sequence[Rotation]:
+        return compose_chains(parts.get(_ONE, ()), inverse_chain(parts.get(_REMOVED, ())))
+
+    def difference_of_inputs(parts: Chains) -> Sequence[Rotation]:
+        return compose_chains(inverse_chain(parts.get(_REMOVED, ())), parts.get(_ONE, ()))
+
+    return combined(_named("subtract", **{_ONE: of, _REMOVED: removed}), difference, at_inputs=difference_of_inputs)
 
 
 def distance(first: T, second: T, metric: str | Metric = Metric.CHORDAL) -> float:
@@ -112,8 +127,13 @@ def distance(first: T, second: T, metric: str | Metric = Metric.CHORDAL) -> floa
         return math.sqrt(
             algebra.squared_distance(first, second, metric) / max(first.direct.numel(), second.direct.numel())
         )
-    one, two = _adapters("distance", first, second)
-    return operations.distance_adapters(one, two, metric)
+
+    def square(parts: Rotations) -> tuple[float, int]:
+        one, two = (parts.get(name) or identity_like(next(iter(parts.values()))) for name in ("first", "second"))
+        return algebra.squared_distance(one, two, metric), one.out_features
+
+    squares = over_layers(_named("distance", first=first, second=second), square).values()
+    return math.sqrt(math.fsum(square for square, _ in squares) / sum(width for _, width in squares))
 
 
 def check_one_base(adapters: Iterable[Adapter]) -> None:
@@ -124,6 +144,16 @@ def check_one_base(adapters: Iterable[Adapter]) -> None:
             f"got adapters of different base models ({', '.join(names)}); wanted one, because a rotation of one model's outputs "
             "means nothing in another; where they are one model under two names, change base_model_name_or_path in the config"
         )
+
+
+def _or_identities(parts: Chains, name: str) -> Sequence[Rotation]:
+    """The adapter's chain at the layer at hand; where it does not adapt it, identities in the group sizes of the other's."""
+    return parts.get(name) or [identity_like(rotation) for rotation in next(iter(parts.values()))]
+
+
+def _named(verb: str, **parts: object) -> dict[str, Adapter]:
+    """The parts by the names that errors call them."""
+    return dict(zip(parts, _adapters(verb, *parts.values()), strict=True))
 
 
 def _adapters(verb: str, *parts: object) -> list[Adapter]:

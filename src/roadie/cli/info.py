@@ -45,7 +45,7 @@ def info(
 
     with adapter_folder(path, allow_pickle=allow_pickle) as folder:
         summary = summarise(folder)
-    typer.echo(json.dumps(summary.to_mapping(), indent=2) if as_json else show(summary, path))
+    typer.echo(json.dumps(asdict(summary), indent=2) if as_json else show(summary, path))
 
 
 def print_runtime(as_json: bool) -> None:

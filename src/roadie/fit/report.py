@@ -63,10 +63,6 @@ class NotFitted:
     reason: Reason
     change: float | None = None
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return {"name": self.name, "reason": self.reason.value, "change": self.change}
-
 
 @dataclass(frozen=True, eq=False)
 class Fit:
@@ -102,7 +98,7 @@ class Fit:
             "share_of_everything": self.share_of_everything,
             "parameters": self.adapter.num_parameters,
             "layers": [layer.to_mapping() for layer in self.layers.values()],
-            "not_fitted": [tensor.to_mapping() for tensor in self.not_fitted],
+            "not_fitted": [asdict(tensor) for tensor in self.not_fitted],
         }
 
 

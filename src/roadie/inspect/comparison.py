@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,10 +71,6 @@ class Sharing:
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -89,10 +85,6 @@ class Comparison:
     layers: tuple[LayerAgreement, ...]
     closest: Sharing
     warnings: tuple[str, ...]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
 
 
 def compare(adapters: Mapping[str, Adapter], positions: Mapping[str, Position] | None = None) -> Comparison:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,6 @@ class Portrait:
     def most_changed(self) -> tuple[LayerPortrait, ...]:
         """The layers, the most changed one first."""
         return tuple(sorted(self.layers, key=lambda layer: -layer.change))
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
 
 
 def look(adapter: Adapter, name: str = "adapter", positions: Mapping[str, Position] | None = None) -> Portrait:

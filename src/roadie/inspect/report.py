@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from roadie.adapter import Adapter
@@ -31,13 +31,13 @@ class Findings:
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
-        comparison = self.comparison.to_mapping() if self.comparison else None
+        comparison = asdict(self.comparison) if self.comparison else None
         if comparison:
             del comparison["warnings"]
         return {
-            "adapters": [portrait.to_mapping() for portrait in self.portraits],
+            "adapters": [asdict(portrait) for portrait in self.portraits],
             "comparison": comparison,
-            "states": [change.to_mapping() for change in self.states],
+            "states": [asdict(change) for change in self.states],
             "warnings": list(self.warnings),
         }
 

@@ -12,8 +12,7 @@ final norm), ``T`` tokens, ``H`` hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,10 +40,6 @@ class StateChange:
     name: str
     tokens: int
     places: tuple[PlaceChange, ...]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
 
 
 def change_of_states(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

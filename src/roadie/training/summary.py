@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,6 @@ class AdapterSummary:
     extras: dict[str, Any]
     config: dict[str, Any]
     kinds: tuple[KindSummary, ...]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
 
 
 def summarise(path: str | Path) -> AdapterSummary:

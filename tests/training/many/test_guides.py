@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from roadie.training.many import Plan, RunSettings
@@ -40,4 +41,4 @@ def test_the_jobs_file_of_the_guide_is_valid(tmp_path):
 
 def test_the_guide_names_every_setting_there_is():
     assert [key for key in job_keys() if not re.search(rf"\b{key}\b", GUIDE)] == []
-    assert [key for key in RunSettings().to_mapping() if not re.search(rf"\b{key}\b", GUIDE)] == []
+    assert [key for key in asdict(RunSettings()) if not re.search(rf"\b{key}\b", GUIDE)] == []

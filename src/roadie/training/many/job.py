@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,6 @@ class RunSettings:
         """The settings given and defaults for the rest; unknown keys raise `ConfigError`."""
         _check_keys("settings", settings, [f.name for f in fields(cls)])
         return cls(**settings)
-
-    def to_mapping(self) -> dict[str, Any]:
-        """All settings as JSON can hold them."""
-        return asdict(self)
 
 
 def check_jobs(jobs: Sequence[Job], settings: RunSettings) -> None:

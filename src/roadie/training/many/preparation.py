@@ -6,7 +6,7 @@ What is wrong with a setting raises and stops the run before it starts; data tha
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from roadie.adapter import is_input
@@ -77,6 +77,6 @@ def run_settings(plan: Plan, source: ModelSource, prepared: Prepared) -> dict[st
     return {
         "model": source.place,
         "revision": source.revision,
-        **plan.settings.to_mapping(),
+        **asdict(plan.settings),
         "jobs": [{**job.to_mapping(), "data_sha256": prints.get(job.name)} for job in plan.jobs],
     }
