@@ -35,7 +35,7 @@ from benchmarks.record import RESULTS, rounded
 from roadie.errors import ConfigError
 
 BASE = "base"
-FIRST_RATES = {"road_1": 1e-2, "lora_r1": 3.2e-3, "lora_r8": 1e-3}
+FIRST_RATES = {"road_1": 3.2e-3, "lora_r1": 1e-3, "lora_r8": 3.2e-4}
 """The methods in their order, and where the search for a rate begins."""
 
 

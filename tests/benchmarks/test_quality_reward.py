@@ -54,7 +54,7 @@ def test_searches_go_in_turn_and_come_before_other_seeds() -> None:
         order.append(following)
         name, exponent, seed = following
         found.append(record(name, exponent, seed, 0.5 - 0.1 * abs(exponent + 5)))
-    assert order[:4] == [("road_1", -4, 0), ("lora_r1", -5, 0), ("lora_r8", -6, 0), ("road_1", -5, 0)]
+    assert order[:4] == [("road_1", -5, 0), ("lora_r1", -6, 0), ("lora_r8", -7, 0), ("road_1", -6, 0)]
     searches = sum(seed == 0 for _, _, seed in order)
     assert all(seed == 0 for _, _, seed in order[:searches])
     assert sorted(order[searches:]) == sorted((name, -5, seed) for name in reward.FIRST_RATES for seed in (1, 2))
@@ -67,7 +67,7 @@ def test_runs_are_kept_and_not_repeated(tmp_path: Path) -> None:
     assert reward.sweep(embedded.model_path(), tmp_path, "cpu", lambda: next(answers), SMALL) == 2
     (path,) = tmp_path.glob("*.jsonl")
     base, *runs = records.read(path)
-    assert [(one["method"], one["learning_rate"]) for one in runs] == [("road_1", 0.01), ("lora_r1", 0.0032)]
+    assert [(one["method"], one["learning_rate"]) for one in runs] == [("road_1", 0.0032), ("lora_r1", 0.001)]
     for one in runs:
         assert len(one["curve"]) == SMALL.steps
         assert all(0 <= earned <= 1 for earned in one["curve"])
