@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from tests.kernels import cases
 from torch import Tensor
 
 from roadie.errors import AdapterError, KernelError, RoutingError
-from roadie.kernels import Chain, RotationTable, prepare_rotation, rotate, rotate_, using
-from roadie.kernels.cpu import table_work
-from roadie.kernels.table import row_rotations
+from roadie.kernels import Chain, Implementation, RotationTable, prepare_rotation, rotate, rotate_, using
+from roadie.kernels.contract import OF_INPUT
+from roadie.kernels.cpu import CpuImplementation, table_work
+from roadie.kernels.table import row_rotations, turns_of
 from roadie.rotation import Rotation
 from roadie.rotation import rotate as in_a_row
 from roadie.testing.accuracy import assert_same_bits
@@ -172,6 +174,33 @@ def test_gradients_in_float32_are_those_of_float64(name, routed):
         torch.testing.assert_close(
             got.double(), wanted, rtol=0, atol=2**-24 * (12 + 24) * float(wanted.abs().max()) * 10
         )
+
+
+@cases.needs_compiled_kernel
+@pytest.mark.parametrize("narrow", [False, True], ids=["tables in float32", "tables in x's dtype"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [NESTED, OTHERS, LARGE, ((2, 16, 64),)], ids=["nested", "others", "large", "uniform"])
+def test_backward_in_one_call_gives_what_backward_stage_by_stage_gives(sizes, dtype, narrow):
+    check_backward_in_one_call(sizes, dtype if narrow else torch.float32, dtype)
+
+
+def check_backward_in_one_call(sizes, table_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    width, generator = WIDTHS.get(sizes, 3072), torch.Generator().manual_seed(1)
+    chain, slots = chain_of(sizes, width, table_dtype), torch.randint(-1, len(sizes), (100,), generator=generator)
+    x, grad = (torch.randn(300, width, generator=generator).to(dtype) for _ in range(2))  # more rows than a task has
+    implementation, turns = CpuImplementation(), turns_of(x, chain, slots)
+
+    def gradients(backward: Callable[..., None], want_x: bool, is_kept: bool) -> list[Tensor]:
+        grad_x = torch.full_like(grad, torch.nan) if want_x else None
+        sums = torch.full((2 * len(chain), len(sizes), width), torch.nan) if is_kept else None
+        backward(grad, x if is_kept else None, grad_x, turns, sums, OF_INPUT)
+        return [made for made in (grad_x, sums) if made is not None]
+
+    for wanted in ((True, True), (True, False), (False, True)):
+        found = gradients(implementation.backward_chain, *wanted)
+        by_stage = gradients(partial(Implementation.backward_chain, implementation), *wanted)
+        for got, expected in zip(found, by_stage, strict=True):
+            assert torch.equal(got, expected), f"gradients of x, of the tables: {wanted}"  # 0 and -0 are equal
 
 
 @pytest.mark.parametrize("routed", [False, True])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels import builds, cases
+from tests.kernels.test_chain import NESTED, check_backward_in_one_call
 from tests.kernels.test_schema import SLOTS, check_gradients, gradients, leaves
 from torch import Tensor
 
@@ -143,6 +144,10 @@ def sums(size: int) -> Callable[[], None]:
     return lambda: cases.check_sums_within_rounding(CPU, EAGER, batch(size, 12 * size))
 
 
+def chained() -> Callable[[], None]:
+    return lambda: check_backward_in_one_call(NESTED, torch.float32, torch.float32)
+
+
 # Groups of 4 run through sixteens, of 32 through vectors of both halves, of 6 element by element.
 COMPILED = {
     "sign of forward, sixteens": ("template.h", "(Words)weight ^ FIRSTS(HALF)", "(Words)weight ^ ~FIRSTS(HALF)", alike(4)),
@@ -157,6 +162,8 @@ COMPILED = {
     "partner of sixteens": ("template.h", "gradient * PARTNERS(value, HALF)", "gradient * value", sums(4)),
     "rounded down": ("element.h", "0x7fffu + ((bits >> 16) & 1u)", "0u", lambda: cases.check_same_bits(CPU, EAGER, halves())),
     "gradient of cross": ("rotate.c", "partner[i] = (float)-ik", "partner[i] = (float)ik", gradients_of("input", "cpu")),
+    "a stage's input": ("rotate.c", "scratch + k * columns, own, own", "scratch, own, own", chained()),
+    "a stage's transpose": ("rotate.c", "cross + place, 0, width, group, 1)", "cross + place, 0, width, group, 0)", chained()),
     "solved with R": ("rotate.c", "ik = (ik * d1 - m_ii * c2)", "ik = (ik * d1 + m_ii * c2)", gradients_of("output", "cpu")),
 }  # fmt: skip
 

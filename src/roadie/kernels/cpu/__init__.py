@@ -24,7 +24,7 @@ LIBRARY = Path(__file__).with_name("_rotate.so")
 BYTES_A_THREAD = 1 << 20  # 20 us or more of work; less takes longer to share out than to do
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-JOB = struct.Struct("@9P11q")  # the struct Job of job.h: nine pointers, eleven integers
+JOB = struct.Struct("@6P10q32x")  # the struct Job of job.h: six pointers, ten integers, and room for a stage
 STAGE = struct.Struct("@3Pq")  # the struct Stage
 PREPARED = struct.Struct("@2P7q")  # the first fields of the struct Prepared of calls.c
 _FAILURES = {
@@ -35,7 +35,7 @@ _FAILURES = {
 }
 
 
-INTERFACE = 2  # see job.h
+INTERFACE = 3  # see job.h
 ROTATE, BACKWARD = (
     0,
     1,
@@ -61,12 +61,7 @@ class CpuImplementation(Implementation):
 
     def rotate(self, x: Tensor, out: Tensor, turns: RowRotations) -> None:
         """R x into out; see the contract."""
-        work = 2 * x.nbytes if turns.slots is None else 2 * x.nbytes + table_work([turns])
-        threads = 1 if work < 2 * BYTES_A_THREAD else threads_for(work)
-        given = ROTATE, x, None, out, turns, None, None, threads
-        status = loaded().run(*given)
-        if status:
-            _settle(status, given)
+        self.rotate_chain(x, out, (turns,))
 
     def prepare(self, chain: Turns, routed_shape: tuple[int, ...], y: Tensor) -> PreparedRotation | None:
         """What is known before, packed for C, which asks the rest of the tensor that is given; see the contract.
@@ -74,29 +69,26 @@ class CpuImplementation(Implementation):
         After a base layer has streamed its weight through the caches, Python runs several times slower than in a loop of its
         own: this way takes 2 us there of a layer's 170.
         """
-        direct, cross, slots, _, sizes, group_size = chain[0]
+        direct, slots = chain[0].direct, chain[0].slots
         make, routed, width = loaded().callable, 1 if slots is None else slots.numel(), direct.shape[1]
         if make is None or not routed or len(routed_shape) > 2:
             return None
         shape = len(routed_shape), *(*routed_shape, 0, 0)[:2]
         head = PREPARED.pack(reader(), id(Tensor), routed, *shape, table_work(chain), 2 * BYTES_A_THREAD, len(chain))
         job = JOB.pack(
-            *(0, 0, 0, direct.data_ptr(), cross.data_ptr()),
-            *(0 if slots is None else slots.data_ptr(), 0 if sizes is None else sizes.data_ptr(), 0, 0),
-            *(0, width, width, 0, width, 1, direct.shape[0], group_size, TYPES[y.dtype], TYPES[direct.dtype], 1),
+            *(0, 0, 0, 0 if slots is None else slots.data_ptr(), 0, 0),
+            *(0, width, width, 0, width, 1, direct.shape[0], TYPES[y.dtype], TYPES[direct.dtype], 1),
         )
         return make(0, (head + job + stages_of(chain), chain))
 
     def rotate_chain(self, x: Tensor, out: Tensor, chain: Turns) -> None:
         """All rotations of a row while it is in the cache; see the contract."""
-        if len(chain) == 1:
-            self.rotate(x, out, chain[0])
-            return
-        threads = threads_for(2 * x.numel() * x.element_size() + table_work(chain))
-        job = _job(x, None, out, chain[0], None, None, threads)
-        status = loaded().rotate_chain(stages_of(chain), len(chain), job)
+        work = 2 * x.nbytes if chain[0].slots is None else 2 * x.nbytes + table_work(chain)
+        threads = 1 if work < 2 * BYTES_A_THREAD else threads_for(work)
+        given = ROTATE, x, None, out, chain, None, None, threads
+        status = loaded().run(*given)
         if status:
-            _fail(status)
+            _settle(status, given)
 
     def backward(
         self,
@@ -109,9 +101,22 @@ class CpuImplementation(Implementation):
         solve: int = SUMS,
     ) -> None:
         """R^T grad into grad_x, and what is made of the sums over rows, in one call; see the contract."""
+        self.backward_chain(grad, kept, grad_x, (turns,), own, solve, partner)
+
+    def backward_chain(
+        self,
+        grad: Tensor,
+        kept: Tensor | None,
+        grad_x: Tensor | None,
+        chain: Turns,
+        sums: Tensor | None,
+        solve: int,
+        partner: Tensor | None = None,
+    ) -> None:
+        """The same through all rotations of a chain; partner: where it is, if not behind own in `sums`."""
         threads = 1 if 3 * grad.nbytes < 2 * BYTES_A_THREAD else threads_for(3 * grad.nbytes)
         place = None if kept is None else (address(kept), kept.stride(0))
-        given = BACKWARD + (SUMS if kept is None else solve), grad, place, grad_x, turns, own, partner, threads
+        given = BACKWARD + (SUMS if kept is None else solve), grad, place, grad_x, chain, sums, partner, threads
         status = loaded().run(*given)
         if status:
             _settle(status, given)
@@ -129,20 +134,17 @@ def _job(
     x: Tensor,
     kept: Place | None,
     z: Tensor | None,
-    turns: RowRotations,
+    chain: Turns,
     own: Tensor | None,
     partner: Tensor | None,
     threads: int,
 ) -> bytes:
-    direct, cross, slots, repeat, sizes, group_size = turns
+    direct, _, slots, repeat, _, _ = chain[0]
     return JOB.pack(
         x.data_ptr(),
         kept[0] if kept is not None else 0,
         z.data_ptr() if z is not None else 0,
-        direct.data_ptr(),
-        cross.data_ptr(),
         slots.data_ptr() if slots is not None else 0,
-        sizes.data_ptr() if sizes is not None else 0,
         own.data_ptr() if own is not None else 0,
         partner.data_ptr() if partner is not None else 0,
         x.shape[0],
@@ -152,7 +154,6 @@ def _job(
         z.stride(0) if z is not None else 0,
         repeat,
         direct.shape[0],
-        group_size,
         TYPES[x.dtype],
         TYPES[direct.dtype],
         threads,
@@ -214,20 +215,18 @@ def reader() -> int:
 class _Library:
     """The loaded object, or why there is none.
 
-    run: computes, of: the operation, x, where what was kept is, z, `RowRotations`, own, partner and the number of threads; gives
-    a status. callable: makes the callables of calls.c, by their number there and a tuple of what they hold; None where it cannot.
+    run: computes, of: the operation, x, where what was kept is, z, `Turns`, own, partner and the number of threads; gives a
+    status. callable: makes the callables of calls.c, by their number there and a tuple of what they hold; None where it cannot.
     """
 
     def __init__(self, path: Path) -> None:
         self.problem: str | None = None
-        self.rotate_chain: Callable[[bytes, int, bytes], int]
         self.callable: Callable[[int, tuple[Any, ...]], Callable[..., Any]] | None = None
         self.run: Callable[..., int] = self.run_by_ctypes
         try:
             library = ctypes.CDLL(str(path))
-            self._run, self.rotate_chain = library.roadie_run, library.roadie_rotate_chain
-            self._run.argtypes = [ctypes.c_int64, ctypes.c_char_p]
-            self.rotate_chain.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p]
+            self._run = library.roadie_run
+            self._run.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
             told = library.roadie_interface(), library.roadie_job_bytes(), library.roadie_stage_bytes()
             if told != (INTERFACE, JOB.size, STAGE.size):
                 self.problem = f"{path.name} was built from another version of roadie; install roadie again"
@@ -243,7 +242,7 @@ class _Library:
 
     def run_by_ctypes(self, operation: int, *given: Any) -> int:
         """As run, where torch does not tell C what its tensors are."""
-        return int(self._run(operation, _job(*given)))
+        return int(self._run(operation, _job(*given), stages_of(given[3]), len(given[3])))
 
 
 @cache

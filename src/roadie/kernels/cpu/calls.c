@@ -22,6 +22,7 @@ enum { FASTCALL = 0x80 };
 
 extern Object *PyCFunction_NewEx(Definition *definition, Object *self, Object *module);
 extern Object *PyTuple_GetItem(Object *tuple, intptr_t place);
+extern intptr_t PyTuple_Size(Object *tuple);
 extern Object *PyDict_GetItem(Object *dict, Object *key);
 extern Object *PyObject_Type(Object *object);
 extern Object *PyObject_GetAttr(Object *object, Object *name);
@@ -90,7 +91,7 @@ static int64_t type_of(const Tensor *tensor) {
     return tensor->dtype.code == BFLOAT ? BFLOAT16 : tensor->dtype.code == FLOAT ? FLOAT16 : -1;
 }
 
-/* The same fields as roadie.kernels.cpu.PREPARED, then a Job and Stages. */
+/* The same fields as roadie.kernels.cpu.PREPARED, then a Job and the Stages. */
 typedef struct {
     Read *read;
     const void *tensor_type;
@@ -125,8 +126,7 @@ static Object *rotate(Object *self, Object *const *arguments, intptr_t count) {
     const Prepared *prepared = (const Prepared *)PyBytes_AsString(PyTuple_GetItem(self, 0));
     Job job = prepared->job;
     if (count < 1 || !fits(prepared, arguments[0], count > 1 ? arguments[1] : NULL, &job)) return PyBool_FromLong(0);
-    if (prepared->count == 1) return PyBool_FromLong(!roadie_rotate(&job));
-    return PyBool_FromLong(!roadie_rotate_chain(prepared->stages, prepared->count, &job));
+    return PyBool_FromLong(!roadie_run(ROTATE, &job, prepared->stages, prepared->count));
 }
 
 /* Rows ``[T, D]``, each without gaps; what None stands for has no data. */
@@ -153,25 +153,38 @@ static const void *memory_of(Read *read, Object *object, int *is_right) {
 
 static int64_t integer_at(Object *tuple, intptr_t place) { return PyLong_AsLongLong(PyTuple_GetItem(tuple, place)); }
 
-enum { NOT_READ = -1, LARGE = 1 << 20 };
+enum { NOT_READ = -1, LARGE = 1 << 20, MOST_STAGES = 16 };
 
-/* run(operation, x, kept, z, turns, own, partner, threads): one of the kernels, on tensors; its status. kept: an address and a
- * stride, or None; turns: as RowRotations of contract.py; z, own, partner: a tensor or None. */
+static Stage stage_of(Read *read, Object *turns, int *is_right) {
+    return (Stage){
+        .direct = memory_of(read, PyTuple_GetItem(turns, 0), is_right),
+        .cross = memory_of(read, PyTuple_GetItem(turns, 1), is_right),
+        .sizes = memory_of(read, PyTuple_GetItem(turns, 4), is_right),
+        .group_size = integer_at(turns, 5),
+    };
+}
+
+/* run(operation, x, kept, z, chain, own, partner, threads): one of the kernels, on tensors; its status. kept: an address and a
+ * stride, or None; chain: Turns of contract.py; z, own, partner: a tensor or None. */
 static Object *run(Object *self, Object *const *arguments, intptr_t count) {
     Read *read = *(Read *const *)PyBytes_AsString(PyTuple_GetItem(self, 0));
     if (count != 8) return PyLong_FromLong(NOT_READ);
-    Object *kept = arguments[2], *turns = arguments[4];
-    Rows x = {0}, z = {0}, direct = {0}, own = {0};
-    int is_right = are_rows(read, arguments[1], &x) && are_rows(read, arguments[3], &z) && x.data &&
-                   are_rows(read, PyTuple_GetItem(turns, 0), &direct) && are_rows(read, arguments[5], &own);
+    Object *kept = arguments[2], *chain = arguments[4];
+    Rows x = {0}, z = {0}, direct = {0};
+    if (!are_rows(read, arguments[1], &x) || !are_rows(read, arguments[3], &z) || !x.data) return PyLong_FromLong(NOT_READ);
+    Stage stages[MOST_STAGES];
+    int64_t length = PyTuple_Size(chain);
+    if (length < 1 || length > MOST_STAGES) return PyLong_FromLong(NOT_READ);
+    Object *first = PyTuple_GetItem(chain, 0);
+    int is_right = are_rows(read, PyTuple_GetItem(first, 0), &direct);
+    for (int64_t k = 0; k < length; k++) stages[k] = stage_of(read, PyTuple_GetItem(chain, k), &is_right);
     Job job = {
-        .x = x.data, .z = z.data, .direct = direct.data, .own = (float *)own.data,
-        .cross = memory_of(read, PyTuple_GetItem(turns, 1), &is_right),
-        .slots = memory_of(read, PyTuple_GetItem(turns, 2), &is_right),
-        .sizes = memory_of(read, PyTuple_GetItem(turns, 4), &is_right),
+        .x = x.data, .z = z.data,
+        .slots = memory_of(read, PyTuple_GetItem(first, 2), &is_right),
+        .own = (float *)memory_of(read, arguments[5], &is_right),
         .partner = (float *)memory_of(read, arguments[6], &is_right),
         .rows = x.rows, .width = x.width, .x_stride = x.stride, .z_stride = z.stride,
-        .repeat = integer_at(turns, 3), .num_slots = direct.rows, .group_size = integer_at(turns, 5),
+        .repeat = integer_at(first, 3), .num_slots = direct.rows,
         .type = x.type, .table_type = direct.type, .threads = PyLong_AsLongLong(arguments[7]),
     };
     if (kept != &_Py_NoneStruct) {
@@ -181,7 +194,7 @@ static Object *run(Object *self, Object *const *arguments, intptr_t count) {
     if (!is_right) return PyLong_FromLong(NOT_READ);
     int64_t operation = PyLong_AsLongLong(arguments[0]);
     void *thread = job.rows * job.width >= LARGE ? PyEval_SaveThread() : NULL; /* other threads may run Python meanwhile */
-    int status = roadie_run(operation, &job);
+    int status = roadie_run(operation, &job, stages, length);
     if (thread) PyEval_RestoreThread(thread);
     return PyLong_FromLong(status);
 }

@@ -49,7 +49,7 @@ typedef struct {
 
 static inline int64_t slot_of(const Job *job, int64_t row) { return job->slots ? job->slots[row / job->repeat] : 0; }
 
-static inline int64_t group_of(const Job *job, int64_t slot) { return job->sizes ? job->sizes[slot] : job->group_size; }
+static inline int64_t group_of(const Job *job, int64_t slot) { return job->at.sizes ? job->at.sizes[slot] : job->at.group_size; }
 
 static inline int64_t row_of(const Job *job, const Task *task, int64_t i) {
     int64_t number = task->first + i;
@@ -65,6 +65,16 @@ static int is_known(const Job *job) {
 static TurnSpan *turn_of(const Job *job, const Spans *loops) {
     if (job->type == FLOAT32) return loops->turn_wide[job->table_type];
     return loops->turn[job->type][job->table_type != FLOAT32];
+}
+
+/* The job with the stage of this number at hand. */
+static Job at_stage(const Job *job, const Stage *stages, int64_t number) {
+    Job at = *job;
+    int64_t table = job->num_slots * job->width;
+    at.at = stages[number];
+    if (at.own && !at.partner) at.partner = at.own + table;
+    if (at.own) at.own += 2 * number * table, at.partner += 2 * number * table;
+    return at;
 }
 
 static int64_t bytes_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
@@ -89,8 +99,8 @@ static void turn_row(const Job *job, TurnSpan *turn, int64_t row, int64_t start,
         if (x != z) memcpy((char *)z + start * size, (const char *)x + start * size, (size_t)((end - start) * size));
         return;
     }
-    const void *direct = row_at(job->direct, slot, job->width, job->table_type);
-    const void *cross = row_at(job->cross, slot, job->width, job->table_type);
+    const void *direct = row_at(job->at.direct, slot, job->width, job->table_type);
+    const void *cross = row_at(job->at.cross, slot, job->width, job->table_type);
     turn(x, z, direct, cross, start, end, group_of(job, slot), back);
 }
 
@@ -119,12 +129,12 @@ static void back_task(const Job *job, const Spans *loops, const Task *task, floa
 /* What would read or write beyond the tensors is refused: the cost is a glance at every routed row. */
 static int check(const Job *job) {
     if (!is_known(job)) return UNKNOWN_TYPE;
-    if (!job->sizes && (job->group_size < 2 || job->group_size % 2 || job->width % job->group_size)) return ODD_GROUP;
+    if (!job->at.sizes && (job->at.group_size < 2 || job->at.group_size % 2 || job->width % job->at.group_size)) return ODD_GROUP;
     for (int64_t entry = 0; entry < (job->slots ? job->rows / job->repeat : 1); entry++) {
         int64_t slot = job->slots ? job->slots[entry] : 0;
         if (slot < -1 || slot >= job->num_slots) return UNKNOWN_SLOT;
-        if (slot < 0 || !job->sizes) continue;
-        if (job->sizes[slot] < 2 || job->sizes[slot] % 2 || job->width % job->sizes[slot]) return ODD_GROUP;
+        if (slot < 0 || !job->at.sizes) continue;
+        if (job->at.sizes[slot] < 2 || job->at.sizes[slot] % 2 || job->width % job->at.sizes[slot]) return ODD_GROUP;
     }
     return DONE;
 }
@@ -148,12 +158,12 @@ static void begin_row(const Job *job, int64_t row) {
     int64_t slot = slot_of(job, row + AHEAD), lines = job->width * bytes_of(job->table_type) / LINE;
     if (slot < 0 || slot == slot_of(job, row)) return;
     if (lines > MOST_LINES) lines = MOST_LINES;
-    const char *direct = row_at(job->direct, slot, job->width, job->table_type);
-    const char *cross = row_at(job->cross, slot, job->width, job->table_type);
+    const char *direct = row_at(job->at.direct, slot, job->width, job->table_type);
+    const char *cross = row_at(job->at.cross, slot, job->width, job->table_type);
     for (int64_t line = 0; line < lines; line++) PREFETCH(direct + line * LINE), PREFETCH(cross + line * LINE);
 }
 
-int roadie_rotate(const Job *job) {
+static int rotate(const Job *job) {
     int status = check(job);
     if (status) return status;
     TurnSpan *turn = turn_of(job, spans());
@@ -185,6 +195,11 @@ static int64_t block_of(const Job *job, const Stage *stages, int64_t count, int6
     if (!largest) return 0;
     int64_t block = largest < BLOCK ? BLOCK - BLOCK % largest : largest;
     return block < job->width ? block : job->width;
+}
+
+static void widened(const Job *job, const Spans *loops, const void *from, float *to, int64_t count) {
+    if (job->type == FLOAT32) memcpy(to, from, (size_t)count * sizeof(float));
+    else loops->widen[job->type](from, to, count);
 }
 
 /* One row through all rotations of its slot, a block after the other, which stays in the first level of the cache: in float32
@@ -220,6 +235,54 @@ static void turn_row_chain(const Job *job, const Spans *loops, const Stage *stag
     }
 }
 
+/* As back_task, through several rotations in a row, of which the input was kept: what each was given is computed again, in
+ * float32 in `scratch`, a line of `columns` for each stage, and one for the gradient. */
+static void back_task_chain(const Job *job, const Stage *stages, int64_t count, const Spans *loops, const Task *task,
+                            float *part, int64_t columns, float *scratch, float *brief, double *total) {
+    int64_t slot = task->slot, start = task->start, width = task->end - start, size = bytes_of(job->type);
+    int64_t sums = count * 2 * columns, place = (slot * job->width + start) * bytes_of(job->table_type);
+    TurnSpan *turn = loops->turn_wide[job->table_type];
+    float *value = scratch + count * columns;
+    if (part) memset(total, 0, (size_t)sums * sizeof(double));
+    for (int64_t from = 0; from < task->count; from += SHORT) {
+        int64_t to = from + SHORT < task->count ? from + SHORT : task->count;
+        if (part) memset(brief, 0, (size_t)sums * sizeof(float));
+        for (int64_t i = from; i < to; i++) {
+            int64_t row = row_of(job, task, i);
+            const char *gradient = (const char *)row_at(job->x, row, job->x_stride, job->type) + start * size;
+            char *z = job->z ? (char *)row_at(job->z, row, job->z_stride, job->type) + start * size : NULL;
+            if (slot < 0) {
+                if (z) memcpy(z, gradient, (size_t)(width * size));
+                continue;
+            }
+            if (part) {
+                const char *kept = (const char *)row_at(job->kept, row, job->kept_stride, job->type) + start * size;
+                widened(job, loops, kept, scratch, width);
+            }
+            for (int64_t k = 0; part && k < count - 1; k++) {
+                float *given = scratch + k * columns, *gives = given + columns;
+                const char *direct = stages[k].direct, *cross = stages[k].cross;
+                int64_t group = stage_group(stages + k, slot);
+                if (group) turn(given, gives, direct + place, cross + place, 0, width, group, 0);
+                else memcpy(gives, given, (size_t)width * sizeof(float));
+            }
+            widened(job, loops, gradient, value, width);
+            for (int64_t k = count - 1; k >= 0; k--) {
+                float *own = brief + k * 2 * columns;
+                const char *direct = stages[k].direct, *cross = stages[k].cross;
+                int64_t group = stage_group(stages + k, slot);
+                if (!group) continue;
+                if (part) loops->sum[FLOAT32](value, scratch + k * columns, own, own + width, 0, width, group);
+                if (z || k) turn(value, value, direct + place, cross + place, 0, width, group, 1);
+            }
+            if (z && job->type == FLOAT32) memcpy(z, value, (size_t)width * sizeof(float));
+            else if (z) loops->narrow[job->type](value, z, width);
+        }
+        if (part) loops->widen_and_add(total, brief, sums);
+    }
+    for (int64_t i = 0; part && i < sums; i++) part[i] = (float)total[i];
+}
+
 static int check_stage(const Job *job, const Stage *stage) {
     if (!stage->sizes && (stage->group_size < 2 || stage->group_size % 2 || job->width % stage->group_size)) return ODD_GROUP;
     for (int64_t entry = 0; stage->sizes && entry < (job->slots ? job->rows / job->repeat : 1); entry++) {
@@ -239,8 +302,8 @@ static int check_chain(const Job *job, const Stage *stages, int64_t count) {
     return status;
 }
 
-/* As roadie_rotate, through `count` rotations in a row; those fields of the job that a Stage has are not read. */
-EXPORT int roadie_rotate_chain(const Stage *stages, int64_t count, const Job *job) {
+/* As rotate, through `count` rotations in a row. */
+static int rotate_chain(const Job *job, const Stage *stages, int64_t count) {
     int status = check_chain(job, stages, count);
     if (status) return status;
     const Spans *loops = spans();
@@ -270,18 +333,25 @@ typedef struct {
     int64_t *order;             /* entries of job->slots by slot, -1 first */
     int64_t *begin;             /* [num_slots + 2]: where the entries of slot s begin in `order`, at index s + 1 */
     int64_t *first_task;        /* [num_slots + 1]: where the tasks of slot s begin */
-    float *parts;               /* [tasks, 2, columns] */
+    float *parts;               /* [tasks, stages, 2, columns] */
+    int64_t stages;
 } Plan;
 
 static void release(Plan *plan) {
     free(plan->tasks), free(plan->order), free(plan->begin), free(plan->first_task), free(plan->parts);
 }
 
-/* Columns of a task: whole groups, about TASK_COLUMNS; all columns where the slots differ in group size. */
-static int64_t task_columns(const Job *job) {
-    if (job->sizes || job->width <= TASK_COLUMNS) return job->width;
-    int64_t groups = TASK_COLUMNS / job->group_size;
-    return (groups ? groups : 1) * job->group_size;
+/* Columns of a task: whole groups of each stage, about TASK_COLUMNS; all where slots differ in group size, or groups do not nest. */
+static int64_t task_columns(const Job *job, const Stage *stages, int64_t count) {
+    int64_t largest = 0;
+    for (int64_t k = 0; k < count; k++) {
+        if (stages[k].sizes) return job->width;
+        if (stages[k].group_size > largest) largest = stages[k].group_size;
+    }
+    for (int64_t k = 0; k < count; k++)
+        if (largest % stages[k].group_size) return job->width;
+    int64_t columns = largest < TASK_COLUMNS ? TASK_COLUMNS - TASK_COLUMNS % largest : largest;
+    return columns < job->width ? columns : job->width;
 }
 
 /* A stable counting sort of the entries by slot. */
@@ -315,15 +385,15 @@ static void add_tasks(const Job *job, Plan *plan, int64_t slot) {
         }
 }
 
-static int make_plan(const Job *job, Plan *plan) {
+static int make_plan(const Job *job, const Stage *stages, int64_t count, Plan *plan) {
     int64_t number = 0, strips;
-    plan->columns = task_columns(job);
+    plan->columns = task_columns(job, stages, count), plan->stages = count;
     strips = divided_up(job->width, plan->columns);
     if (sort_entries(job, plan)) return OUT_OF_MEMORY;
     for (int64_t s = -1; s < job->num_slots; s++) number += divided_up(rows_of_slot(job, plan, s), TASK_ROWS) * strips;
     plan->tasks = malloc((size_t)(number + 1) * sizeof(Task));
     plan->first_task = malloc((size_t)(job->num_slots + 1) * sizeof(int64_t));
-    if (job->own) plan->parts = malloc((size_t)(number * 2 * plan->columns + 1) * sizeof(float));
+    if (job->own) plan->parts = malloc((size_t)(number * count * 2 * plan->columns + 1) * sizeof(float));
     if (!plan->tasks || !plan->first_task || (job->own && !plan->parts)) return OUT_OF_MEMORY;
     for (int64_t s = 0; s < job->num_slots; s++) {
         plan->first_task[s] = plan->count;
@@ -334,30 +404,31 @@ static int make_plan(const Job *job, Plan *plan) {
     return DONE;
 }
 
-/* own and partner of one slot: the parts of its tasks, strip by strip, in float64 and in order. */
-static void add_up(const Job *job, const Spans *loops, const Plan *plan, int64_t slot, double *total) {
+/* own and partner of one slot in a stage: the parts of its tasks, strip by strip, in float64 and in order. */
+static void add_up(const Job *job, const Spans *loops, const Plan *plan, int64_t slot, int64_t stage, double *total) {
     int64_t task = plan->first_task[slot], last = plan->first_task[slot + 1];
     for (int64_t start = 0; start < job->width; start += plan->columns) {
         int64_t end = start + plan->columns < job->width ? start + plan->columns : job->width, width = end - start;
         memset(total, 0, (size_t)(2 * width) * sizeof(double));
         for (; task < last && plan->tasks[task].start == start; task++)
-            loops->widen_and_add(total, plan->parts + task * 2 * plan->columns, 2 * width);
+            loops->widen_and_add(total, plan->parts + (task * plan->stages + stage) * 2 * plan->columns, 2 * width);
         float *own = job->own + slot * job->width + start, *partner = job->partner + slot * job->width + start;
         for (int64_t i = 0; i < width; i++) own[i] = (float)total[i];
         for (int64_t i = 0; i < width; i++) partner[i] = (float)total[width + i];
     }
 }
 
-static int run_plan(const Job *job, const Plan *plan) {
+static int run_plan(const Job *job, const Stage *stages, const Plan *plan) {
     const Spans *loops = spans();
+    const int64_t count = plan->stages, sums = count * 2 * plan->columns, lines = count > 1 ? (count + 1) * plan->columns : 1;
     int failed = 0;
     int threads = job->threads > 1 ? (int)job->threads : 1;
     (void)threads;
 #pragma omp parallel num_threads(threads)
     {
-        float *brief = malloc((size_t)(2 * plan->columns) * sizeof(float));
-        double *total = malloc((size_t)(2 * plan->columns) * sizeof(double));
-        int usable = brief && total;
+        float *brief = malloc((size_t)sums * sizeof(float)), *scratch = malloc((size_t)lines * sizeof(float));
+        double *total = malloc((size_t)sums * sizeof(double));
+        int usable = brief && total && scratch;
         int64_t i;
         if (!usable) {
 #pragma omp atomic write
@@ -365,23 +436,29 @@ static int run_plan(const Job *job, const Plan *plan) {
         }
 #pragma omp for schedule(static)
         for (i = 0; i < plan->count; i++) {
-            int sums = job->own && plan->tasks[i].slot >= 0;
-            if (usable) back_task(job, loops, plan->tasks + i, sums ? plan->parts + i * 2 * plan->columns : NULL, brief, total);
+            const Task *task = plan->tasks + i;
+            float *part = job->own && task->slot >= 0 ? plan->parts + i * sums : NULL;
+            if (!usable) continue;
+            if (count == 1) back_task(job, loops, task, part, brief, total);
+            else back_task_chain(job, stages, count, loops, task, part, plan->columns, scratch, brief, total);
         }
 #pragma omp for schedule(static)
-        for (i = 0; i < (job->own ? job->num_slots : 0); i++)
-            if (usable) add_up(job, loops, plan, i, total);
-        free(brief), free(total);
+        for (i = 0; i < (job->own ? job->num_slots * count : 0); i++)
+            if (usable) {
+                Job at = at_stage(job, stages, i % count);
+                add_up(&at, loops, plan, i / count, i % count, total);
+            }
+        free(brief), free(scratch), free(total);
     }
     return failed ? OUT_OF_MEMORY : DONE;
 }
 
-static int backward(const Job *job) {
+static int backward(const Job *job, const Stage *stages, int64_t count) {
     Plan plan = {0};
-    int status = check(job);
+    int status = count == 1 ? check(job) : check_chain(job, stages, count);
     if (!status) prefer_huge_pages(job);
-    if (!status) status = make_plan(job, &plan);
-    if (!status) status = run_plan(job, &plan);
+    if (!status) status = make_plan(job, stages, count, &plan);
+    if (!status) status = run_plan(job, stages, &plan);
     release(&plan);
     return status;
 }
@@ -392,8 +469,8 @@ static void gradient_of_pair(const Job *job, int64_t slot, int64_t i, int64_t k,
     float *own = job->own + slot * job->width, *partner = job->partner + slot * job->width;
     double ii = own[i], ik = partner[i], ki = partner[k], kk = own[k];
     if (of_output) {
-        double d1 = table_value(job, job->direct, slot, i), d2 = table_value(job, job->direct, slot, k);
-        double c1 = table_value(job, job->cross, slot, i), c2 = table_value(job, job->cross, slot, k);
+        double d1 = table_value(job, job->at.direct, slot, i), d2 = table_value(job, job->at.direct, slot, k);
+        double c1 = table_value(job, job->at.cross, slot, i), c2 = table_value(job, job->at.cross, slot, k);
         double determinant = d1 * d2 + c1 * c2, m_ii = ii, m_ki = ki;
         int is_unused = ii == 0 && ik == 0 && ki == 0 && kk == 0;
         double scale = is_unused ? 0.0 : 1.0 / determinant;
@@ -404,10 +481,11 @@ static void gradient_of_pair(const Job *job, int64_t slot, int64_t i, int64_t k,
     partner[i] = (float)-ik, partner[k] = (float)ki;
 }
 
-/* Turns the sums own and partner into the gradients of direct and cross, in place. */
-static int gradient(const Job *job, int of_output) {
+/* Turns the sums own and partner into the gradients of direct and cross, in place. may_lack: slots may have no rotation. */
+static int gradient(const Job *job, int of_output, int may_lack) {
     for (int64_t slot = 0; slot < job->num_slots; slot++) {
         int64_t group = group_of(job, slot), half = group / 2;
+        if (!group && may_lack) continue; /* its sums are 0 */
         if (group < 2 || group % 2 || job->width % group) return ODD_GROUP; /* of a slot that no row uses */
         for (int64_t start = 0; start < job->width; start += group)
             for (int64_t j = start; j < start + half; j++) gradient_of_pair(job, slot, j, j + half, of_output);
@@ -415,12 +493,16 @@ static int gradient(const Job *job, int of_output) {
     return DONE;
 }
 
-/* One of the operations; gives a status. */
-EXPORT int roadie_run(int64_t operation, const Job *job) {
-    if (operation == ROTATE) return roadie_rotate(job);
-    int status = backward(job);
-    if (status || operation == BACKWARD) return status;
-    return gradient(job, operation == GRADIENTS_OF_OUTPUT);
+/* One of the operations, through `count` rotations in a row; gives a status. */
+EXPORT int roadie_run(int64_t operation, const Job *job, const Stage *stages, int64_t count) {
+    Job first = at_stage(job, stages, 0);
+    if (operation == ROTATE) return count == 1 ? rotate(&first) : rotate_chain(job, stages, count);
+    int status = backward(&first, stages, count);
+    for (int64_t k = 0; k < count && !status && operation != BACKWARD; k++) {
+        Job at = at_stage(job, stages, k);
+        status = gradient(&at, operation == GRADIENTS_OF_OUTPUT, count > 1);
+    }
+    return status;
 }
 
 /* So that the caller can see that both sides mean the same. */
