@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.laws.models import linear_chain
 from tests.laws.reference import dense_rotation
 
 from roadie import checkpoint
@@ -18,7 +19,6 @@ from roadie.rotation import Variant, from_parameters, pairs_of_parameters, param
 from roadie.share import Layout, Share, shares
 from roadie.subspaces import join, restrict, split, touched_pairs, trained_places
 from roadie.testing import stock_peft
-from roadie.testing.models import linear_chain
 from roadie.testing.rival import is_stock
 
 VARIANTS = tuple(variant.value for variant in Variant)

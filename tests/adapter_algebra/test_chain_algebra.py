@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.laws.models import linear_chain
 from tests.laws.reference import dense_rotation
 from torch import Tensor, nn
 
@@ -14,7 +15,6 @@ from roadie import checkpoint
 from roadie.adapter import Adapter, LayerParameters
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import parameter_size, split_stages
-from roadie.testing.models import linear_chain
 
 WIDTHS = {"first": 16, "second": 24, "third": 8}
 

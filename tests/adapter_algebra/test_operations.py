@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+from tests.laws.models import linear_chain
 from tests.laws.reference import dense_rotation
 
 from roadie import checkpoint
@@ -15,7 +16,6 @@ from roadie.adapter_algebra import blend_adapters, compose_adapters, inverse, po
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Variant, parameter_size
 from roadie.testing import stock_peft
-from roadie.testing.models import linear_chain
 from roadie.testing.rival import is_stock
 
 VARIANTS = tuple(variant.value for variant in Variant)

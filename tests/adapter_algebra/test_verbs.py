@@ -8,6 +8,7 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
+from tests.laws.models import linear_chain
 from tests.laws.reference import dense, dense_rotation
 
 import roadie
@@ -16,7 +17,6 @@ from roadie.adapter import Adapter, LayerParameters
 from roadie.errors import AdapterError, ConfigError
 from roadie.rotation import Rotation, Variant, parameter_size
 from roadie.testing import stock_peft
-from roadie.testing.models import linear_chain
 from roadie.testing.rival import is_stock
 
 VARIANTS = tuple(variant.value for variant in Variant)

@@ -11,13 +11,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.laws.bounds import assert_within
+from tests.laws.models import linear_chain
 from tests.laws.reference import dense_rotation
 from torch import nn
 
 import roadie
 from roadie.testing import assert_as_accurate_as, randomise, stock_peft
-from roadie.testing.accuracy import assert_within
-from roadie.testing.models import linear_chain
 from roadie.testing.rival import is_stock
 
 every = [

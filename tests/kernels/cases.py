@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.laws.bounds import assert_within, wide
 from tests.laws.reference import dense, pairs
 from tests.laws.rotations import ROOM
 from torch import Tensor
@@ -19,14 +20,7 @@ from torch import Tensor
 from roadie.kernels import Implementation, RowRotations
 from roadie.kernels.cpu import CpuImplementation
 from roadie.rotation import Rotation
-from roadie.testing.accuracy import (
-    assert_as_accurate_as,
-    assert_same_bits,
-    assert_within,
-    smallest_step,
-    unit_roundoff,
-    wide,
-)
+from roadie.testing.accuracy import assert_as_accurate_as, assert_same_bits, smallest_step, unit_roundoff
 
 GUARD = 67  # elements around what is written; odd, so that no row is aligned
 

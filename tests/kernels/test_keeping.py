@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.laws.bounds import assert_within
 from tests.versions import needs_a_compiler_of_changed_tables
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -21,7 +22,7 @@ from roadie.errors import InPlaceError
 from roadie.kernels import Keep, RotationTable, rotate
 from roadie.rotation import Variant
 from roadie.testing import randomise
-from roadie.testing.accuracy import assert_within, unit_roundoff
+from roadie.testing.accuracy import unit_roundoff
 
 WIDTH, ROWS = 12, 6
 DOUBLE = torch.float64

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels import cases
+from tests.laws.bounds import assert_within
 from tests.versions import needs_a_compiler_that_recomputes_copies
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from roadie.errors import InPlaceError, KernelError
 from roadie.kernels import RotationTable, rotate, using
 from roadie.rotation import Rotation, to_blocks
-from roadie.testing.accuracy import assert_same_bits, assert_within, unit_roundoff
+from roadie.testing.accuracy import assert_same_bits, unit_roundoff
 
 KEEPS = ("input", "output", "copy")
 SLOTS = {

@@ -21,13 +21,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.kernels import cases
+from tests.laws.bounds import assert_within, wide
 from tests.versions import needs_loops_in_the_interpreter
 
 from roadie.kernels.contract import OF_INPUT, OF_OUTPUT, Implementation, RowRotations
 from roadie.kernels.eager import EagerImplementation, solved
 from roadie.kernels.triton import TritonImplementation, backward, tasks, tiles
 from roadie.kernels.triton.tasks import most_tasks
-from roadie.testing.accuracy import assert_as_accurate_as, assert_same_bits, assert_within, unit_roundoff, wide
+from roadie.testing.accuracy import assert_as_accurate_as, assert_same_bits, unit_roundoff
 
 TRITON, EAGER = TritonImplementation(), EagerImplementation()
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.kernels import cases
+from tests.laws.bounds import assert_within
 from tests.versions import needs_loops_in_the_interpreter
 
 from roadie.errors import KernelError
@@ -20,7 +21,7 @@ from roadie.kernels.contract import RowRotations
 from roadie.kernels.eager import EagerImplementation
 from roadie.kernels.triton import matmul, pairs
 from roadie.kernels.triton.matmul import ProductTile, linear_rotate
-from roadie.testing.accuracy import assert_as_accurate_as, assert_same_bits, assert_within, unit_roundoff
+from roadie.testing.accuracy import assert_as_accurate_as, assert_same_bits, unit_roundoff
 
 SMALL = ProductTile(rows=16, pairs=16, depth=16, warps=1, stages=1)  # as small as tl.dot takes
 

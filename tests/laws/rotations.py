@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tests.laws.bounds import assert_within, wide
 from tests.laws.reference import dense, pairs
 from torch import Tensor
 
 from roadie.rotation import Rotation, compose, inverse, rotate, rotate_weight, shard, to_parameters
 from roadie.rotation import from_parameters as make_rotation
-from roadie.testing.accuracy import assert_within, smallest_step, unit_roundoff, wide
+from roadie.testing.accuracy import smallest_step, unit_roundoff
 
 ROOM = 1 + 2**-6
 

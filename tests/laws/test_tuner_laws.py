@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tests.laws import tuner as tuner_laws
+from tests.laws.models import linear_chain
 from torch import Tensor, nn
 
 import roadie
 from roadie.testing import randomise, tiny_llama
-from roadie.testing.models import linear_chain
 
 VARIANTS = ("road_1", "road_2", "road_4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.laws.bounds import assert_within, wide
 from tests.laws.reference import dense_rotation
 from tests.laws.rotations import ROOM, apply_dense
 from torch import Tensor, nn
@@ -23,14 +24,7 @@ from torch import Tensor, nn
 from roadie import checkpoint
 from roadie.bank.blends import BASE
 from roadie.rotation import split_stages
-from roadie.testing.accuracy import (
-    assert_same_bits,
-    assert_within,
-    relative_error,
-    smallest_step,
-    unit_roundoff,
-    wide,
-)
+from roadie.testing.accuracy import assert_same_bits, relative_error, smallest_step, unit_roundoff
 from roadie.tuner import Linear, RoadLayer
 from roadie.tuner.merging import ExactUnmerge
 from roadie.tuner.weight import is_conv1d

@@ -28,13 +28,13 @@ import torch
 from tests.laws import hand_computed
 from tests.laws import rotations as laws
 from tests.laws import tuner as tuner_laws
+from tests.laws.models import linear_chain
 from torch import Tensor
 
 import roadie
 from roadie import rotation
 from roadie.rotation import Rotation
 from roadie.testing import randomise
-from roadie.testing.models import linear_chain
 from roadie.tuner import RoadInput, layer, merging, routing, weight
 
 

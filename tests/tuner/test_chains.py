@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.laws.models import linear_chain
 from torch import Tensor
 
 import roadie
@@ -19,7 +20,6 @@ from roadie.errors import ConfigError
 from roadie.rotation import rotate
 from roadie.testing import randomise, tiny_llama
 from roadie.testing.accuracy import assert_same_bits
-from roadie.testing.models import linear_chain
 
 BOTH = ["first", "second"]
 VARIANTS = ("road_1", "road_2", "road_4")

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.laws.bounds import assert_within
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 import roadie
 from roadie.errors import InPlaceError
 from roadie.testing import randomise
-from roadie.testing.accuracy import assert_same_bits, assert_within, unit_roundoff
+from roadie.testing.accuracy import assert_same_bits, unit_roundoff
 from roadie.tuner import RoadLayer
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from tests.kernels.cases import no_compiled_kernel
+from tests.laws.models import linear_chain
 from tests.laws.reference import dense_rotation
 from tests.laws.rotations import ROOM, apply_dense
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from roadie.errors import CheckpointError, ConfigError, MergeError, RoutingError
 from roadie.rotation import rotate
 from roadie.testing import randomise, tiny_llama
 from roadie.testing.accuracy import assert_same_bits
-from roadie.testing.models import linear_chain
 from roadie.tuner import RoadInput
 
 BOTH = ["first", "second"]

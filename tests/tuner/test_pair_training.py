@@ -8,6 +8,7 @@ import sys
 import peft
 import pytest
 import torch
+from tests.laws.models import linear_chain
 from tests.patience import HANG_S
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -17,7 +18,7 @@ from roadie.errors import ConfigError
 from roadie.share import Share
 from roadie.subspaces import trained_places
 from roadie.testing import stock_peft, tiny_llama
-from roadie.testing.models import linear_chain, randomise
+from roadie.testing.models import randomise
 
 VARIANTS = ("road_1", "road_2", "road_4")
 OPTIMISERS = {
@@ -191,7 +192,8 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import roadie
-from roadie.testing.models import linear_chain, randomise
+from roadie.testing.models import randomise
+from tests.laws.models import linear_chain
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from tests.laws.bounds import assert_within
 from tests.versions import (
     needs_exact_products_of_int8,
     needs_torchao,
@@ -29,7 +30,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import roadie
 from roadie.errors import MergeError
 from roadie.testing import randomise
-from roadie.testing.accuracy import assert_within
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:MatMul8bitLt:UserWarning")

@@ -10,13 +10,13 @@ import peft
 import pytest
 import torch
 import transformers
+from tests.laws.models import linear_chain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import roadie
 from roadie.errors import UnsupportedLayer
 from roadie.testing import randomise, tiny_llama
-from roadie.testing.models import linear_chain
 
 IDS = torch.tensor([[5, 9, 12, 3, 8, 1], [4, 4, 17, 21, 2, 6]])
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from tests.laws.models import linear_chain
 from tests.laws.reference import dense_rotation
 from torch import nn
 
@@ -13,7 +14,7 @@ from roadie import checkpoint
 from roadie.bank.live import live_adapter
 from roadie.errors import AdapterError, ConfigError
 from roadie.testing import stock_peft, tiny_llama
-from roadie.testing.models import linear_chain, randomise
+from roadie.testing.models import randomise
 from roadie.testing.rival import is_stock
 from roadie.tuner.weighted import CombinationType
 

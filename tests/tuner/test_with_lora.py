@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.gradients import collect_gradients
+from tests.laws.bounds import assert_within, wide
 from tests.laws.reference import dense_rotation
 from tests.laws.rotations import ROOM
 from tests.laws.tuner import ORDER_OF_SUMS
@@ -31,7 +32,7 @@ from roadie.bank.families import AdaptedLayer
 from roadie.bank.trainable import TrainableBank
 from roadie.errors import CheckpointError, ConfigError, MergeError, RoutingError, UnsupportedLayer
 from roadie.testing import tiny_llama
-from roadie.testing.accuracy import assert_same_bits, assert_within, smallest_step, unit_roundoff, wide
+from roadie.testing.accuracy import assert_same_bits, smallest_step, unit_roundoff
 from roadie.tuner.with_lora import WithLora, lora_of, without_lora, without_road
 from roadie.tuner.with_lora.layer import LoraLinear
 
