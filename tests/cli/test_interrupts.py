@@ -96,6 +96,7 @@ def check_that_nothing_is_kept(status, said):
     assert "Go on with" not in said
 
 
+@pytest.mark.long
 def test_before_the_first_step_nothing_is_kept(tiny_path, texts, tmp_path):
     """The model takes for ever to load, and says that it does."""
     script = (
@@ -115,15 +116,18 @@ def test_before_the_first_step_nothing_is_kept(tiny_path, texts, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("verb", ["train-many", "find-lr"])
-def test_before_the_first_step_of_other_verbs_too(roadie_cli, tiny_path, texts, tmp_path, monkeypatch, ctrl_c, verb):
+@pytest.mark.parametrize("verb", ["train", "train-many", "find-lr"])
+def test_before_the_first_step_of_any_verb_nothing_is_kept(
+    roadie_cli, tiny_path, texts, tmp_path, monkeypatch, ctrl_c, verb
+):
     jobs = tmp_path / "jobs.yaml"
     jobs.write_text(
         json.dumps({"jobs": [{"name": "a", "data": str(texts), "output": str(tmp_path / "a"), "steps": 1}]})
     )
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: ctrl_c())
-    result = roadie_cli(verb, {"train-many": jobs, "find-lr": texts}[verb], "-m", tiny_path)
+    output = ("-o", tmp_path / "a") if verb == "train" else ()
+    result = roadie_cli(verb, jobs if verb == "train-many" else texts, *output, "-m", tiny_path)
     check_that_nothing_is_kept(result.exit_code, result.stderr)
     assert sorted(tmp_path.iterdir()) == before
 

@@ -151,6 +151,29 @@ WITH_EXPERTS = (
 )
 """Those whose experts lie in parameters of three dimensions."""
 
+ALIKE = (
+    *(
+        "apertus",
+        "arcee",
+        "cohere",
+        "ernie4_5",
+        "exaone4",
+        "glm",
+        "glm4",
+        "granite",
+        "helium",
+        "hunyuan_v1_dense",
+        "mistral",
+    ),
+    *("nemotron", "olmo", "olmo2", "persimmon", "qwen2", "seed_oss", "smollm3", "starcoder2"),  # llama, olmo3, qwen3
+    *("granitemoe", "olmoe", "phimoe", "qwen2_moe"),  # mixtral, qwen3_moe
+    *("blenderbot", "m2m_100", "marian", "mbart", "pegasus"),  # bart
+    *("mt5", "umt5"),  # t5
+    *("electra", "roberta", "xlm-roberta"),  # bert
+    *("codegen", "deit", "hubert", "wavlm"),  # gptj, vit, wav2vec2
+)
+"""Those whose linear layers lie as in another family that is here."""
+
 FAMILIES: list[Family] = [
     *causal(
         "llama:Llama mistral:Mistral mixtral:Mixtral qwen2:Qwen2 qwen2_moe:Qwen2Moe qwen3:Qwen3 qwen3_moe:Qwen3Moe gemma:Gemma "

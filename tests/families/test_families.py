@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from tests.families import table
 from tests.families.checks import row_of
-from tests.families.models import FAMILIES, WITH_EXPERTS, Family
+from tests.families.models import ALIKE, FAMILIES, WITH_EXPERTS, Family
 
 from roadie.experts import experts_in
 
@@ -15,14 +17,19 @@ DOCUMENT = table.DOCUMENT.read_text()
 IS_DOCUMENTED = f"\n{transformers.__version__};" in DOCUMENT
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.kind)
+def each_of(families: Iterable[Family]) -> pytest.MarkDecorator:
+    """A test for each; those that are like another are long."""
+    marks = {True: [pytest.mark.long], False: []}
+    cases = [pytest.param(each, marks=marks[each.kind in ALIKE], id=each.kind) for each in families]
+    return pytest.mark.parametrize("family", cases)
+
+
+@each_of(FAMILIES)
 def test_a_family_works_or_is_refused_with_a_reason(family: Family) -> None:
     _check(family, with_experts=False)
 
 
-@pytest.mark.parametrize(
-    "family", [each for each in FAMILIES if each.kind in WITH_EXPERTS], ids=lambda family: family.kind
-)
+@each_of(each for each in FAMILIES if each.kind in WITH_EXPERTS)
 def test_stacked_experts_work_or_are_refused_with_a_reason(family: Family) -> None:
     _check(family, with_experts=True)
 
@@ -49,3 +56,4 @@ def test_there_are_sixty_families_and_each_once() -> None:
     kinds = [family.kind for family in FAMILIES]
     assert len(kinds) >= 60
     assert len(set(kinds)) == len(kinds)
+    assert set(ALIKE) < set(kinds)

@@ -37,7 +37,7 @@ def test_the_program_of_the_tutorial(told: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_an_adapter_learns_from_a_reward_that_is_checked(
     told: None, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

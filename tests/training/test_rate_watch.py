@@ -46,7 +46,12 @@ def recipe(rate, seed=0, steps=STEPS):
 
 @pytest.mark.parametrize(
     ("kind", "rate", "said"),
-    [("asyncio", 1e-7, TOO_LOW), ("topics", 1e-4, TOO_LOW), ("topics", 0.9, TOO_HIGH), ("asyncio", 0.9, TOO_HIGH)],
+    [
+        ("topics", 1e-4, TOO_LOW),
+        ("asyncio", 0.9, TOO_HIGH),
+        pytest.param("asyncio", 1e-7, TOO_LOW, marks=pytest.mark.long),
+        pytest.param("topics", 0.9, TOO_HIGH, marks=pytest.mark.long),
+    ],
 )
 def test_a_rate_that_is_far_off_is_told_once(kinds, kind, rate, said, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "roadie")
@@ -62,11 +67,11 @@ def test_a_rate_that_is_far_off_is_told_once(kinds, kind, rate, said, tmp_path, 
     ("kind", "rate", "seed"),
     [
         ("asyncio", 3e-3, 0),
-        ("topics", 3e-3, 1),
-        ("topics", 1e-2, 0),
-        ("asyncio", 3e-2, 1),
         ("topics", 3e-2, 2),
         ("topics", None, 3),
+        pytest.param("topics", 3e-3, 1, marks=pytest.mark.long),
+        pytest.param("topics", 1e-2, 0, marks=pytest.mark.long),
+        pytest.param("asyncio", 3e-2, 1, marks=pytest.mark.long),
     ],
 )
 def test_nothing_is_said_of_a_good_rate(kinds, kind, rate, seed, tmp_path, caplog):

@@ -403,7 +403,7 @@ def test_calls_that_must_come_come_and_are_valid(style: str, special: bool) -> N
 @needs_grammars
 def test_several_calls_may_come_and_they_are_parted() -> None:
     with real("hermes") as server:
-        found = converse(server, tools=[CLOCK], tool_choice="required", n=16, seed=1, max_tokens=400)
+        found = converse(server, tools=[CLOCK], tool_choice="required", n=8, seed=1, max_tokens=400)
         numbers = {len(choice["message"]["tool_calls"]) for choice in found["choices"]}
         assert len(numbers) > 1
         ids = [each["id"] for choice in found["choices"] for each in choice["message"]["tool_calls"]]

@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_named(some_jobs, tiny_path):
 RUN = "import sys; from roadie.training.many import train_many; train_many(sys.argv[1], resume=True)"
 
 
-@pytest.mark.parametrize("lines", [2, 9])
+@pytest.mark.parametrize("lines", [2, pytest.param(9, marks=pytest.mark.long)])
 def test_kill_9_loses_no_job_and_corrupts_no_checkpoint(lines, some_jobs, tiny_path, tmp_path):
     """Killed when job0 has logged so many steps; twice, since a resumed run can be killed as well."""
     content = {"model": str(tiny_path), "checkpoint_steps": 2, "jobs": some_jobs(3, steps=60)}
