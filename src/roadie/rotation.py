@@ -189,16 +189,12 @@ def parameter_gradients(
     cosine, sine = torch.cos(theta), torch.sin(theta)
     if variant is Variant.ROAD_4:  # direct and cross have parameters of their own
         zero = torch.zeros_like(grad_direct)
-        grad_direct, grad_cross = (
-            _interleaved(grad_direct, zero, group_size),
-            _interleaved(zero, grad_cross, group_size),
-        )
+        grad_direct = _interleaved(grad_direct, zero, group_size)
+        grad_cross = _interleaved(zero, grad_cross, group_size)
     elif variant is Variant.ROAD_1:  # what both members of a pair add to the value they share
         pairs = (*grad_direct.shape[:-1], -1, 2, group_size // 2)
-        grad_direct, grad_cross = (
-            grad_direct.view(pairs).sum(-2).flatten(-2),
-            grad_cross.view(pairs).sum(-2).flatten(-2),
-        )
+        grad_direct = grad_direct.view(pairs).sum(-2).flatten(-2)
+        grad_cross = grad_cross.view(pairs).sum(-2).flatten(-2)
     grad_alpha = torch.addcmul(grad_direct * cosine, grad_cross, sine)
     grad_angle = torch.addcmul(grad_cross * cosine, grad_direct, sine, value=-1)
     return grad_angle * alpha, grad_alpha

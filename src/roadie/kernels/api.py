@@ -148,9 +148,7 @@ def _is_looked_on() -> bool:
 
 
 def _seen(x: Tensor, chain: Chain) -> tuple[bool, bool, list[Tensor]]:
-    """Whether x and the tables are memory and nothing else, with nothing of torch looking on; whether autograd wants to know of
-    a rotation of x; and the vectors of the chain.
-    """
+    """Whether all is memory and nothing else, with nothing of torch looking on; whether autograd wants to know; the vectors."""
     is_memory, needs_gradient = type(x) in PLAIN and not _is_looked_on(), x.requires_grad
     vectors: list[Tensor] = []
     for table in chain:

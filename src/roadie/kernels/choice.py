@@ -28,9 +28,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 _asked_for: ContextVar[str | None] = ContextVar("roadie_kernel", default=None)
-asked_for = (
-    _asked_for.get
-)  # the implementation that `using` asks for here, if any; no function of Python's, which takes longer
+asked_for = _asked_for.get  # what `using` asks for here, if anything; no function of Python's, which takes longer
 
 
 @contextmanager

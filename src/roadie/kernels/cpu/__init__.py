@@ -34,12 +34,10 @@ _FAILURES = {
     4: "a group size is not even, or does not divide the number of outputs",
 }
 
-
 INTERFACE = 3  # see job.h
-ROTATE, BACKWARD = (
-    0,
-    1,
-)  # the operations of job.h; those of backward by what is made of the sums: SUMS, OF_INPUT, OF_OUTPUT
+ROTATE, BACKWARD = range(
+    2
+)  # operations of job.h; after BACKWARD by what is made of the sums: SUMS, OF_INPUT, OF_OUTPUT
 Place = tuple[int, int]
 """Address and stride between rows of what was kept: whoever asks a tensor itself for its address moves it (`address`)."""
 
@@ -130,15 +128,8 @@ def _settle(status: int, given: tuple[Any, ...]) -> None:
         _fail(status)
 
 
-def _job(
-    x: Tensor,
-    kept: Place | None,
-    z: Tensor | None,
-    chain: Turns,
-    own: Tensor | None,
-    partner: Tensor | None,
-    threads: int,
-) -> bytes:
+def _job(x: Tensor, kept: Place | None, z: Any, chain: Turns, own: Any, partner: Any, threads: int) -> bytes:
+    """z, own, partner: a tensor, or None."""
     direct, _, slots, repeat, _, _ = chain[0]
     return JOB.pack(
         x.data_ptr(),
