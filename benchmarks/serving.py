@@ -296,6 +296,8 @@ def throughput(
         num_slots=ROWS, table_dtype=table_dtype, num_blocks=256, max_batch_tokens=512, max_running=ROWS
     )
     tables = "" if table_dtype == "float32" else f", tables in {table_dtype}"
+    num_threads = torch.get_num_threads()
+    of_model = "" if folder is None else f" of {folder.name}, {num_threads} thread{'s' * (num_threads > 1)}"
     with serving(model, adapters, settings) as (clients, _):
         for name in loads["64 adapters"]:
             clients.engine.load_adapter(str(name)).result()
@@ -306,7 +308,7 @@ def throughput(
                 rates[name].append(_rate(clients, loads[name], seed=1 + len(clients.submitted_s), max_tokens=NEW))
                 print(f"{name}: {rates[name][-1]:.1f} tokens/s", flush=True)
     entry = {
-        "what": ("throughput" if folder is None else f"throughput of {folder.name}") + tables,
+        "what": "throughput" + of_model + tables,
         "case": {
             "in_flight": ROWS,
             "prompt": PROMPT,
@@ -314,6 +316,7 @@ def throughput(
             "model": "Llama 160M" if folder is None else folder.name,
             "dtype": "float32",
             "tables": table_dtype,
+            "threads": num_threads,
         },
         "tokens_a_second": {name: _spread(values) for name, values in rates.items()},
         "to_base": {name: median_ratio(values, rates["base"]) for name, values in rates.items() if name != "base"},
