@@ -87,7 +87,7 @@ AdamW without weight decay, a linear schedule with a warm-up of a tenth. Where n
 
     3e-3 * sqrt(4096 / hidden width), between 1e-3 and 1.2e-2, to two digits
 
-which is the paper's 3e-3 at the width of LLaMA-7B. In Python: `roadie.training.recipe.default_learning_rate(hidden_size)`.
+which is the paper's 3e-3 at the width of LLaMA-7B. In Python: `roadie.learning_rate.default_learning_rate(hidden_size)`.
 The rate that was used is printed and in `training.json`; a resumed run keeps its rate.
 """
 
