@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ def test_scales_have_a_rate_of_their_own(name: str, share: float) -> None:
     for shares in (METHODS["road_1"].rate_shares, METHODS[name].rate_shares):
         model = adapted(name)
         layer = model.get_base_model().get_submodule(min(paths_of(model)))
-        training.train(TASK, told, model, 1e-3, 0, shares)
+        training.train(replace(TASK, steps=1), told, model, 1e-3, 0, shares)
         moves.append((layer.road_theta["default"].abs().median(), (layer.road_alpha["default"] - 1).abs().median()))
     (angle, scale), (angle_apart, scale_apart) = moves
     torch.testing.assert_close(angle_apart, angle)  # the first step of Adam goes as far as the rate says
-    torch.testing.assert_close(scale_apart, share * scale, rtol=1e-3, atol=0)
+    eps = torch.finfo(scale.dtype).eps  # of scales near 1, from which 1 is taken; a move is a product of three numbers
+    torch.testing.assert_close(scale_apart, share * scale, rtol=4 * eps, atol=(1 + share) * eps)
 
 
 @pytest.mark.parametrize("variant", ["road_1", "road_2"])

@@ -35,9 +35,8 @@ _FAILURES = {
 }
 
 INTERFACE = 3  # see job.h
-ROTATE, BACKWARD = range(
-    2
-)  # operations of job.h; after BACKWARD by what is made of the sums: SUMS, OF_INPUT, OF_OUTPUT
+# Operations of job.h; after BACKWARD by what is made of the sums: SUMS, OF_INPUT, OF_OUTPUT.
+ROTATE, BACKWARD = range(2)
 Place = tuple[int, int]
 """Address and stride between rows of what was kept: whoever asks a tensor itself for its address moves it (`address`)."""
 
