@@ -77,6 +77,7 @@ class Model(Settings):
     """The base model: name, a hub name or a folder; head: modules that every method trains whole; targets: as PEFT's.
 
     products: of float32 weights, in bfloat16 where the device has instructions for it (torch calls that "medium"), or not.
+    attention: as transformers' `attn_implementation`; None: the model's own choice.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Model(Settings):
     kind: Literal["causal-language-model", "sequence-classification"]
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     products: Literal["float32", "bfloat16"] = "float32"
+    attention: str | None = None
     targets: str | tuple[str, ...] = "all-linear"
     head: tuple[str, ...] = ()
 

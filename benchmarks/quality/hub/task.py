@@ -80,7 +80,13 @@ def base_model(
     torch.set_float32_matmul_precision("medium" if wanted.products == "bfloat16" else "highest")
     model = _loaded(
         wanted,
-        lambda where: kind.from_pretrained(where, revision=wanted.revision, dtype=DTYPES[wanted.dtype], **more),
+        lambda where: kind.from_pretrained(
+            where,
+            revision=wanted.revision,
+            dtype=DTYPES[wanted.dtype],
+            attn_implementation=wanted.attention,
+            **more,
+        ),
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _pad_id(tokenizer)
