@@ -119,7 +119,7 @@ def from_parameters(theta: Tensor, alpha: Tensor, variant: str | Variant, group_
     """
     variant = Variant.parse(variant)
     _check_parameters(theta, alpha, variant, group_size)
-    wide = _wide(theta, alpha)
+    wide = _wide(theta.dtype, alpha.dtype)
     theta, alpha = theta.to(wide), alpha.to(wide)
     direct, cross = alpha * torch.cos(theta), alpha * torch.sin(theta)
     if variant is Variant.ROAD_2:
@@ -184,14 +184,13 @@ def parameter_gradients(
 
     In the dtype of the gradients given. For where a table is kept between steps, which autograd cannot do.
     """
-    variant = Variant.parse(variant)
     theta, alpha = theta.to(grad_direct.dtype), alpha.to(grad_direct.dtype)
     cosine, sine = torch.cos(theta), torch.sin(theta)
-    if variant is Variant.ROAD_4:  # direct and cross have parameters of their own
+    if variant == Variant.ROAD_4:  # direct and cross have parameters of their own
         zero = torch.zeros_like(grad_direct)
         grad_direct = _interleaved(grad_direct, zero, group_size)
         grad_cross = _interleaved(zero, grad_cross, group_size)
-    elif variant is Variant.ROAD_1:  # what both members of a pair add to the value they share
+    elif variant == Variant.ROAD_1:  # what both members of a pair add to the value they share
         pairs = (*grad_direct.shape[:-1], -1, 2, group_size // 2)
         grad_direct = grad_direct.view(pairs).sum(-2).flatten(-2)
         grad_cross = grad_cross.view(pairs).sum(-2).flatten(-2)
@@ -271,7 +270,7 @@ def rotate(x: Tensor, *rotations: Rotation) -> Tensor:
     """
     for rotation in rotations:
         _check_out_features(x.shape[-1], rotation)
-    wide = _wide(x, *(r.direct for r in rotations))
+    wide = _wide(x.dtype, *(r.direct.dtype for r in rotations))
     z = x.to(wide)
     for rotation in rotations:
         pairs = rotate_pairs(*_halves(z, rotation.group_size), *pair_rows(rotation, wide))
@@ -421,5 +420,5 @@ def _check_out_features(width: int, rotation: Rotation) -> None:
         )
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32

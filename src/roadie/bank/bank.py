@@ -225,12 +225,16 @@ class AdapterBank:
             raise RoutingError(
                 f"got {names!r}; wanted a sequence of one wish a row: a name, None, or a mapping of weights"
             )
-        wishes = [parse(wish) for wish in names]
+        return self.slots_of([parse(wish) for wish in names])
+
+    def slots_of(self, wishes: Sequence[str | Blend | None]) -> Tensor:
+        """As `slots`, of what has been parsed."""
         with self._lock:
-            wanted = dict.fromkeys([wish for wish in wishes if wish is not None])
+            wanted = dict.fromkeys(wishes)
             blends = [wish for wish in wanted if isinstance(wish, Blend)]
-            parts = {wish: None for wish in wanted if isinstance(wish, str)}
-            parts.update(dict.fromkeys([name for blend in blends for name in blend.names]))
+            parts = [wish for wish in wanted if isinstance(wish, str)]
+            for blend in blends:
+                parts += blend.names
             # Names before blends, and each held as soon as it is found: making a blend may let others go.
             of_wish: dict[str | Blend | None, int] = {name: self._slot_of(name) for name in parts}
             ended = self.streams.readers()
@@ -244,7 +248,7 @@ class AdapterBank:
             if blends:
                 leases.pop(0).close()  # a blend, once made, does not read its parts
             of_wish[None] = -1
-            slots = torch.tensor([of_wish[wish] for wish in wishes], dtype=torch.int64)
+            slots = torch.tensor(list(map(of_wish.__getitem__, wishes)), dtype=torch.int64)
             slots._roadie_leases = leases  # type: ignore[attr-defined]
             return slots
 
@@ -267,16 +271,11 @@ class AdapterBank:
         choice.check(self._book.num_slots)
         return self._routing.chosen(choice, self.model)
 
-    def choice(self, slots: Tensor, expansion: int, calls: Calls, device: torch.device, held: object = None) -> Choice:
-        """The rows of a call that has begun, in these slots, on the CPU; see `Choice`.
-
-        Where the last one had the same, and nothing was written since, layers know already what they do.
-        """
-        mark = self.mark(slots, expansion, calls, device)
-        return Choice(slots, expansion, device=device, held=held, calls=calls, mark=mark)
-
     def mark(self, slots: Tensor, expansion: int, calls: Calls, device: torch.device) -> Mark:
-        """That of the last rows, if they had these slots, on the CPU, and nothing was written since; else a new one."""
+        """That of the last rows, if they had these slots, on the CPU, and nothing was written since; else a new one.
+
+        slots: of a call that has begun; where they have the mark of the last ones layers know already what they do.
+        """
         kind = self.writes, expansion, device, frozenset(calls.tokens)
         before, as_before, mark = self._last
         if kind != before or slots.shape != as_before.shape or not torch.equal(slots, as_before):

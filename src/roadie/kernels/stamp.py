@@ -44,7 +44,7 @@ class Stamp:
         self._content = _copies(on_cpu) if content is None else list(content)
         self._then = list(map(_facts_of, self._tensors))
         # Kept, so that an address cannot come back as another's.
-        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self._storages = list(map(Tensor.untyped_storage, self._tensors))
         self.holds = self._compiled()
 
     @classmethod
@@ -57,7 +57,7 @@ class Stamp:
     def _compiled(self) -> Callable[[], bool]:
         """`_holds` in one call of C, where that can be."""
         make, tensors, content = loaded().callable, self._tensors, iter(self._content)
-        if make is None or not all(tensor.is_contiguous() for tensor in tensors):
+        if make is None or not all(map(Tensor.is_contiguous, tensors)):
             return self._holds
         packed = bytearray(HEAD.pack(reader(), len(tensors)))
         for tensor, (address, _, writes) in zip(tensors, self._then, strict=True):
@@ -89,8 +89,8 @@ def _facts_of(tensor: Tensor) -> tuple[int, torch.Size, int | None]:
 @torch.no_grad()
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
     """A contiguous copy of each; vectors of one dtype in one operation, however many they are."""
-    if len({tensor.dtype for tensor in tensors}) == 1 and all(tensor.dim() == 1 for tensor in tensors):
-        return list(torch.cat(tensors).split([tensor.numel() for tensor in tensors]))
+    if {*map(Tensor.dim, tensors)} == {1} and len({tensor.dtype for tensor in tensors}) == 1:
+        return list(torch.cat(tensors).split(list(map(Tensor.numel, tensors))))
     return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
 

@@ -143,7 +143,7 @@ class Calls:
         if self._has_looked:
             return False
         self._has_looked = True
-        found = _kinds_in(call, self.tokens)
+        found = _kinds_in(call._replace(model=plain(call.model)), self.tokens)
         if found is None:
             return False
         _kinds.update(found)

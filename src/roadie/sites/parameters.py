@@ -8,7 +8,9 @@ Legend: D features of a site, S slots, k adapters of one kind, n parameters of t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -35,11 +37,6 @@ class Part(NamedTuple):
     stage: int
     num_stages: int
 
-    @property
-    def size(self) -> int:
-        """n."""
-        return self.theta.numel() // self.num_stages
-
 
 Slot: TypeAlias = Sequence[Part]
 """The stages of one slot, the first applied first; none: the identity."""
@@ -58,15 +55,17 @@ class Plan:
         self._stages = [
             [_Stage.of(slots, number, blocks) for number in range(max([0, *map(len, slots)]))] for slots in sites
         ]
-        parts = [part for block in blocks for part in block]
-        self._stored = [vector for part in parts for vector in (part.theta, part.alpha)]
-        self._stages_of = [(part.stage, part.num_stages) for part in parts for _ in range(2)]
-        self._has_chains = any(part.num_stages > 1 for part in parts)
+        self._stored: list[Tensor] = []
+        self._stages_of: list[tuple[int, int]] = []
+        for part in itertools.chain.from_iterable(blocks):
+            self._stored += (part.theta, part.alpha)
+            self._stages_of += 2 * [(part.stage, part.num_stages)]
+        self._has_chains = set(self._stages_of) != {(0, 1)}
         self._kinds = _kinds(blocks)
         self._num_blocks = len(blocks)
         # Whether each table is one block as it is.
-        stages = [stage for of_site in self._stages for stage in of_site]
-        self._are_parts = len(stages) == len(blocks) and len(parts) == sum([stage.num_slots for stage in stages])
+        tables = list(itertools.chain.from_iterable(self._stages))
+        self._are_parts = list(map(len, blocks)) == [stage.num_slots for stage in tables]
 
     def chains(self) -> list[Chain | None]:
         """The tables ``[S, D]`` of the slots of each site, one for each stage; None where all are the identity.
@@ -74,24 +73,26 @@ class Plan:
         Differentiable. Each table is memory of its own, or a part of one; those of `kept` alone are ever written to again.
         """
         parameters = self._parameters()
-        return self._chains(_apply(self, *parameters) if self._wants_gradient() else self.vectors(parameters))
+        return self._chains(
+            _apply(self, *parameters) if self._wants_gradient() else self.vectors(self.wholes(parameters))
+        )
 
     def kept(self) -> tuple[list[Chain | None], list[Tensor]]:
         """As `chains`, without gradient, and the memory that all of them are: for `write_anew`."""
-        wholes = self._wholes(self._parameters())
-        chains = self._chains(self._split(wholes))
+        wholes = self.wholes(self._parameters())
+        chains = self._chains(self.vectors(wholes))
         return chains, self._memory(wholes, chains)
 
     def write_anew(self, memory: Sequence[Tensor]) -> None:
         """The values of now into the memory that `kept` gave; no operation for each site where tables are parts of it."""
-        wholes = self._wholes(self._parameters())
+        wholes = self.wholes(self._parameters())
         for into, made in zip(memory, self._memory(wholes), strict=True):
             into.copy_(made)
 
     def _memory(self, wholes: Sequence[Rotation], chains: Sequence[Chain | None] | None = None) -> list[Tensor]:
         if self._are_parts:
             return [vector for whole in wholes for vector in (whole.direct, whole.cross)]
-        chains = self._chains(self._split(wholes)) if chains is None else chains
+        chains = self._chains(self.vectors(wholes)) if chains is None else chains
         return [vector for chain in chains for vector in vectors_of(chain or ())]
 
     def _parameters(self) -> list[Tensor]:
@@ -111,33 +112,30 @@ class Plan:
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch._C._get_tracing_state() is None
             and torch.autograd.forward_ad._current_level < 0
-            and all(type(vector) in PLAIN for vector in self._stored)
-            and any(vector.requires_grad for vector in self._stored)
+            and {*map(type, self._stored)}.issubset(PLAIN)
+            and any(map(attrgetter("requires_grad"), self._stored))
         )
 
-    def vectors(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """direct and cross ``[k, D]`` of each block of k parts, in turn; differentiable, in float32 or wider."""
-        return self._split(self._wholes(parameters))
-
-    def _wholes(self, parameters: Sequence[Tensor]) -> list[Rotation]:
-        """The blocks of each kind, end to end."""
+    def wholes(self, parameters: Sequence[Tensor]) -> list[Rotation]:
+        """The blocks of each kind, end to end; differentiable, in float32 or wider."""
         return [
             from_parameters(*_end_to_end(kind.blocks, parameters), kind.variant, kind.group_size)
             for kind in self._kinds
         ]
 
-    def _split(self, wholes: Sequence[Rotation]) -> list[Tensor]:
+    def vectors(self, wholes: Sequence[Rotation]) -> list[Tensor]:
+        """direct and cross ``[k, D]`` of each block of k parts, in turn."""
         made: list[Any] = [None] * (2 * self._num_blocks)
         for kind, whole in zip(self._kinds, wholes, strict=True):
-            each, width = sum([block.size for block in kind.blocks]), whole.direct.numel()
-            sizes = [block.size * width // each for block in kind.blocks]
+            each, width = sum(kind.sizes), whole.direct.numel()
+            sizes = [size * width // each for size in kind.sizes]
             split = zip(kind.blocks, whole.direct.split(sizes), whole.cross.split(sizes), strict=True)
             for (number, parts, _), direct, cross in split:
                 made[2 * number], made[2 * number + 1] = direct.view(len(parts), -1), cross.view(len(parts), -1)
         return made
 
     def gradients(self, grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """The adjoint of `vectors`; None for the parameters of blocks of which there are no gradients."""
+        """The adjoint of `wholes` and `vectors`; None for the parameters of blocks of which there are no gradients."""
         found: list[Tensor | None] = [None] * len(parameters)
         for kind in self._kinds:
             used: list[_Block] = []
@@ -176,11 +174,12 @@ class _Block(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """Blocks that are made as one."""
+    """Blocks that are made as one. sizes: theirs."""
 
     variant: str
     group_size: int
     blocks: list[_Block]
+    sizes: list[int]
 
 
 def _kinds(blocks: Sequence[Sequence[Part]]) -> list[_Kind]:
@@ -189,8 +188,9 @@ def _kinds(blocks: Sequence[Sequence[Part]]) -> list[_Kind]:
     for number, block in enumerate(blocks):
         first, end = block[0], begin + len(block)
         key = first.variant, first.group_size, first.theta.dtype, first.alpha.dtype, first.theta.device
-        kind = found.setdefault(key, _Kind(first.variant, first.group_size, []))
-        kind.blocks.append(_Block(number, range(begin, end), sum([part.size for part in block])))
+        kind = found.setdefault(key, _Kind(first.variant, first.group_size, [], []))
+        kind.sizes.append(sum([part.theta.numel() // part.num_stages for part in block]))
+        kind.blocks.append(_Block(number, range(begin, end), kind.sizes[-1]))
         begin = end
     return list(found.values())
 
@@ -219,7 +219,7 @@ class _Vectors(torch.autograd.Function):
         ctx.plan = plan
         ctx.save_for_backward(*parameters)  # to be told where they were changed since
         ctx.set_materialize_grads(False)
-        return tuple(plan.vectors(parameters))
+        return tuple(plan.vectors(plan.wholes(parameters)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -241,16 +241,14 @@ class _Stage(NamedTuple):
     @classmethod
     def of(cls, slots: Sequence[Slot], number: int, blocks: list[list[Part]]) -> _Stage:
         """Adds what it is made of to `blocks`."""
-        parts = [slot[number] if number < len(slot) else None for slot in slots]
         kinds: dict[object, list[int]] = {}
-        for index, part in enumerate(parts):
-            if part is not None:
+        sizes: list[int | None] = [None] * len(slots)
+        for index, slot in enumerate(slots):
+            if number < len(slot):
+                part, sizes[index] = slot[number], slot[number].group_size
                 kinds.setdefault((part.variant, part.group_size, part.theta.dtype, part.alpha.dtype), []).append(index)
         begin = len(blocks)
-        blocks += [
-            [part for part in (parts[index] for index in members) if part is not None] for members in kinds.values()
-        ]
-        sizes = [None if part is None else part.group_size for part in parts]
+        blocks += [[slots[index][number] for index in members] for members in kinds.values()]
         return cls(len(slots), sizes, list(range(begin, len(blocks))), list(kinds.values()))
 
     def table(self, vectors: Sequence[Tensor], num_stages: int) -> RotationTable:

@@ -112,8 +112,9 @@ class Choice:
 
     def starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model, or the one inside, is called with these arguments now, in eager mode."""
-        self.calls.note(layout.plain(model), args, kwargs)
-        self.calls.look(model)
+        self.calls.note(model, args, kwargs)
+        if self.calls.is_compiled is not False:
+            self.calls.look(model)
         if self.is_static:  # of others the values say which mark they have
             self.mark = self._marks.setdefault(frozenset(self.calls.tokens), Mark())
 

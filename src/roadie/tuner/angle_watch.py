@@ -37,7 +37,6 @@ FIRST_LOOK, FIRST_VERDICT = 10, 20
 GROWS = 1.25
 """From the 10th update to the 20th a linear warm-up doubles the rate, and AdamW's part of it falls, where gradients are noise,
 from 0.33 to 0.26 as its first moment fills: the change grows by 1.57 to 2. At a constant rate by 0.79 to 1. This lies between."""
-MOST_SAMPLES = 3
 
 
 class AngleWatch:
@@ -84,7 +83,7 @@ class AngleWatch:
         self._forwards += 1
         if self._forwards.bit_count() == 1:  # ever more seldom: it looks at all modules
             samples = _samples(module)
-            if [id(sample) for sample in samples] != [id(sample()) for sample in self._samples]:
+            if list(map(id, samples)) != [id(sample()) for sample in self._samples]:
                 self._start(samples)
         clock = self._samples[-1]() if self._samples else None
         if clock is not None and writes_to(clock) != self._version:
@@ -100,9 +99,6 @@ class AngleWatch:
     def _count(self, clock: Tensor) -> None:
         self._version, self._is_counted = writes_to(clock), True
         self._updates += 1
-        self._look()
-
-    def _look(self) -> None:
         if self._updates == self._next - 1:
             self._before = [part.clone() for part in self._parts()]
         if self._updates < self._next:
@@ -176,9 +172,13 @@ def stop_watching(model: nn.Module) -> None:
 
 def _samples(model: nn.Module) -> list[Tensor]:
     """The angles of a few layers, from the first to the last, of adapters that are trained."""
-    books = [book for module in model.modules() if (book := module._modules.get("road_theta")) is not None]
-    found = [theta for book in books for theta in book.parameters() if theta.requires_grad and theta.numel() > 0]
-    return [found[index * (len(found) - 1) // (MOST_SAMPLES - 1)] for index in range(MOST_SAMPLES)] if found else []
+    found: list[Tensor] = []
+    for module in model.modules():
+        book = module._modules.get("road_theta")
+        for theta in () if book is None else book.parameters():
+            if theta.requires_grad and theta.numel() > 0:
+                found.append(theta)
+    return [found[0], found[(len(found) - 1) // 2], found[-1]] if found else []
 
 
 def _width(model: nn.Module) -> int | None:

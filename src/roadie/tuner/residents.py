@@ -92,8 +92,8 @@ class Residents:
         self._make_room(len({*self._seen, *stale}) + len(set(wishes)))
         if stale:
             self._keep({name: places[name] for name in stale})
-        slots = self.bank.slots([dict(wish.weights) if isinstance(wish, Blend) else wish for wish in wishes])
-        return Held(names, slots, self.bank, self.bank.writes)
+        bank = self.bank
+        return Held(names, bank.slots_of(wishes), bank, bank.writes)
 
     def _places(self, name: str) -> list[Place]:
         """Where the parameters of an adapter are."""
@@ -148,8 +148,9 @@ class Residents:
                 break
         for name in gone:
             self._forget(name)
-        if num_slots > self.bank.num_slots:
-            self.bank.grow(2 * num_slots)
+        bank = self.bank
+        if num_slots > bank.num_slots:
+            bank.grow(2 * num_slots)
 
     def _keep(self, stale: dict[str, list[Place]]) -> None:
         layers = self._layers.items()
@@ -163,8 +164,8 @@ class Residents:
             self.bank.evict(name)
 
     def _is_current(self, name: str) -> bool:
-        seen = self._seen.get(name)
-        return seen is not None and name in self.bank and seen.stamp.holds()
+        seen, bank = self._seen.get(name), self._bank
+        return seen is not None and bank is not None and name in bank and seen.stamp.holds()
 
 
 def _site(layer: Any) -> Site:

@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from roadie.bank.blends import BASE, Blend, Wish, parse
+from roadie.bank.blends import BASE, Blend, Wish, names_in, parse
 from roadie.bank.servers import announce
 from roadie.bank.static import static_slots
 from roadie.errors import RoutingError
@@ -52,12 +53,13 @@ class Parts:
 
     @classmethod
     def of(cls, model: nn.Module, additions: int) -> Parts:
-        root = "layer" if _has_rows(model) else ""
+        root = "layer" if _layers_in([model]) else ""
         modules = dict(model.named_modules(prefix=root))
-        layers = {path: each for path, each in modules.items() if _has_rows(each)}
+        those = set(_layers_in(modules.values()))
+        layers = {path: each for path, each in modules.items() if each in those}
         wholes = [each for each in modules.values() if isinstance(each, AuxiliaryTrainingWrapper)]
         # What is inside of a RoAd layer changes where adapters are added or deleted alone.
-        outside = [each for each in modules.values() if not _has_rows(each)]
+        outside = [each for each in modules.values() if each not in those]
         children = [each._modules for each in outside if each._modules or isinstance(each, _LISTS)]
         has_compiled = any("_orig_mod" in each._modules for each in modules.values())
         books = [each.__dict__ for each in modules.values() if each._modules]
@@ -74,7 +76,7 @@ class Parts:
         """Whether the model was given to torch.compile, or a module in it, or is being compiled."""
         if self._has_compiled or torch.compiler.is_compiling():
             return True
-        return any(book.get("_compiled_call_impl") is not None for book in self._books)
+        return any(map(dict.get, self._books, repeat("_compiled_call_impl")))
 
     def slots(self) -> tuple[str, ...]:
         """The names of the adapters in slot order: slot k belongs to the k-th name."""
@@ -115,8 +117,9 @@ class AdapterChoice(Choice):
         self.check(len(names))
         self.names, self._parts, self._routing, self._residents = names, parts, routing, routing.residents
         self.blends = [name for name in names if isinstance(name, Blend)]
-        each = [name.names if isinstance(name, Blend) else (name,) for name in names]
-        self.adapters = tuple(dict.fromkeys([adapter for adapters in each for adapter in adapters]))
+        self.adapters: tuple[Any, ...] = names
+        if self.blends:
+            self.adapters = tuple(dict.fromkeys([adapter for name in names for adapter in names_in(name)]))
         self._running: nn.Module | None = None
         self._held: Held | None = None
         self._served: Choice | None = None
@@ -138,9 +141,8 @@ class AdapterChoice(Choice):
             self._running, self.in_bank = model, self._from_bank()
             self.is_refused = self.in_bank is None
             if self.in_bank is None:
-                self._routing.look(model)
+                self._routing.by.set(self._routing.tables_for(model))
             else:
-                self._residents.bank.streams.before_reading()
                 self._routing.by.set(None if is_looked_on() else self.in_bank.mark)
 
     def ends(self, model: nn.Module) -> None:
@@ -158,6 +160,7 @@ class AdapterChoice(Choice):
             place = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is -1 too: the base model
             place[list(wishes)] = self._held.slots
             self._served = self._in_slots(self._held, place)
+        self._held.bank.streams.before_reading()
         return self._served
 
     def _wishes(self) -> dict[int, str | Blend]:
@@ -166,7 +169,9 @@ class AdapterChoice(Choice):
 
     def _in_slots(self, held: Held, place: Tensor) -> Choice:
         """The rows in slots of the bank; place: which each slot is there."""
-        return held.bank.choice(place[self.host], self.expansion, self.calls, self.slots.device, held.slots)
+        slots, device = place[self.host], self.slots.device
+        mark = held.bank.mark(slots, self.expansion, self.calls, device)
+        return Choice(slots, self.expansion, device=device, held=held.slots, calls=self.calls, mark=mark)
 
 
 class StaticChoice(AdapterChoice):
@@ -248,30 +253,27 @@ class RoadRouting(Routing[AdapterChoice]):
         if not torch.compiler.is_compiling():
             choice = self.here.get()
             if choice is None or choice.in_bank is None:
-                self.look(model)
-
-    def look(self, model: nn.Module) -> None:
-        """Make the tables of all layers for the call of the model that is running, or see that those of the last one hold."""
-        self.by.set(self._tables_for(model))
+                self.by.set(self.tables_for(model))
 
     def _ends(self, model: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self.by.set(None)
 
-    def _tables_for(self, model: nn.Module) -> Tables | None:
-        choice = self.here.get()
+    def tables_for(self, model: nn.Module) -> Tables | None:
+        """Those of all layers for the call of the model that is running, or those of the last one, which hold."""
+        choice, wants_graph = self.here.get(), torch.is_grad_enabled()
         names: Any = None
         if choice is not None:  # in inference the bank serves it
-            if choice.blends or not (choice.is_refused or (torch.is_grad_enabled() and choice.trains)):
+            if choice.blends or not (choice.is_refused or (wants_graph and choice.trains)):
                 return None
             names = choice.names
         kept = self._kept.current(names, self.changes)
-        if kept is not None and not (torch.is_grad_enabled() and kept.layout.is_trained()):
+        if kept is not None and not (wants_graph and kept.layout.is_trained()):
             return kept._replace() if is_looked_on() else kept  # the same, but no layer rotates as it did the last time
-        layout = self._kept.layout(lambda: list(filter(_has_rows, model.modules())), names, self.changes)
+        layout = self._kept.layout(partial(_layers_in, model.modules()), names, self.changes)
         if not layout.is_whole():
             return None
-        return layout.tables() if torch.is_grad_enabled() and layout.is_trained() else self._kept.make(layout)
+        return layout.tables(has_graph=True) if wants_graph and layout.is_trained() else self._kept.make(layout)
 
     def parts_of(self, model: nn.Module) -> Parts:
         """What of the model rows are about, looked up again where its modules are others."""
@@ -310,8 +312,8 @@ def shared_routing(model: nn.Module) -> RoadRouting:
     return RoadRouting()
 
 
-def _has_rows(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("_routing"), RoadRouting)
+def _layers_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if isinstance(module.__dict__.get("_routing"), RoadRouting)]
 
 
 def rows(model: nn.Module, slots: Tensor | Sequence[str], *, static: bool = False) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -41,48 +41,64 @@ class Made(NamedTuple):
 
     def is_trained(self) -> bool:
         """Whether a parameter is trained."""
-        return any(tensor.requires_grad for tensor in self.tensors)
+        return any(map(_requires_grad, self.tensors))
 
 
 class Layout:
     """How the tables of some layers for `names` are made, as long as the layers hold these parameters.
 
-    changes: of the layers until then (`RoadRouting.changes`).
+    key: the names, and how often the layers had been changed until then (`RoadRouting.changes`).
     """
 
     def __init__(self, layers: Sequence[Any], names: Names, changes: int = 0) -> None:
-        self.names, self.changes = names, changes
+        self.names, self.key = names, (names, changes)
         self._layers = layers
-        self._facts = [_facts_of(layer, names) for layer in layers]
-        self.sources = [source for _, sources, _ in self._facts for source in sources]
-        self.tensors = [tensor for *_, tensors in self._facts for tensor in tensors]
-        self._sizes = [size for layer in layers for size in _sizes_of(layer, names)]
+        self._others: tuple[list[Any], ...] = [], [], []  # what `Made` says beside the chain
+        self.sources: list[tuple[Store, str]] = []
+        self.tensors: list[Any] = []
+        self._sizes: list[int] = []
         self._plan: Plan | None = None
+        for layer in layers:
+            self._add(layer)
 
-    def is_for(self, names: Names, changes: int) -> bool:
-        """Whether it is for these names, and the layers have not been changed since."""
-        return self.names == names and self.changes == changes
+    def _add(self, layer: Any) -> None:
+        theta, alpha = layer._modules["road_theta"]._parameters, layer._modules["road_alpha"]._parameters
+        sources, tensors, are_road_1 = [], [], True  # without the detours of nn.Module
+        for name in layer.names_for(self.names):
+            if name in layer.stages:
+                variant = layer.variant[name]
+                are_road_1 = are_road_1 and variant == Variant.ROAD_1
+                sources += [(theta, name), (alpha, name)]
+                tensors += [theta.get(name), alpha.get(name)]
+                self._sizes += 2 * [len(layer.stages[name]) * parameter_size(variant, layer.out_features)]
+        made = layer.kept_for_backward.of(is_road_1=are_road_1), tuple(sources), tuple(tensors)
+        for of_all, of_layer in zip(self._others, made, strict=True):
+            of_all.append(of_layer)
+        self.sources += sources
+        self.tensors += tensors
 
-    def are_here(self) -> bool:
-        """Whether the parameters are those that the layers have now."""
-        return all(map(is_, [store.get(name) for store, name in self.sources], self.tensors))
+    def is_here(self) -> bool:
+        """Whether the layers have these parameters now, all of each."""
+        stores, names = zip(*self.sources, strict=True) if self.sources else ((), ())
+        is_same = all(map(is_, map(dict.get, stores, names), self.tensors))
+        return is_same and list(map(Tensor.numel, self.tensors)) == self._sizes
 
     def is_whole(self) -> bool:
         """Whether all parameters are here now, as plain memory, so that tables can be made before the layers run.
 
         Not so where each layer's are brought when it runs: sharded by FSDP or ZeRO-3, offloaded.
         """
-        if self._plan is None and not all(type(t) is nn.Parameter and t.device.type != "meta" for t in self.tensors):
-            return False
-        return [tensor.numel() for tensor in self.tensors] == self._sizes
+        if self._plan is not None:  # they were, and whoever goes on with them has looked whether they are here
+            return True
+        return {*map(type, self.tensors)} <= {nn.Parameter} and not any(map(_is_meta, self.tensors)) and self.is_here()
 
     def is_trained(self) -> bool:
         """Whether a parameter is trained."""
-        return any(tensor.requires_grad for tensor in self.tensors)
+        return any(map(_requires_grad, self.tensors))
 
     def are_all_trained(self) -> bool:
         """Whether every parameter is trained, so that no tables made of them without gradient are part of a graph."""
-        return False not in [tensor.requires_grad for tensor in self.tensors]
+        return all(map(_requires_grad, self.tensors))
 
     def plan(self) -> Plan:
         """How they are made of the parameters."""
@@ -92,31 +108,15 @@ class Layout:
 
     def made(self, chains: Sequence[Chain | None] | None = None) -> list[Made]:
         """What is in force in each layer, of the values of now; differentiable where a gradient is wanted."""
-        chains = self.plan().chains() if chains is None else chains
-        return [Made(chain, *facts) for chain, facts in zip(chains, self._facts, strict=True)]
+        return list(map(Made, self.plan().chains() if chains is None else chains, *self._others))
 
-    def tables(self) -> Tables:
-        """The same for all of them."""
-        if torch.is_grad_enabled() and self.is_trained():
-            return Tables(self, dict(zip(self._layers, self.made(), strict=True)), True)
-        chains, memory = self.plan().kept()
-        return Tables(self, dict(zip(self._layers, self.made(chains), strict=True)), False, memory)
+    def tables(self, *, has_graph: bool) -> Tables:
+        """The same for all of them; has_graph: whether a gradient is wanted."""
+        chains, memory = (None, []) if has_graph else self.plan().kept()
+        return Tables(self, dict(zip(self._layers, self.made(chains), strict=True)), has_graph, memory)
 
 
-def _facts_of(layer: Any, names: Names) -> tuple[Keep, tuple[tuple[Store, str], ...], tuple[Any, ...]]:
-    here = [name for name in layer.names_for(names) if name in layer.stages]
-    stores = [layer._modules[store]._parameters for store in ("road_theta", "road_alpha")]
-    sources = tuple((store, name) for name in here for store in stores)  # without the detours of nn.Module
-    keep = layer.kept_for_backward.of(is_road_1=all(layer.variant[name] == Variant.ROAD_1 for name in here))
-    return keep, sources, tuple(store.get(name) for store, name in sources)
-
-
-def _sizes_of(layer: Any, names: Names) -> Iterator[int]:
-    """How many elements theta and alpha of each adapter have."""
-    for name in layer.names_for(names):
-        if name in layer.stages:
-            size = len(layer.stages[name]) * parameter_size(layer.variant[name], layer.out_features)
-            yield from (size, size)
+_requires_grad, _is_meta = attrgetter("requires_grad"), attrgetter("is_meta")
 
 
 class Tables(NamedTuple):
@@ -152,18 +152,18 @@ class Kept:
     def layout(self, layers: Callable[[], Sequence[Any]], names: Names, changes: int) -> Layout:
         """That of the last time, where it is the same; layers: looked up only for a new one."""
         kept = self._layout
-        if kept is None or not (kept.is_for(names, changes) and kept.are_here() and kept.is_whole()):
+        if kept is None or kept.key != (names, changes) or not kept.is_here():
             kept = self._layout = Layout(layers(), names, changes)
         return kept
 
     def current(self, names: Names, changes: int) -> Tables | None:
         """The tables that are kept, if they hold, or can be made to."""
         tables, stamp = self._tables, self._stamp
-        if tables is None or not tables.layout.is_for(names, changes):
+        if tables is None or tables.layout.key != (names, changes):
             return None
         if stamp is not None:
             return tables if stamp.holds() else None
-        if torch.is_grad_enabled() or not (tables.layout.are_here() and tables.layout.is_whole()):
+        if torch.is_grad_enabled() or not tables.layout.is_here():
             return None
         return self.make(tables.layout)
 
@@ -177,7 +177,7 @@ class Kept:
             if tables is not None and tables.layout is layout and not is_seen and layout.are_all_trained():
                 layout.plan().write_anew(tables.memory)
             else:
-                tables = layout.tables()
+                tables = layout.tables(has_graph=False)
         is_stamped = not is_seen and all(map(can_be_stamped, layout.tensors))
         self._tables = tables if is_stamped or (not is_seen and layout.are_all_trained()) else None
         self._stamp = Stamp(layout.sources) if is_stamped else None
