@@ -17,7 +17,7 @@ from roadie.errors import AdapterError, KernelError, RoutingError
 from roadie.kernels import Chain, Implementation, RotationTable, prepare_rotation, rotate, rotate_, using
 from roadie.kernels.contract import OF_INPUT
 from roadie.kernels.cpu import CpuImplementation, table_work
-from roadie.kernels.table import row_rotations, turns_of
+from roadie.kernels.step import row_rotations, turns_of
 from roadie.rotation import Rotation
 from roadie.rotation import rotate as in_a_row
 from roadie.testing.accuracy import assert_same_bits

@@ -26,8 +26,8 @@ from roadie.errors import KernelError
 from roadie.kernels.choice import chosen
 from roadie.kernels.eager import of_kept_input, of_kept_output
 from roadie.kernels.keeping import remember_for_tracers, saved_tensors, watch
-from roadie.kernels.step import matrix, turned
-from roadie.kernels.table import RotationTable, row_rotations
+from roadie.kernels.step import matrix, row_rotations, turned
+from roadie.kernels.table import RotationTable
 
 # What is kept alive here stays registered.
 _library = Library("roadie", "DEF")

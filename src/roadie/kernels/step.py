@@ -1,7 +1,7 @@
-"""One step of autograd through a chain of rotations, on plain tensors, without torch's dispatcher on the way.
+"""One step through a chain of rotations, with autograd or without, on plain tensors: torch's dispatcher is not on the way.
 
 The dispatcher takes longer than the work: forward and backward of a layer of 4096 outputs and 8 tokens take 60 us of 160 less
-without it. What tracers and compilers see instead is `roadie.kernels.schema`.
+without it. Where anything of torch looks on, it gets what it can see instead (`roadie.kernels.traced`).
 
 Legend: x ``[..., D]``, S slots, K tables of a chain.
 """
@@ -14,11 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from roadie.kernels.choice import chosen
-from roadie.kernels.contract import OF_INPUT, OF_OUTPUT, Turns
+from roadie.kernels.choice import asked_for, chosen
+from roadie.kernels.contract import OF_INPUT, OF_OUTPUT, PreparedRotation, RowRotations, Turns
 from roadie.kernels.eager import composed, composed_gradients
-from roadie.kernels.keeping import Keep, saved_tensors, to_save
-from roadie.kernels.table import Chain, table_without_gaps, turns_of, with_vectors
+from roadie.kernels.keeping import HAVE_LAZY_COPIES, PLAIN, Keep, saved_tensors, to_save
+from roadie.kernels.table import Chain, RotationTable, table_without_gaps, with_vectors
+from roadie.kernels.traced import as_operations
 
 Gradients: TypeAlias = tuple[Tensor | None, Sequence[Tensor | None]]
 """Of x, and of direct and cross of each stage in turn."""
@@ -42,6 +43,25 @@ def matrix(x: Tensor) -> Tensor:
     if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
         return x
     return x.contiguous().view(-1, x.shape[-1])
+
+
+def turns_of(x: Tensor, chain: Chain, slots: Tensor | None) -> Turns:
+    """A chain and the slots in the form the implementations take, for x and for the gradient of what it becomes."""
+    repeat = 1
+    if slots is not None:
+        slots = slots if slots.dim() == 1 and slots.is_contiguous() else slots.contiguous().view(-1)
+        repeat = x.numel() // x.shape[-1] // slots.numel() if x.numel() else 1
+    turns = []
+    for table in chain:
+        sizes = table.group_sizes
+        of_each, of_all = (None, sizes) if isinstance(sizes, int) else (sizes.contiguous(), 0)
+        turns.append(RowRotations(table.direct.contiguous(), table.cross.contiguous(), slots, repeat, of_each, of_all))
+    return tuple(turns)
+
+
+def row_rotations(x: Tensor, table: RotationTable, slots: Tensor | None) -> RowRotations:
+    """`turns_of` a single table."""
+    return turns_of(x, (table,), slots)[0]
 
 
 class Rotated(torch.autograd.Function):
@@ -115,3 +135,64 @@ def _differentiable(
         of_vectors = [*of_table, *of_vectors]
     dtype = chain[0].direct.dtype
     return value.to(grad.dtype), [None if gradient is None else gradient.to(dtype) for gradient in of_vectors]
+
+
+_apply = super(torch.autograd.Function, Rotated).apply  # without looking for transforms, of which there are none here
+
+
+def rotate_checked(x: Tensor, chain: Chain, slots: Tensor | None, keep: Keep, into_x: bool) -> Tensor:
+    """As `rotate`, of what is known to fit together: a layer's output, and tables and slots that were made for it."""
+    is_memory, needs_gradient, vectors = seen(x, chain)
+    if not is_memory:
+        return as_operations(x, chain, slots, keep)
+    if not needs_gradient:
+        return in_place(x, chain, slots) if into_x else turned(x, turns_of(x, chain, slots))
+    if len(chain) > 1 or (keep is Keep.COPY and x.device.type not in HAVE_LAZY_COPIES):
+        keep = Keep.INPUT
+    into_x = into_x and keep is not Keep.INPUT and not x._is_view()
+    z, _ = _apply(x, slots, chain, keep, into_x, *vectors)
+    return z
+
+
+def prepare_checked(y: Tensor, chain: Chain, slots: Tensor | None) -> PreparedRotation | None:
+    """As `prepare_rotation`, of what is known to fit together; None too where `rotate_` may not be used."""
+    is_memory, needs_gradient, _ = seen(y, chain)
+    if needs_gradient or not is_memory:
+        return None
+    implementation = chosen(y.device, y.dtype, chain[0].direct.dtype)
+    return implementation.prepare(turns_of(y, chain, slots), tuple(slots.shape) if slots is not None else (), y)
+
+
+def in_place(x: Tensor, chain: Chain, slots: Tensor | None) -> Tensor:
+    """x through a chain in its own memory, without gradient; autograd sees that it was written to."""
+    turned(x, turns_of(x, chain, slots), in_place=True)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+    return x
+
+
+def seen(x: Tensor, chain: Chain) -> tuple[bool, bool, list[Tensor]]:
+    """Whether all is memory and nothing else, with nothing of torch looking on; whether autograd wants to know; the vectors."""
+    is_memory, needs_gradient = type(x) in PLAIN and not _is_looked_on(), x.requires_grad
+    vectors: list[Tensor] = []
+    for table in chain:
+        direct, cross = table.direct, table.cross
+        vectors += (direct, cross)
+        is_memory = is_memory and type(direct) in PLAIN and type(cross) in PLAIN
+        needs_gradient = needs_gradient or direct.requires_grad or cross.requires_grad
+    return is_memory, needs_gradient and torch.is_grad_enabled(), vectors
+
+
+def is_looked_on() -> bool:
+    """Whether anything of torch looks on, such as tracers, transforms and modes, or an implementation is asked for."""
+    return _is_looked_on() or asked_for() is not None
+
+
+def _is_looked_on() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from roadie.errors import AdapterError, RoutingError
 from roadie.kernels.constants import constant
-from roadie.kernels.contract import RowRotations, Turns, without_gaps
+from roadie.kernels.contract import RowRotations, without_gaps
 from roadie.rotation import Rotation, check_group_size
 
 
@@ -78,25 +78,6 @@ def with_vectors(chain: Chain, vectors: Sequence[Tensor]) -> Chain:
     """The same group sizes with other vectors, given as `vectors_of` gives them."""
     pairs = zip(chain, vectors[::2], vectors[1::2], strict=True)
     return tuple(RotationTable(direct, cross, table.group_sizes) for table, direct, cross in pairs)
-
-
-def turns_of(x: Tensor, chain: Chain, slots: Tensor | None) -> Turns:
-    """A chain and the slots in the form the implementations take, for x and for the gradient of what it becomes."""
-    repeat = 1
-    if slots is not None:
-        slots = slots if slots.dim() == 1 and slots.is_contiguous() else slots.contiguous().view(-1)
-        repeat = x.numel() // x.shape[-1] // slots.numel() if x.numel() else 1
-    turns = []
-    for table in chain:
-        sizes = table.group_sizes
-        of_each, of_all = (None, sizes) if isinstance(sizes, int) else (sizes.contiguous(), 0)
-        turns.append(RowRotations(table.direct.contiguous(), table.cross.contiguous(), slots, repeat, of_each, of_all))
-    return tuple(turns)
-
-
-def row_rotations(x: Tensor, table: RotationTable, slots: Tensor | None) -> RowRotations:
-    """`turns_of` a single table."""
-    return turns_of(x, (table,), slots)[0]
 
 
 def table_without_gaps(
