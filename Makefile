@@ -162,8 +162,8 @@ $(EVAL_VENV)/.installed: constraints-eval.txt $(VENV)/.development
 	$(EVAL_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-eval.txt "lm_eval[api]"
 	touch $@
 
-# mkdocstrings reads the sources and imports nothing, so that this environment needs no torch.
+# mkdocstrings reads the sources and imports nothing, so that this environment needs no torch; ruff formats signatures.
 $(DOCS_VENV)/.installed: constraints-docs.txt
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-docs.txt mkdocs-material mkdocstrings-python
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-docs.txt mkdocs-material mkdocstrings-python ruff
 	touch $@

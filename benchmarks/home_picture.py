@@ -1,4 +1,4 @@
-"""The picture of the documentation's first page, from the committed records: ``python -m benchmarks.home_picture``.
+"""The documentation's first picture, wide and narrow, from the committed records: ``python -m benchmarks.home_picture``.
 
 Left, measured: a decode step of a real model over the number of tenants in its batch. Right, computed: their memory.
 """
@@ -21,7 +21,11 @@ from benchmarks.rivals import PEFT_LORA, PEFT_ROAD, ROADIE
 from benchmarks.scale import SHAPES, lora_bytes, table_bytes
 
 RESULTS = machine.ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
-PICTURE = machine.ROOT / "docs" / "images" / "tenants.svg"
+IMAGES = machine.ROOT / "docs" / "images"
+PICTURES = {
+    IMAGES / "tenants.svg": 2,
+    IMAGES / "tenants-narrow.svg": 1,
+}  # panels beside each other: on a telephone, one
 COLOURS = {ROADIE: "#D55E00", PEFT_LORA: "#009E73", PEFT_ROAD: "#0072B2"}
 SHAPE = "8B"
 TENANTS = (1, 10, 100, 1_000, 10_000)
@@ -58,9 +62,9 @@ def memory() -> dict[str, list[float]]:
     return {method: [size * count / 1e9 for count in TENANTS] for method, size in sizes.items()}
 
 
-def draw(path: Path) -> None:
+def draw(path: Path, across: int = 2) -> None:
     plt.rcParams.update({"svg.hashsalt": "roadie", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, (left, right) = plt.subplots(2 // across, across, figsize=(4.5 * across, 6.8 / across))
     for method, ratios in steps().items():
         label = {ROADIE: "roadie (RoAd)"}.get(method, method)
         left.plot(list(ratios), list(ratios.values()), marker="o", color=COLOURS[method], label=label)
@@ -69,7 +73,7 @@ def draw(path: Path) -> None:
     _finish(
         left, "tenants in the batch, a row each", "decode step, times the base model's", "Measured: SmolLM2-135M, CPU"
     )
-    left.set_ylim(0.9)
+    left.set_ylim(0.9, 4.9)  # room for the legend above the lines
     for method, sizes in memory().items():
         label = {ROADIE: "roadie (RoAd, any variant)"}.get(method, "LoRA r=8")
         right.plot(TENANTS, sizes, marker="o", color=COLOURS[method], label=label)
@@ -81,15 +85,16 @@ def draw(path: Path) -> None:
     plt.close(figure)
 
 
-def _finish(panel: Any, across: str, up: str, title: str, **legend: Any) -> None:
+def _finish(panel: Any, across: str, up: str, title: str) -> None:
     panel.set_xlabel(across)
     panel.set_ylabel(up)
     panel.set_title(title, fontsize=10)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, **legend)
+    panel.legend(frameon=False, loc="upper left")
 
 
 if __name__ == "__main__":
-    draw(PICTURE)
-    print(PICTURE.relative_to(machine.ROOT))
+    for picture, panels in PICTURES.items():
+        draw(picture, panels)
+        print(picture.relative_to(machine.ROOT))

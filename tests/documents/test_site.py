@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SITE = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "docs_site.py")))
 CHECK = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "docs_check.py")))
+PARAMETERS = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "docs_parameters.py")))
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,55 @@ def test_what_is_wrong_with_a_site_is_found(
 
 def test_a_site_without_pages_is_wrong(tmp_path: Path) -> None:
     assert CHECK.main(tmp_path) == 1
+
+
+def test_what_a_docstring_says_of_parameters_is_a_list() -> None:
+    docstring = """Do it: well.
+
+before it. a, b: two
+things; None: none of them; c: a third. Raises `E` for
+a bad one. d: no parameter.
+
+Args:
+    e: a fourth,
+        that goes on.
+    f: a fifth.
+
+The end: of it."""
+    assert (
+        PARAMETERS.listed(docstring, {"a", "b", "c", "e", "f"})
+        == """Do it: well.
+
+before it.
+
+- `a`, `b`: two things; None: none of them
+- `c`: a third.
+
+Raises `E` for a bad one. d: no parameter.
+
+
+- `e`: a fourth, that goes on.
+- `f`: a fifth.
+
+The end: of it."""
+    )
+
+
+def test_all_docstrings_of_a_package_are_rewritten() -> None:
+    def member(kind: str, text: str, **rest: object) -> SimpleNamespace:
+        kinds = {f"is_{each}": each == kind for each in ("alias", "class", "function", "module")}
+        docstring = SimpleNamespace(value=f"It.\n\n{text}")
+        return SimpleNamespace(
+            **{"docstring": docstring, "members": {}, "parameters": [], "mro": list, **kinds, **rest}
+        )
+
+    one = [SimpleNamespace(name="x")]
+    method = member("function", "x: one.", parameters=one)
+    thing = member("class", "x: one. y: another. z: none.", parameters=one)
+    thing.members = {"f": method, "y": member("attribute", "x: one.")}
+    other = member("alias", "x: one.", parameters=one)
+    module = member("module", "x: one.", members={"Thing": thing, "other": other})
+    PARAMETERS.rewrite(SimpleNamespace(members={"module": module}))
+    assert method.docstring.value == "It.\n\n- `x`: one."
+    assert thing.docstring.value == "It.\n\n- `x`: one.\n- `y`: another. z: none."
+    assert {each.docstring.value for each in (other, module, thing.members["y"])} == {"It.\n\nx: one."}
