@@ -75,11 +75,11 @@ said ([real.yaml](../benchmarks/quality/real.yaml) has every setting). Loss is i
 - **openbookqa, arc-easy, boolq**: the words of the right answer are learnt after the question, and the likeliest of all
   answers counts as chosen, by the mean over its tokens without the end. In the paper's form, in which the number of the answer
   is asked for, a model of this size stays at chance. BoolQ comes without its passages, as in the paper's data.
-- **style**: chat data of our own making ([style.py](../benchmarks/quality/hub/style.py)); exact match of the whole answer.
+- **style**: chat data of our own making ([style.py](../benchmarks/quality/hub/style.py)), whose loss alone is measured.
 - **gsm8k**: the solutions, whose loss alone is measured; rows of at most 440 characters.
 
-Weights are dequantised from 4-bit files, as the names of the models say: neither is the model as it was published. Adapters are
-on all linear layers of the blocks; the layer that gives the logits is tied to the embeddings and left alone. The learning rate
+Weights are dequantised from 4-bit files, as the names of the models say: neither is the model as it was published. They are in
+bfloat16, those of the style in float32, and adapters in float32. Adapters are on all linear layers of the blocks; the layer that gives the logits is tied to the embeddings and left alone. The learning rate
 is chosen as for the other models below, by the loss on validation. Rows without ± have one seed.
 """
 

@@ -90,7 +90,7 @@ def base_model(
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _pad_id(tokenizer)
-    if wanted.products == "bfloat16" and labels is None:
+    if "bfloat16" in (wanted.products, wanted.dtype) and labels is None:
         model.get_output_embeddings().register_forward_pre_hook(_made_contiguous)
     names = [name for name, _ in model.named_parameters()]
     lacking = [part for part in wanted.head if not any(name.startswith(f"{part}.") for name in names)]
