@@ -79,8 +79,9 @@ said ([real.yaml](../benchmarks/quality/real.yaml) has every setting). Loss is i
 - **gsm8k**: the solutions, whose loss alone is measured; rows of at most 440 characters.
 
 Weights are dequantised from 4-bit files, as the names of the models say: neither is the model as it was published. They are in
-bfloat16, those of the style in float32, and adapters in float32. Adapters are on all linear layers of the blocks; the layer that gives the logits is tied to the embeddings and left alone. The learning rate
-is chosen as for the other models below, by the loss on validation. Rows without ± have one seed.
+bfloat16, those of the style in float32, and adapters in float32. Adapters are on all linear layers of the blocks; the layer
+that gives the logits is tied to the embeddings and left alone. The learning rate is chosen as for the other models below, by the
+loss on validation. Rows without ± have one seed.
 """
 
 
