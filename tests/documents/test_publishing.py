@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import roadie
+from roadie.serving import continuous_batching
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,6 +42,12 @@ def test_who_made_it_and_the_licence_are_the_same_everywhere() -> None:
     citation = yaml.safe_load(read("CITATION.cff"))
     assert PROJECT["authors"] == DATA["authors"] == citation["authors"] == [{"name": "The roadie developers"}]
     assert PROJECT["license"] == citation["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("extra", ["eval", "serve"])
+def test_no_extra_brings_a_transformers_that_the_server_refuses(extra: str) -> None:
+    major, minor = continuous_batching.NEWEST_TESTED
+    assert f"transformers<{major}.{minor + 1}" in PROJECT["optional-dependencies"][extra]
 
 
 def test_hooks_run_the_version_of_the_tests() -> None:

@@ -100,7 +100,7 @@ def check_contract(allow_unknown_version: bool = False) -> None:
     if not OLDEST_TESTED <= _first_two(version) <= NEWEST_TESTED and not allow_unknown_version:
         raise ServingError(
             f"got transformers {version}, with which the server was not tested; wanted {wanted}; install one of these, or allow "
-            "unknown versions (EngineSettings.allow_unknown_version)"
+            "unknown versions (--allow-unknown-version, EngineSettings.allow_unknown_version)"
         )
     problems = contract_problems()
     if problems:
