@@ -13,10 +13,10 @@ from typing import Any
 from benchmarks.machine import ROOT
 from benchmarks.quality import records, report
 from benchmarks.quality.hub.settings import TaskSettings, read
-from benchmarks.quality.methods import LORA, METHODS, ROAD
+from benchmarks.quality.methods import LORA, METHODS, ROAD, rate
 from benchmarks.quality.real import GRID
 from benchmarks.quality.report import COLOURS, EQUAL, Comparison, Record, Result, paragraph, spread
-from benchmarks.quality.search import next_run
+from benchmarks.quality.search import HIGHEST, LOWEST, next_run
 from benchmarks.quality.tasks import LANGUAGE
 from benchmarks.quality.tenants import BASE, SERVED_AS, TENANTS
 from benchmarks.statistics import wilson
@@ -92,6 +92,7 @@ def _of_model(model: str, tasks: Tasks, steps: Mapping[str, Any]) -> Iterator[st
         yield _losses(tasks, results, steps)
         yield _accuracies(tasks, results)
     yield from _verdicts(results, steps)
+    yield from _recipe(tasks, results)
     unfinished = {
         task: [name for name in planned(task) if name not in {one.method for one in results[task]}] for task in tasks
     }
@@ -171,6 +172,42 @@ def _verdicts(results: Mapping[str, Sequence[Result]], steps: Mapping[str, Any])
     if steps:
         compared = {task: at_equal_step(found, steps) for task, found in results.items()}
         yield paragraph(_of_steps(steps) + (" " + _counted(compared) if any(compared.values()) else ""))
+
+
+def _recipe(tasks: Tasks, results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+    """What the rule for the learning rate costs beside the best rate of the search, on validation."""
+    rows = [
+        [
+            task,
+            one.method,
+            f"{by_rule['learning_rate']:g}",
+            f"{loss:.4f}",
+            f"{one.rate:g}",
+            f"{one.validation:.4f}",
+            f"{loss - one.validation:+.4f}",
+        ]
+        for task, found in results.items()
+        for one in found
+        for by_rule in off_the_grid(tasks[task], one.method)
+        for loss in (by_rule["validation"]["loss"],)
+    ]
+    if rows:
+        words = (
+            "The default recipe: the rate that roadie's rule gives for the model's width, beside the best rate of the search, by "
+            "the loss on validation, with one seed."
+        )
+        heads = ["task", "method", "rate by the rule", "loss", "best rate", "loss", "difference"]
+        yield paragraph(words) + "\n" + markdown(heads, rows)
+
+
+def off_the_grid(found: Sequence[Record], method: str) -> list[Record]:
+    """The runs of a method, finished, at a rate that its search does not try."""
+    grid = {rate(exponent) for exponent in range(LOWEST, HIGHEST + 1)}
+    return [
+        run
+        for run in found
+        if run["method"] == method and run["learning_rate"] not in grid and run["validation"] is not None
+    ]
 
 
 def at_equal_step(results: Sequence[Result], steps: Mapping[str, Any]) -> list[Comparison]:

@@ -22,11 +22,13 @@ from benchmarks.quality.hub.sweep import Choice, sweep
 from benchmarks.quality.hub.task import prepare
 from benchmarks.quality.hub.training import pieces
 from benchmarks.quality.methods import METHODS, nearest_exponent, rate
+from benchmarks.quality.real_report import off_the_grid
 from benchmarks.quality.tasks import IGNORED, LANGUAGE, Splits, Task, next_logits
 from torch.nn import functional
 
 from roadie import embedded
 from roadie.errors import ConfigError
+from roadie.learning_rate import default_learning_rate
 
 TASKS = read(real.GRID)
 NUMBERED = {
@@ -155,6 +157,7 @@ def of_choices(**changes: Any) -> dict[str, Any]:
         "training": {"steps": 2, "batch_rows": 2},
         "evaluation": {"beaten": False},
         "methods": {"road_1": {"start": 0.011}, "lora_r1": [0.01]},
+        "recipe": ["road_1"],
         "once": {"ia3": [0.01]},
         "seeds": [0, 1],
         **changes,
@@ -171,13 +174,21 @@ def test_the_order_of_runs_and_what_is_tested(tmp_path: Path) -> None:
     sweep(config, Choice(data=tmp_path), tmp_path / "records", lambda: False)
     (path,) = (tmp_path / "records").glob("*.jsonl")
     base, *found = records.read(path)
-    searched = [one for one in found if one["method"] == "road_1" and one["seed"] == 0]
+    (by_rule,) = off_the_grid(found, "road_1")
+    assert by_rule["learning_rate"] == default_learning_rate(embedded.load_model().config.hidden_size)
+    searched = [one for one in found if one["method"] == "road_1" and one["seed"] == 0 and one is not by_rule]
     assert [one["learning_rate"] for one in searched[:2]] == [0.01, 0.0032]
     losses = [one["validation"]["loss"] for one in searched]
     assert [one["test"] is None for one in searched] == [loss > min(losses[: n + 1]) for n, loss in enumerate(losses)]
     assert None in [one["test"] for one in searched]
     order = [(one["method"], one["seed"]) for one in found]
-    assert order == [("road_1", 0)] * len(searched) + [("lora_r1", 0), ("road_1", 1), ("lora_r1", 1), ("ia3", 0)]
+    assert order == [("road_1", 0)] * len(searched) + [
+        ("lora_r1", 0),
+        ("road_1", 1),
+        ("lora_r1", 1),
+        ("road_1", 0),
+        ("ia3", 0),
+    ]
     assert base["facts"]["settings"]["model"]["name"] == embedded.model_path().name  # no folder of this machine
     assert str(tmp_path) not in path.read_text(encoding="utf-8")
 

@@ -88,6 +88,17 @@ def test_a_step_of_decoding_is_compared_with_loras_that_cost_no_more(monkeypatch
         assert words in " ".join(text_of(monkeypatch, {**everything, **kept}).split())
 
 
+def test_the_rule_for_the_rate_stands_beside_the_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, by_rule = searched("road_1", [1.0, 1.1, 1.2]), run("road_1", 0.008, 0, 1.0123, None)
+    shown = text_of(monkeypatch, recorded([*whole, by_rule]))
+    (row,) = [line for line in shown.splitlines() if "0.008" in line]
+    assert [cell.strip() for cell in row.split("|")][1:-1] == [
+        *("mawps", "road_1", "0.008", "1.0123", "0.01", "1.0000", "+0.0123")
+    ]
+    stopped = {**by_rule, "validation": None}
+    assert "0.008" not in text_of(monkeypatch, recorded([*whole, stopped]))
+
+
 def test_what_is_planned_can_be_served_or_says_that_it_cannot() -> None:
     names = {name for task in real_report.read(real_report.GRID) for name in real_report.planned(task)}
     assert names - set(tenants.SERVED_AS) == {"ia3", "dora_r1", "vera_r256", "oft_4"}

@@ -238,8 +238,8 @@ class TaskSettings(Settings):
     """One task: everything a run is told but the method, its rate and the seed.
 
     methods: learning rates to try by method, or "search" for the open-ended search of docs/quality.md, or where it begins;
-    once: methods that get the first seed alone, after the others; directions: the same, after those; published: what others
-    report, in words.
+    recipe: methods that are run at the rate of roadie's own rule too, with the first seed, after the others; once: methods that
+    get the first seed alone, after those; directions: the same, at the end; published: what others report, in words.
     """
 
     title: str
@@ -254,6 +254,7 @@ class TaskSettings(Settings):
     training: Training
     evaluation: Evaluation = Evaluation()
     methods: Mapping[str, Rates]
+    recipe: tuple[str, ...] = ()
     once: Mapping[str, Rates] = Field(default_factory=dict)
     directions: Mapping[str, Rates] = Field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -279,7 +280,7 @@ class TaskSettings(Settings):
 
     def _of_methods(self) -> Iterator[str]:
         told = {**self.methods, **self.once, **self.directions}
-        unknown = [name for name in told if name not in METHODS]
+        unknown = [name for name in (*told, *self.recipe) if name not in METHODS]
         if unknown:
             yield f"got methods {', '.join(unknown)}; wanted some of {', '.join(METHODS)}; rename or remove"
         if not self.methods or any(rates == () for rates in told.values()):

@@ -16,15 +16,16 @@ from benchmarks.machine import machine_name
 from benchmarks.quality import records
 from benchmarks.quality.hub.methods import METHODS
 from benchmarks.quality.hub.settings import SEARCH, Search, TaskSettings, read
-from benchmarks.quality.hub.task import Prepared, prepare
+from benchmarks.quality.hub.task import Prepared, prepare, width_of
 from benchmarks.quality.hub.training import run
 from benchmarks.quality.methods import Method, nearest_exponent, rate
 from benchmarks.quality.search import costs, next_listed, next_run
 from benchmarks.record import RESULTS, rounded
 from roadie.errors import ConfigError
+from roadie.learning_rate import default_learning_rate
 
 BASE = "base"
-NOT_OF_A_RUN = {"title", "published", "methods", "once", "directions", "seeds"}
+NOT_OF_A_RUN = {"title", "published", "methods", "recipe", "once", "directions", "seeds"}
 Stage = tuple[Method, Any, Sequence[int]]
 
 
@@ -55,7 +56,7 @@ def sweep(path: Path, choice: Choice, folder: Path, stop: Callable[[], bool]) ->
     _check_device(choice.device)
     facts, count = {**records.provenance(), "device": device_name(choice.device)}, 0
     logging.getLogger("roadie").setLevel(logging.ERROR)  # every row that is cut would be told of, each time it is read
-    for part in ("methods", "once", "directions"):
+    for part in ("methods", "recipe", "once", "directions"):
         for name, settings in chosen.items():
             if not stop() and getattr(settings, part):
                 prepared = prepare(name, settings, choice.data, choice.device)
@@ -92,6 +93,7 @@ def _changed(settings: TaskSettings, choice: Choice) -> TaskSettings:
     new = {
         "model": settings.model.model_copy(update=model),
         "methods": methods,
+        "recipe": tuple(name for name in settings.recipe if name in methods),
         **({"once": {}, "directions": {}} if choice.methods else {}),
         "seeds": settings.seeds[: choice.seeds],
     }
@@ -129,6 +131,10 @@ def _task(
 
 def _stages(settings: TaskSettings, part: str) -> Iterator[Stage]:
     """All searches for a rate come before the other seeds, which `methods` alone have."""
+    if part == "recipe":
+        by_rule = (default_learning_rate(width_of(settings.model)),)
+        yield from ((METHODS[name], by_rule, settings.seeds[:1]) for name in settings.recipe)
+        return
     for seeds in (settings.seeds[:1], settings.seeds) if part == "methods" else (settings.seeds[:1],):
         for name, rates in getattr(settings, part).items():
             yield METHODS[name], rates, seeds

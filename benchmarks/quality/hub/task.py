@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.quality.hub.data import read_parts
@@ -61,6 +61,12 @@ def prepare(name: str, settings: TaskSettings, root: Path, device: str) -> Prepa
 def tokenizer_of(model: Model) -> Any:
     """The tokenizer that comes with a model."""
     return _loaded(model, lambda where: AutoTokenizer.from_pretrained(where, revision=model.revision))
+
+
+def width_of(model: Model) -> int:
+    """How many elements a hidden state of the model has."""
+    config = _loaded(model, lambda where: AutoConfig.from_pretrained(where, revision=model.revision))
+    return int(config.get_text_config().hidden_size)
 
 
 def base_model(
