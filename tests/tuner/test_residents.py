@@ -142,6 +142,30 @@ def test_other_rows_are_a_lookup_and_no_new_tables() -> None:
     assert _bank(model) is bank
 
 
+def test_equal_wishes_are_looked_up_once_as_long_as_they_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, names = _model("a", "b"), ["a", "b", "__base__", "a"]
+    looked_up: list[Any] = []
+    slots_of = roadie.AdapterBank.slots_of
+
+    def noted(bank: roadie.AdapterBank, wishes: Any) -> Tensor:
+        looked_up.append(wishes)
+        return slots_of(bank, wishes)
+
+    monkeypatch.setattr(roadie.AdapterBank, "slots_of", noted)
+    first = _logits(model, adapter_names=names)
+    torch.testing.assert_close(_logits(model, adapter_names=names), first, rtol=0, atol=0)
+    assert len(looked_up) == 1
+    next(p for path, p in model.named_parameters() if "road_theta.b" in path).data.add_(1.0)
+    other = _logits(model, adapter_names=names)
+    assert len(looked_up) == 2
+    assert not torch.equal(other[1], first[1])
+    torch.testing.assert_close(other[2], first[2], rtol=0, atol=0)
+    for turn in range(20):  # slots that are held for wishes of before are given back
+        randomise(model, seed=turn, adapter="b")
+        _logits(model, adapter_names=names)
+    assert _bank(model).num_slots == 16
+
+
 def test_rows_read_the_bank_that_names_filled() -> None:
     """The paths of layers are others in the PeftModel than in the model that it holds."""
     model = _model("a", "b")

@@ -55,10 +55,12 @@ class Residents:
         self._stores: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # theta and alpha of each layer
         self._seen: dict[str, _Resident] = {}
         self._additions = 0
+        # What was wished for last, and is held for it; on CPUs alone, since on GPUs a lease knows the streams that read.
+        self._last: tuple[list[str | Blend | None], Held] | None = None
         self._lock = Lock()  # several threads may run one model
 
     def admit(
-        self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None], additions: int
+        self, model: nn.Module, layers: dict[str, Any], wishes: list[str | Blend | None], additions: int
     ) -> Held | None:
         """All that is wished for in the bank, and current.
 
@@ -70,7 +72,14 @@ class Residents:
                 self._additions = additions
                 for name in [name for name, seen in self._seen.items() if seen.num_places != len(self._places(name))]:
                     self._forget(name)
-            return self._admit(model, layers, wishes)
+            last, self._last = self._last, None
+            is_as_before = last is not None and last[0] == wishes and layers is self._given
+            if last is not None and not (is_as_before and self.are_current(last[1], additions)):
+                last = None  # which gives its slots back
+            held = self._admit(model, layers, wishes) if last is None else last[1]
+            if held is not None and not held.bank.streams.devices:
+                self._last = wishes, held
+            return held
 
     def _admit(self, model: nn.Module, layers: dict[str, Any], wishes: Sequence[str | Blend | None]) -> Held | None:
         if layers is not self._given:
@@ -116,7 +125,7 @@ class Residents:
         if self._bank is not None:
             self._bank.graphs.tell("the layers of the model are others, or elsewhere")
             self._bank.close()
-        self._bank = None
+        self._bank = self._last = None
         self._seen.clear()
 
     def _has_moved(self) -> bool:
