@@ -20,7 +20,7 @@ Legend: P parts of a layer, T tokens, D outputs of the layer on this device, D_i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,13 +45,34 @@ TableRotations = tuple[Rotations, ...]  # those of each table of a layer
 making = Settings()  # of the layers that are being made; set by `worker.RoadModelManager`
 
 
-class RotatedLayer:
+if TYPE_CHECKING:
+
+    class Held:
+        """What is held of vLLM's layers with LoRA, which stand behind `RotatedLayer`."""
+
+        base_layer: Any
+        lora_config: Any
+        punica_wrapper: Any
+        device: torch.device
+        input_size: int  # on this device, as all of them
+        output_size: int
+        tp_size: int
+
+        def set_mapping(self, punica_wrapper: Any) -> None: ...
+        def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+        def slice_lora_a(self, lora_a: Tensor) -> Tensor: ...
+
+else:
+    Held = object
+
+
+class RotatedLayer(Held):
     """What the six have in common; put before vLLM's class, whose methods of the same names it replaces."""
 
     settings = making
     input_tables: tuple[SlotTable, ...] = ()
 
-    def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Make the tables: `max_loras` slots, all of them the identity."""
         self.lora_config, self.settings, self.num_slots = lora_config, making, max_loras
         widths, stages = part_widths(self), making.stages or 1
@@ -60,27 +81,27 @@ class RotatedLayer:
         if making.input_stages:
             self.make_input_tables(making.input_stages)
 
-    def make_input_tables(self: Any, stages: int = 1) -> None:
+    def make_input_tables(self, stages: int = 1) -> None:
         """Make a table of the inputs of each part, all of them the identity."""
-        width = self.input_size  # of vLLM: the inputs on this device
+        width = self.input_size
         self.input_tables = tuple(slot_table(self.num_slots, width, self.device, stages) for _ in part_widths(self))
 
-    def set_mapping(self: Any, punica_wrapper: Any) -> None:
+    def set_mapping(self, punica_wrapper: Any) -> None:
         """Read the slots of tokens from `punica_wrapper`; what no step has written yet is the base."""
-        super().set_mapping(punica_wrapper)  # type: ignore[misc]
+        super().set_mapping(punica_wrapper)
         punica_wrapper._token_lora_indices.fill_(-1)
 
     @property
-    def tables(self: Any) -> tuple[SlotTable, ...]:
+    def tables(self) -> tuple[SlotTable, ...]:
         """All of them."""
         return (*self.input_tables, *self.slot_tables)
 
-    def reset_lora(self: Any, index: int) -> None:
+    def reset_lora(self, index: int) -> None:
         """Make slot `index` the identity."""
         for table in self.tables:
             table.clear([index])
 
-    def set_lora(self: Any, index: int, lora_a: TableRotations, lora_b: TableRotations) -> None:
+    def set_lora(self, index: int, lora_a: TableRotations, lora_b: TableRotations) -> None:
         """Put what `placed_inputs` and `placed` gave into slot `index`."""
         if any(lora_a) and not self.input_tables:
             self.make_input_tables()
@@ -91,16 +112,15 @@ class RotatedLayer:
             else:
                 table.clear([index])
 
-    def apply(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The base layer on its rotated inputs, rotated: where there are several parts, on the inputs of all of them at once."""
         if self.input_tables:
             flat = x.flatten(0, -2)
             slots = self.punica_wrapper._token_lora_indices[: flat.shape[0]]
             x = torch.cat([rotate(flat, table.current, slots).view(x.shape) for table in self.input_tables])
-        output: Tensor = super().apply(x, bias)  # type: ignore[misc]
-        return output
+        return super().apply(x, bias)
 
-    def _apply_lora_to_output(self: Any, x: Tensor, output: Tensor) -> Tensor:
+    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
         """What `apply` has the base layer give, each row by the rotation of its token's slot; x is not looked at."""
         if len(self.input_tables) > 1:
             widths = part_widths(self)
@@ -116,7 +136,7 @@ class RotatedLayer:
         ]
         return torch.cat(rotated, dim=-1).view(output.shape)
 
-    def placed(self: Any, parts: Sequence[Rotations]) -> TableRotations:
+    def placed(self, parts: Sequence[Rotations]) -> TableRotations:
         """Rotations of the outputs of the model's layers, whole ones, as this device's tables want them.
 
         Raises `AdapterError` where a size does not fit, and `ConfigError` where pairs would be torn apart, the parts
@@ -134,7 +154,7 @@ class RotatedLayer:
             return tuple(_joined([part], [width]) for part, width in zip(local, self.table_widths, strict=True))
         return (_joined(local, part_widths(self)),)
 
-    def placed_inputs(self: Any, parts: Sequence[Rotations]) -> TableRotations:
+    def placed_inputs(self, parts: Sequence[Rotations]) -> TableRotations:
         """As `placed`, of the inputs of the parts."""
         check_widths([self.base_layer.input_size] * len(part_widths(self)), parts, "inputs")
         _check_room(parts, self.settings.input_stages, "input_stages")
