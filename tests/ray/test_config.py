@@ -52,7 +52,7 @@ def test_everything_of_a_file_arrives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"replica": 2}, "unknown setting replica; wanted some of model"),
+        ({"replica": 2}, r"unknown setting replica; did you mean replicas\?; wanted some of model"),
         ({"limits": {"slots": 2}}, "unknown setting limits.slots"),
         ({"replicas": "two"}, "got replicas='two'; wanted a whole number"),
         ({"replicas": True}, "got replicas=True; wanted a whole number"),

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from roadie.errors import ConfigError
+from roadie.training.recipe import check_known
 
 
 def _take(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -50,12 +51,11 @@ def _values(content: Any, command: Any) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ConfigError(f"got {type(content).__name__}; wanted a mapping of settings, such as 'epochs: 3'")
     by_word = _by_word(command.params)
+    check_known([key for key in map(str, content) if key.replace("_", "-") not in by_word], by_word)
     kinds = typing.get_type_hints(inspect.unwrap(command.callback))
     values: dict[str, Any] = {}
     for key, value in content.items():
-        param = by_word.get(str(key).replace("_", "-"))
-        if param is None:
-            raise _unknown(str(key), list(by_word))
+        param = by_word[str(key).replace("_", "-")]
         if param.name in values:
             raise ConfigError(f"got two values of {param.name}, one as {key}; wanted one; remove the other")
         if value is not None:
@@ -72,13 +72,6 @@ def _by_word(params: Sequence[Any]) -> dict[str, Any]:
             if word not in ("config", "help"):
                 words[word.replace("_", "-")] = param
     return words
-
-
-def _unknown(key: str, known: Sequence[str]) -> ConfigError:
-    from roadie.training.settings_file import nearest
-
-    question = nearest(key.replace("_", "-"), known)
-    return ConfigError(f"got unknown setting {key}{question}; wanted some of {', '.join(known)}; remove or rename it")
 
 
 def _value(key: str, value: Any, kind: Any) -> Any:

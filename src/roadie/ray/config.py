@@ -20,10 +20,10 @@ from typing import Any, get_type_hints
 
 from roadie.errors import ConfigError
 from roadie.serving.engine import EngineSettings
-from roadie.serving.http.settings import HttpSettings
+from roadie.serving.http.settings import LOOPBACK, HttpSettings, url_at
+from roadie.training.recipe import check_known
 from roadie.training.settings_file import read_yaml
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MAPPINGS = {"autoscaling": dict, "resources": dict, "limits": EngineSettings, "http": HttpSettings}
 
 
@@ -122,9 +122,7 @@ def read(path: str | Path) -> Deployment:
 
 def url_of(deployment: Deployment) -> str:
     """Where it is reached, on the machine of a proxy."""
-    host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
-    prefix = "" if deployment.route_prefix == "/" else deployment.route_prefix
-    return f"http://{host}:{deployment.port}{prefix}"
+    return url_at(deployment.host, deployment.port) + deployment.route_prefix.rstrip("/")
 
 
 def address_of(deployment: Deployment) -> str | None:
@@ -147,9 +145,7 @@ def _named(deployment: Deployment, *, is_named: bool, folder: Path) -> Deploymen
     if not is_named:
         shown = "roadie-tiny" if model is None else (Path(model).name if Path(model).is_absolute() else model)
         http = replace(http, model_name=shown, model_aliases=(*http.model_aliases, *([model] if model else [])))
-    if not http.allowed_hosts and deployment.host in LOOPBACK:
-        http = replace(http, allowed_hosts=("localhost", "127.0.0.1", "[::1]"))
-    return replace(deployment, model=model, http=http)
+    return replace(deployment, model=model, http=http.at(deployment.host))
 
 
 def _absolute(place: str, folder: Path) -> str:
@@ -158,12 +154,7 @@ def _absolute(place: str, folder: Path) -> str:
 
 def _checked(content: Mapping[Any, Any], kind: type, where: str) -> dict[str, Any]:
     """The values of a mapping, each of the type of its field; raises `ConfigError` for unknown ones and for other types."""
-    known = [entry.name for entry in fields(kind)]
-    unknown = [f"{where}{key}" for key in content if key not in known]
-    if unknown:
-        raise ConfigError(
-            f"got unknown setting {', '.join(unknown)}; wanted some of {', '.join(known)}; remove or rename it"
-        )
+    check_known([f"{where}{key}" for key in content], [f"{where}{entry.name}" for entry in fields(kind)])
     hints = get_type_hints(kind)
     return {key: _value(f"{where}{key}", value, hints[key], _MAPPINGS.get(key)) for key, value in content.items()}
 

@@ -11,7 +11,8 @@ This module imports nothing heavy, so that the command line can show the default
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -156,12 +157,21 @@ class Recipe:
 
 
 def check_known(
-    settings: Mapping[str, Any], known: Sequence[str], *, of: str = "", advice: str = "remove or rename it"
+    settings: Iterable[object], known: Collection[str], *, of: str = "", advice: str = "remove or rename it"
 ) -> None:
     """Raise `ConfigError`, which begins with `of`, for keys that are not `known`."""
     unknown = [str(key) for key in settings if key not in known]
     if unknown:
-        raise ConfigError(f"{of}got unknown setting {', '.join(unknown)}; wanted some of {', '.join(known)}; {advice}")
+        question = nearest(unknown[0], known) if len(unknown) == 1 else ""
+        raise ConfigError(
+            f"{of}got unknown setting {', '.join(unknown)}{question}; wanted some of {', '.join(known)}; {advice}"
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question with the known name that is most like `name`, to be put into a message; "" where none is like it."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _check_choices(recipe: Recipe) -> None:

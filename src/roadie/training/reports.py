@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from roadie.errors import ConfigError
-from roadie.training.settings_file import nearest
+from roadie.training.recipe import nearest
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 

@@ -1,10 +1,8 @@
-"""YAML files of settings, read with YAML's safe loader, which makes plain values only; and names that are near to a wrong one."""
+"""YAML files of settings, read with YAML's safe loader."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +36,3 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (ConfigError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question with the known name that is most like `name`, to be put into a message; "" where none is like it."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""

@@ -82,7 +82,7 @@ def test_missing_data_fail_their_job_alone(some_jobs, tiny_path):
     [
         (
             {"lerning_rate": 1},
-            r"job 'job0': got unknown setting lerning_rate; wanted some of name, data, output.*remove",
+            r"job 'job0': got unknown setting lerning_rate; did you mean learning_rate\?; wanted some of name, .*remove",
         ),
         ({"precision": "float32"}, "unknown setting precision"),
         ({"steps": 0}, r"job 'job0': got steps=0; wanted a whole number of at least 1"),

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from roadie.serving.http.adapters import left_out_of
 from roadie.serving.http.app import make_service
 from roadie.serving.http.extensions import Extension
 from roadie.serving.http.keys import read_keys
-from roadie.serving.http.server import LOOPBACK, bind, serve
-from roadie.serving.http.settings import HttpSettings
+from roadie.serving.http.server import bind, serve
+from roadie.serving.http.settings import LOOPBACK, HttpSettings, url_at
 from roadie.serving.places import LeftOut
 from roadie.serving.registry import Registry
 
@@ -117,11 +117,11 @@ def run(
         names = _names(launch.http)
         engine = ContinuousBatchingEngine(model, tokenizer, registry, launch.engine, names, launch.training)
         extensions = extend(Ground(engine, model, tokenizer, registry, names))
-        service = make_service(engine, tokenizer, _with_hosts(launch.http, endpoint), keys, extensions)
+        service = make_service(engine, tokenizer, launch.http.at(endpoint.host), keys, extensions)
         service.start()
         _say_what_is_left_out(left_out_of(service))
         started = Started(
-            _url(endpoint.host, bound.getsockname()[1]),
+            url_at(endpoint.host, bound.getsockname()[1]),
             launch.http.model_name,
             tuple(name for name in registry.names() if name not in service.names.base),
         )
@@ -138,17 +138,6 @@ def _say_what_is_left_out(left_out: Sequence[LeftOut]) -> None:
 
 def _names(settings: HttpSettings) -> tuple[str, ...]:
     return (settings.model_name, *settings.model_aliases)
-
-
-def _with_hosts(settings: HttpSettings, endpoint: Endpoint) -> HttpSettings:
-    """On loopback other names are those of pages that try to get at this machine by way of its browser."""
-    if settings.allowed_hosts or not endpoint.is_loopback:
-        return settings
-    return replace(settings, allowed_hosts=("localhost", "127.0.0.1", "[::1]"))
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ is "(base)". No adapter can have such a name. There are two registries, so that 
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -76,11 +77,8 @@ class _ResidentAdapters(Collector):
         self._engine, self.labels = engine, labels
 
     def collect(self) -> Iterator[Any]:
-        counts: dict[str, int] = {}
-        for status in self._engine.adapters():
-            if status.state is AdapterState.RESIDENT:
-                label = self.labels.of(status.name)
-                counts[label] = counts.get(label, 0) + 1
+        there = (each.name for each in self._engine.adapters() if each.state is AdapterState.RESIDENT)
+        counts = collections.Counter(map(self.labels.of, there))
         family = GaugeMetricFamily("roadie_adapter_resident", "Whether an adapter is in a slot", labels=["adapter"])
         for label, count in sorted(counts.items()):
             family.add_metric([label], count)

@@ -18,18 +18,16 @@ from roadie.serving.http.service import Service, service_of
 from roadie.version import __version__
 
 router = APIRouter()
-_CSP = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "connect-src 'self'",
-        "img-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    )
+_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
 )
+_PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
 
 
 @router.get("/health", response_model=Health, tags=["operations"], summary="Whether the process lives")
@@ -108,31 +106,13 @@ def _figures(service: Service) -> dict[str, Any]:
     }
 
 
-def _page_file(name: str, kind: str) -> Response:
+async def page_file(request: Request) -> Response:
+    """A file of the page."""
+    name, kind = _PAGE[request.scope["route"].path]
     content = resources.files("roadie.serving.http").joinpath("page").joinpath(name).read_bytes()
     headers = {"content-type": kind, "content-security-policy": _CSP, "cache-control": "no-cache"}
     return Response(content, headers=headers)
 
 
-@router.get("/", include_in_schema=False)
-async def page() -> Response:
-    """The page."""
-    return _page_file("index.html", "text/html; charset=utf-8")
-
-
-@router.get("/page.js", include_in_schema=False)
-async def page_script() -> Response:
-    """What moves on it."""
-    return _page_file("page.js", "text/javascript; charset=utf-8")
-
-
-@router.get("/page.css", include_in_schema=False)
-async def page_style() -> Response:
-    """How it looks."""
-    return _page_file("page.css", "text/css; charset=utf-8")
-
-
-@router.get("/icon.svg", include_in_schema=False)
-async def page_icon() -> Response:
-    """A pair, and how far it is turned."""
-    return _page_file("icon.svg", "image/svg+xml")
+for path in _PAGE:
+    router.add_api_route(path, page_file, include_in_schema=False)

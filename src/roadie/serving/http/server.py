@@ -27,7 +27,6 @@ from roadie.serving.http.keys import Keys
 from roadie.serving.http.service import Service
 
 _log = logging.getLogger("roadie.serving.http")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 1024
 _WANTED_FILES = 65536
 

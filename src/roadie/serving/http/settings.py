@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from roadie.errors import ConfigError
 from roadie.serving.http.tools import STYLES
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_CHOICES = 128
 """Choices of one request, over all its prompts: no server may allow more."""
 
@@ -68,3 +69,14 @@ class HttpSettings:
         for name in (self.model_name, *self.model_aliases):
             if not name or len(name) > 1024 or not name.isprintable():
                 raise ConfigError(f"got model name {name!r}; wanted 1 to 1024 printable characters")
+
+    def at(self, host: str) -> HttpSettings:
+        """For a server at this address: on loopback other names are those of pages that try to get in by a browser here."""
+        if self.allowed_hosts or host not in LOOPBACK:
+            return self
+        return replace(self, allowed_hosts=("localhost", "127.0.0.1", "[::1]"))
+
+
+def url_at(host: str, port: int) -> str:
+    """Where such a server is found."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
