@@ -291,12 +291,12 @@ def _model(name: str) -> str:
 
 
 def pictured(everything: Tasks) -> str | None:
-    """The first model that has a finished row."""
-    return next((_model(name) for name, found in everything.items() if finished_of(name, found)), None)
+    """The first model with a task that has finished rows to compare."""
+    return next((_model(name) for name, found in everything.items() if len(finished_of(name, found)) > 1), None)
 
 
 def draw() -> None:
-    """The picture: loss over what is trained, what is kept and what a step costs, for the first model with a finished task."""
+    """The picture: loss over what is trained, what is kept and what a step costs, for the first model with rows to compare."""
     from matplotlib.figure import Figure
 
     everything = committed()
@@ -307,7 +307,7 @@ def draw() -> None:
         _task(name): done
         for name, found in everything.items()
         if _model(name) == model
-        if (done := finished_of(name, found))
+        if len(done := finished_of(name, found)) > 1
     }
     steps = steps_of(everything, model)
     figure = Figure(figsize=(10.5, 2.6 * len(results)), layout="constrained")

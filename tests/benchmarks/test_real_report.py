@@ -70,6 +70,12 @@ def test_rows_are_shown_when_search_and_seeds_are_finished(monkeypatch: pytest.M
     assert "25.0 [17.5, 34.3]" in shown
 
 
+def test_a_picture_is_shown_where_there_are_rows_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = searched("road_1", [1.0, 1.1, 1.2]), searched("lora_r1", [1.0, 1.1, 1.2])
+    assert real_report.IMAGE.name not in text_of(monkeypatch, recorded(one))
+    assert real_report.IMAGE.name in text_of(monkeypatch, recorded(one, other))
+
+
 def test_nothing_is_said_without_records(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text_of(monkeypatch, {}) == ""
     assert "Not finished" in text_of(monkeypatch, recorded(searched("road_1", [1.0])))
