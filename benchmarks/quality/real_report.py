@@ -298,6 +298,7 @@ def pictured(everything: Tasks) -> str | None:
 def draw() -> None:
     """The picture: loss over what is trained, what is kept and what a step costs, for the first model with rows to compare."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     everything = committed()
     model = pictured(everything)
@@ -313,10 +314,15 @@ def draw() -> None:
     figure = Figure(figsize=(10.5, 2.6 * len(results)), layout="constrained")
     for row, (task, found) in zip(figure.subplots(len(results), 3, squeeze=False), results.items(), strict=True):
         for axes, (label, place) in zip(row, _places(steps).items(), strict=True):
-            axes.set(xscale="log", xlabel=label, title=f"{task}, test loss" if axes is row[0] else "")
+            axes.set(xlabel=label, title=f"{task}, test loss" if axes is row[0] else "")
             axes.grid(alpha=0.3)
             for result in found:
                 _point(axes, place(result), result)
+            if axes is not row[-1]:  # a step differs by parts, the others by times
+                low, high = axes.get_xlim()
+                axes.set(xscale="log", xlim=(max(low, 1) / 2, 2 * high))
+                axes.xaxis.set_minor_formatter(NullFormatter())  # of a decade or less they would lie on each other
+            axes.margins(x=0.2)
     figure.savefig(IMAGE, dpi=100)
 
 
