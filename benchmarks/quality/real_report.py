@@ -319,10 +319,11 @@ def draw() -> None:
             for result in found:
                 _point(axes, place(result), result)
             if axes is not row[-1]:  # a step differs by parts, the others by times
-                low, high = axes.get_xlim()
-                axes.set(xscale="log", xlim=(max(low, 1) / 2, 2 * high))
+                there = [value for result in found if (value := place(result)) is not None]
+                axes.set(xscale="log", xlim=(min(there) / 2, 2 * max(there)))
                 axes.xaxis.set_minor_formatter(NullFormatter())  # of a decade or less they would lie on each other
-            axes.margins(x=0.2)
+            else:
+                axes.margins(x=0.2)
     figure.savefig(IMAGE, dpi=100)
 
 
