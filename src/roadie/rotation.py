@@ -182,7 +182,8 @@ def parameter_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The adjoint of `from_parameters`: gradients of theta and alpha ``[..., n]`` from those of direct and cross ``[..., D]``.
 
-    In the dtype of the gradients given. For where a table is kept between steps, which autograd cannot do.
+    In the dtype of the gradients given. variant: one that `from_parameters` has taken; it is not checked again. For where a
+    table is kept between steps, which autograd cannot do.
     """
     theta, alpha = theta.to(grad_direct.dtype), alpha.to(grad_direct.dtype)
     cosine, sine = torch.cos(theta), torch.sin(theta)

@@ -6,6 +6,7 @@ document cannot say one thing and the code do another.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tests.architecture.imports import imports
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "roadie"
-LONGEST_MODULE = 500
+LONGEST_MODULE, LONGEST_FUNCTION = 500, 60
 
 
 @dataclass(frozen=True)
@@ -138,3 +139,22 @@ def test_no_module_is_too_long_to_read() -> None:
     }
     assert sizes
     assert {path: lines for path, lines in sizes.items() if lines > LONGEST_MODULE} == {}
+
+
+@pytest.mark.parametrize("package", ["bank", "experts", "kernels", "sites", "tuner", "vllm"])
+def test_no_function_of_the_core_is_too_long_to_read(package: str) -> None:
+    """Triton's kernels are counted from their first statement on: each of their many parameters has a line of its own."""
+    found = {
+        f"{path.name}:{node.lineno} {node.name}": node.end_lineno
+        - (node.body[0] if is_kernel(node) else node).lineno
+        + 1
+        for path in (PACKAGE / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert found
+    assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}
+
+
+def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(each) for each in node.decorator_list)

@@ -47,7 +47,7 @@ making = Settings()  # of the layers that are being made; set by `worker.RoadMod
 
 if TYPE_CHECKING:
 
-    class Held:
+    class LayerWithLora:
         """What is held of vLLM's layers with LoRA, which stand behind `RotatedLayer`."""
 
         base_layer: Any
@@ -63,10 +63,10 @@ if TYPE_CHECKING:
         def slice_lora_a(self, lora_a: Tensor) -> Tensor: ...
 
 else:
-    Held = object
+    LayerWithLora = object
 
 
-class RotatedLayer(Held):
+class RotatedLayer(LayerWithLora):
     """What the six have in common; put before vLLM's class, whose methods of the same names it replaces."""
 
     settings = making

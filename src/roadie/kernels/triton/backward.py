@@ -13,6 +13,8 @@ nor a second kernel.
 Legend: T rows, B runs of `repeat` rows, S slots, M tasks, D out features, P pairs of a tile.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -233,20 +235,28 @@ def backward_with_sums(
 
     tensors = grad, kept, into, own_row, partner_row, direct, turns.cross, of_slot, *of_tasks
     _launches(tensors, (grad.shape, strides, num_tasks, num_slots, turns.repeat, grad_x is None, of_table), launch)
-    if partial is None:
-        return
+    if partial is not None:
+        _reduce(partial, own, partner, turns, None if tasks is None else tasks.ends, of_table)
+
+
+def _reduce(
+    partial: Tensor, own: Tensor, partner: Tensor, turns: RowRotations, ends: Tensor | None, of_table: tuple[Any, ...]
+) -> None:
+    """own and partner of partial sums ``[M, 2, D]``; ends: of each slot's tasks, where rows have slots; of_table: as launched."""
+    num_slots, num_tasks, half_width, solve = len(own), len(partial), own.shape[1] // 2, of_table[-1]
 
     def reduction() -> Launch:
-        constants = {"MIXED": tasks is not None, "TASKS": TASKS_AT_ONCE, "PAIRS": PAIRS, "SOLVE": solve}
+        constants = {"MIXED": ends is not None, "TASKS": TASKS_AT_ONCE, "PAIRS": PAIRS, "SOLVE": solve}
         return Launch(
-            (num_slots, tiles.cdiv(width // 2, PAIRS)),
-            (own.stride(0), partner.stride(0), num_tasks, width // 2),
+            (num_slots, tiles.cdiv(half_width, PAIRS)),
+            (own.stride(0), partner.stride(0), num_tasks, half_width),
             {**_halves(turns), **constants},
             {"num_warps": 4, "enable_fp_fusion": False},
         )
 
-    ends = direct if tasks is None else tasks.ends
-    reduced = partial, own, partner, direct, turns.cross, of_slot, ends
+    direct, sizes = turns.direct, turns.sizes
+    stand_ins = direct if sizes is None else sizes, direct if ends is None else ends  # which are never read
+    reduced = partial, own, partner, direct, turns.cross, *stand_ins
     _reductions(reduced, (own.shape, own.stride(0), partner.stride(0), num_tasks, of_table), reduction)
 
 
