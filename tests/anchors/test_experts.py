@@ -92,6 +92,7 @@ def test_logits_and_gradients_are_those_of_rotated_weights(kind: str, implementa
         assert relative_error(*of_all) <= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_rows_are_their_rows_one_by_one_in_training_too(kind: str, implementation: str) -> None:
@@ -168,6 +169,7 @@ def of_experts(kind: str | None, **settings: Any) -> roadie.RoadConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_rotates_the_weights_and_unmerging_gives_them_back_bit_for_bit(kind: str, dtype: torch.dtype) -> None:

@@ -50,6 +50,7 @@ def filled(kind: str, model: Any, **settings: Any) -> tuple[AdapterBank, Adapted
     return bank, adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_those_of_rotated_weights(kind: str, implementation: str) -> None:

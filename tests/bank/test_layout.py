@@ -285,6 +285,7 @@ def _in_place(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [_whole, _in_place])
 @pytest.mark.parametrize("middle", [SequenceFirst, Flat])
 def test_rows_that_are_not_in_front_are_refused_where_the_model_is_compiled(
@@ -298,6 +299,7 @@ def test_rows_that_are_not_in_front_are_refused_where_the_model_is_compiled(
             called(prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [_whole, _in_place])
 def test_as_many_tokens_as_rows_in_a_compiled_model_with_rows_in_front(compiled: Callable[[nn.Module], Any]) -> None:
     model, prompts, wishes = _adapted(tiny_llama(), ["q_proj", "down_proj"]), _prompts(4, 4), ["a", None, "b", "a"]

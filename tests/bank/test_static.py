@@ -167,6 +167,7 @@ def test_a_graph_rotates_by_what_the_slots_hold_at_each_replay(host: Host, monke
         torch.testing.assert_close(result, expected, rtol=0, atol=ORDER_OF_SUMS)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_blocks_one_after_the_other_share_what_graphs_read(host: Host) -> None:
     x, slots = _x(4), host.slots(BATCHES[0])

@@ -152,6 +152,7 @@ def test_nothing_is_recorded_or_waited_for_in_a_capture(cuda: Cuda) -> None:
     assert cuda.current.told == [*told, "reads"]
 
 
+@pytest.mark.slow
 def test_events_that_are_done_are_forgotten(cuda: Cuda) -> None:
     bank = _bank(cuda)
     bank.admit("a", _adapter(bank))

@@ -59,6 +59,7 @@ def test_every_build_gives_the_same_bits(name: str, wanted: list[tuple[torch.Ten
             assert_same_bits(value, expected, name)
 
 
+@pytest.mark.slow
 def test_an_object_without_the_callables_does_without_them(tmp_path: Path) -> None:
     """Where a linker cannot leave Python's functions to be found later, calls.c is not built."""
     store = {"a": torch.ones(3)}

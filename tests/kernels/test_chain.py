@@ -203,6 +203,7 @@ def check_backward_in_one_call(sizes, table_dtype: torch.dtype, dtype: torch.dty
             assert torch.equal(got, expected), f"gradients of x, of the tables: {wanted}"  # 0 and -0 are equal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routed", [False, True])
 def test_gradients_are_those_of_differences(routed):
     sizes = ((2, 4, 8), (8, 0, 0), (4, 2, 0))

@@ -219,6 +219,7 @@ def test_a_broken_object_leaves_the_reference(state: str, tmp_path: Path, monkey
     check_reference_takes_over("installed from source")
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.usefixtures("_fresh_choice")
 @pytest.mark.skipif(builds.COMPILER is None, reason="there is no C compiler")

@@ -64,6 +64,7 @@ def gradients(
     return torch.autograd.grad((z * weight).sum(), tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("sizes", SIZES)
@@ -150,6 +151,7 @@ def true_gradients(
     return torch.autograd.grad((z * weight).sum(), (x, direct, cross))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("sizes", SIZES)
@@ -172,6 +174,7 @@ def kept_of_size(x: Tensor, function) -> tuple[Tensor, list[int]]:
     return z, [tensor.untyped_storage().data_ptr() for tensor in saved if tensor.numel() >= x.numel()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_a_compiler_that_recomputes_copies)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("keep", KEEPS)
@@ -307,6 +310,7 @@ def test_a_second_derivative_of_the_operation_is_refused(keep: str, power: int, 
         torch.autograd.grad(sum((g**2).sum() for g in first), wanted, allow_unused=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [None, torch.tensor([-1, 2, 0]), torch.tensor([[2, 2], [-1, 1], [0, 2]])], ids=str)
 @pytest.mark.parametrize("sizes", [4, torch.tensor([2, 4, 12], dtype=torch.int32)], ids=str)
 @pytest.mark.parametrize("keep", KEEPS)

@@ -108,6 +108,7 @@ def test_what_triton_was_imported_as_decides(before: str, reason: str) -> None:
     assert out.stdout.startswith(reason), out.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "check",
@@ -125,6 +126,7 @@ def test_it_turns_as_the_reference_does_bit_for_bit(shape: str) -> None:
     cases.check_same_bits(TRITON, EAGER, cases.batch(**SHAPES[shape]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float16], ids=str)
 @needs_loops_in_the_interpreter
 def test_tables_of_half_the_bytes_turn_rows_of_float32(table_dtype: torch.dtype) -> None:
@@ -147,6 +149,7 @@ def check_both_at_once(implementation: Implementation, b: cases.Batch) -> None:
         assert bool(back.isnan().any()) == (not want_x and back.numel() > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 @pytest.mark.parametrize("shape", SHAPES)
 @needs_loops_in_the_interpreter
@@ -187,6 +190,7 @@ def test_any_shape(sizes: list[int], uniform: bool, data: st.DataObject) -> None
             check(TRITON, b)
 
 
+@pytest.mark.slow
 @needs_loops_in_the_interpreter
 def test_the_widest_layer_of_a_llama() -> None:
     b = cases.batch(2, 11008, 64)
@@ -194,6 +198,7 @@ def test_the_widest_layer_of_a_llama() -> None:
     assert_same_bits(cases.turned_back(TRITON, b)[1], b.gradient[:1] * b.kept[:1] + b.gradient[1:] * b.kept[1:], "own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [None, "mixed"])
 @needs_loops_in_the_interpreter
 def test_sums_are_as_accurate_as_the_reference(slots: str | None) -> None:
@@ -209,6 +214,7 @@ def _in_float64(b: cases.Batch) -> cases.Batch:
     return cases.Batch(b.x.double(), b.gradient.double(), b.kept.double(), turns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table_dtype", [torch.float32, None], ids=["float32 table", "narrow table"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", ["one rotation", "neighbours", "sizes"])
@@ -257,6 +263,7 @@ def test_rows_of_the_base_keep_what_is_not_finite() -> None:
     assert all(total.isfinite().all() for total in cases.turned_back(TRITON, b)[1:])
 
 
+@pytest.mark.slow
 @needs_loops_in_the_interpreter
 def test_scratch_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch that starts as NaN leaves no trace, also where most of the tasks that there could be do not exist."""
@@ -267,6 +274,7 @@ def test_scratch_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
             cases.check_backward(TRITON, cases.batch(**SHAPES[shape]))
 
 
+@pytest.mark.slow
 @needs_loops_in_the_interpreter
 def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most own and partner, a row of each for the base, and 8 / N of a float32 batch; none for one task."""
@@ -290,6 +298,7 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not taken
 
 
+@pytest.mark.slow
 @needs_loops_in_the_interpreter
 def test_sums_are_the_same_in_every_run() -> None:
     slots = (torch.arange(20) * 7 % 4 - 1).tolist()

@@ -139,6 +139,7 @@ def test_they_compile(assembly: dict[str, str]) -> None:
     assert all(assembly.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["in place", "out of place", "float32", "neighbours", "backward", "backward, neighbours"]
 )

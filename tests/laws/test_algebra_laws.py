@@ -72,6 +72,7 @@ def test_a_power_is_that_of_dense_matrices(rotation: Rotation, exponent: float) 
     algebra_laws.check_power(rotation, exponent)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     st.floats(0.2, 10),
@@ -295,6 +296,7 @@ def test_results_too_large_are_refused() -> None:
 anything = st.floats(allow_nan=True, allow_infinity=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.lists(anything, min_size=8, max_size=8), st.one_of(anything, st.integers(-9, 9)), st.floats(-2, 2))
 def test_a_result_is_finite_or_refused(values: list[float], weight: float, other: float) -> None:

@@ -56,6 +56,7 @@ def test_a_point_between_has_the_powers_it_must_have(rotations, fraction) -> Non
     geometry_laws.check_interpolation(*rotations, *fraction)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(several(3, (1e-3, 0.2)), st.integers(-8, 16).map(lambda n: n / 8))
 def test_the_way_back_and_ways_moved_along(rotations, t) -> None:

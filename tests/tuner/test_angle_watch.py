@@ -62,6 +62,7 @@ def _hooks(model: nn.Module) -> int:
     return sum(isinstance(hook, AngleWatch) for hook in hooks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e-6, 2e-5, 5e-5])
 @pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
 def test_a_rate_for_weights_is_told_once_with_the_rate_of_the_recipe(rate: float, variant: str) -> None:
@@ -151,6 +152,7 @@ def _fused(parameters: Any, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=lr, fused=True)  # writes to parameters without counting a version
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adafactor, _fused])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_any_optimiser(optimiser: Any, micro_batches: int) -> None:
@@ -191,6 +193,7 @@ def test_adapters_that_are_not_trained_cost_next_to_nothing() -> None:
     assert len(looked) <= 1 + math.log2(64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [2e-5, RECIPE])
 def test_transformers_trainer(rate: float, tmp_path: Path) -> None:
     import transformers

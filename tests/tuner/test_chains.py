@@ -146,6 +146,7 @@ def test_backward_keeps_one_tensor_of_the_batch() -> None:
     assert sizes.count(50 * 16) == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same_and_gives_the_same_gradients() -> None:
     model = randomise(adapted())
     x = x_of()

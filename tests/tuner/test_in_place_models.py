@@ -152,12 +152,14 @@ def assert_right(got: dict[str, Tensor], family: str) -> None:
         assert_within(gradient, wanted[name], bound.expand_as(gradient), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saving", SAVING)
 @every_family
 def test_gradients_are_those_of_kept_inputs(family: str, saving: str) -> None:
     assert_right(gradients(adapted(family, "auto"), family, saving), family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saving", SAVING)
 @every_family
 def test_an_output_that_was_asked_for_is_not_changed_in_silence(family: str, saving: str) -> None:

@@ -449,6 +449,7 @@ def test_a_bank_takes_a_live_adapter_with_its_inputs() -> None:
 # Compiled.
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same_and_gives_the_same_gradients() -> None:
     model = randomise(adapted())
     x = x_of()

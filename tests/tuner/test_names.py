@@ -41,6 +41,7 @@ def stock_loses(first: str, second: str, folder: Path) -> bool:
     return any(len(load_file(folder / name / checkpoint.WEIGHTS_NAME)) < 8 for name in (first, second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PARTS, "mlps", "base_model", "proj"])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_name_is_refused_just_where_peft_would_lose_tensors(name, is_first, tmp_path, portrait):

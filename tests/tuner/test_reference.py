@@ -96,6 +96,7 @@ RL = {"num_generations": 2, "max_completion_length": 4, "beta": 0.5}
 EXTRA: dict[str, dict[str, Any]] = {"DPO": {}, "KTO": {}, "GRPO": RL, "RLOO": RL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(ROWS))
 def test_the_reference_of_trl_is_the_adapter_that_is_trained_on(method: str, tmp_path: Path):
     """At the first step policy and reference agree: DPO's loss is ln 2, KTO's is 1/2, and no divergence is seen by the others."""

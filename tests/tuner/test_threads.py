@@ -90,6 +90,7 @@ def test_a_thread_that_is_started_inside_of_a_block_is_told_once_that_it_has_no_
     assert ["enter roadie.rows in this thread" in record.getMessage() for record in caplog.records] == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_nothing_is_left_of_blocks_that_end_in_the_order_they_began(is_compiled: bool) -> None:
     model = _adapted(tiny_llama(), "q_proj").train()
