@@ -87,8 +87,16 @@ AdamW without weight decay, a linear schedule with a warm-up of a tenth. Where n
 
     3e-3 * sqrt(4096 / hidden width), between 1e-3 and 1.2e-2, to two digits
 
-which is the paper's 3e-3 at the width of LLaMA-7B. In Python: `roadie.learning_rate.default_learning_rate(hidden_size)`.
-The rate that was used is printed and in `training.json`; a resumed run keeps its rate.
+which is the paper's 3e-3 at the width of LLaMA-7B. Fewer than 1,000 rows that are seen more than once, in more than 20 steps,
+would be learnt by heart at that rate. For them it is lower: times sqrt(rows / 1000), or times sqrt(20 / steps) where that is
+more; 0.63 of it for 306 rows and 50 steps of 16. In Python:
+`roadie.learning_rate.default_learning_rate(hidden_size, rows, passes, batch_size)`. The rate that was used is printed and in
+`training.json`; a resumed run keeps its rate. What the rule costs beside the best rate on a real model of width 576 is in
+[quality.md](quality.md#real-language-models), task by task.
+
+Learning by reward wants far less: on that model GRPO was best at 3.2e-4, a 25th of the rule's
+([quality.md](quality.md#learning-by-reward)). With TRL, set `learning_rate` yourself: the rule's for `SFTTrainer`, that 25th
+for `GRPOTrainer`; TRL's own defaults are for whole models.
 """
 
 
@@ -203,8 +211,9 @@ def _rest(found: Sequence[Record]) -> Iterator[str]:
         "lose less in them than in long ones. Targets were compared at the default rate, not each at its own best; fewer targets "
         "are fewer parameters too. What holds at width 4096 and above rests on the paper (3e-3 for LLaMA-7B and 13B; the rule "
         "gives 2.7e-3 at 13B's 5120). For RoBERTa (768 and 1024) the paper searched 1e-3 to 3e-3 on GLUE, below the 6.9e-3 and "
-        "6e-3 of the rule: no model between 384 and 4096 was measured here. Rates that are far off are told during the training, "
-        "from the loss; `roadie find-lr` searches one for the model and the texts at hand."
+        "6e-3 of the rule: between 384 and 4096 only SmolLM2-135M (576) was measured ([quality.md](quality.md)). "
+        "Rates that are far off are told during the training, from the loss; `roadie find-lr` searches one for the model and the "
+        "texts at hand."
     )
     yield f"{len(found)} runs, {hours:.2f} hours of processor time on a machine that others used too, at {commits}.\n"
 

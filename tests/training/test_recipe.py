@@ -38,8 +38,31 @@ def test_the_rate_follows_the_width_between_what_was_measured(width, rate):
     assert Recipe().for_width(width).peak_rate == rate
 
 
+@pytest.mark.parametrize(
+    ("rows", "passes", "batch_size", "rate"),
+    [
+        (306, 1.0, 4, 8e-3),  # nothing is seen twice
+        (306, 800 / 306, 16, 5.1e-3),  # sqrt(20 / 50), which is more than sqrt(0.306)
+        (306, 6.0, 16, 4.4e-3),  # sqrt(0.306), which is more than sqrt(20 / 115)
+        (40, 3.2, 8, 8e-3),  # 16 steps: too few to learn by heart
+        (10, 1000.0, 1, 1e-3),  # the lowest
+        (1000, 6.0, 16, 8e-3),
+        (170_000, 6.0, 16, 8e-3),
+        (None, 6.0, 16, 8e-3),
+    ],
+)
+def test_few_rows_that_are_seen_often_get_a_lower_rate(rows, passes, batch_size, rate):
+    assert default_learning_rate(576, rows, passes, batch_size) == rate
+    assert Recipe(epochs=passes, batch_size=batch_size).for_width(576, rows).peak_rate == rate
+
+
+def test_steps_that_were_asked_for_count_as_passes():
+    assert Recipe(max_steps=50, batch_size=16).for_width(576, 306).peak_rate == 5.1e-3
+    assert Recipe(max_steps=5, batch_size=16).for_width(576, 306).peak_rate == 8e-3
+
+
 def test_a_rate_that_was_asked_for_stays():
-    assert Recipe(learning_rate=0.02).for_width(4096) == Recipe(learning_rate=0.02)
+    assert Recipe(learning_rate=0.02).for_width(4096, rows=10) == Recipe(learning_rate=0.02)
 
 
 def test_a_rate_that_is_left_to_the_model_is_none_without_one():

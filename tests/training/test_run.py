@@ -210,7 +210,7 @@ def test_a_rate_by_the_models_width_is_recorded_and_kept_by_a_resumed_run(texts,
     output, unsaid = tmp_path / "adapter", replace(QUICK, learning_rate=None)
     with pytest.raises(KeyboardInterrupt):
         train(texts, output, model=str(tiny_path), recipe=unsaid, callbacks=[Stop(5)])
-    monkeypatch.setattr("roadie.training.recipe.default_learning_rate", lambda width: 0.7)  # as another version may
+    monkeypatch.setattr("roadie.training.recipe.default_learning_rate", lambda *of: 0.7)  # as another version may
     resumed = train(texts, output, model=str(tiny_path), recipe=unsaid, resume=True)
     assert resumed.resumed_from_step > 0
     assert resumed.learning_rate == 1.2e-2

@@ -60,7 +60,7 @@ def sweep(path: Path, choice: Choice, folder: Path, stop: Callable[[], bool]) ->
         for name, settings in chosen.items():
             if not stop() and getattr(settings, part):
                 prepared = prepare(name, settings, choice.data, choice.device)
-                count += _task(prepared, folder, facts, stop, _stages(settings, part))
+                count += _task(prepared, folder, facts, stop, _stages(prepared, part))
     return count
 
 
@@ -129,10 +129,13 @@ def _task(
     return count
 
 
-def _stages(settings: TaskSettings, part: str) -> Iterator[Stage]:
+def _stages(prepared: Prepared, part: str) -> Iterator[Stage]:
     """All searches for a rate come before the other seeds, which `methods` alone have."""
+    settings, task = prepared.settings, prepared.task
     if part == "recipe":
-        by_rule = (default_learning_rate(width_of(settings.model)),)
+        rows = len(task.splits.train)
+        batch = task.batch_rows * settings.training.accumulation
+        by_rule = (default_learning_rate(width_of(settings.model), rows, task.steps * batch / rows, batch),)
         yield from ((METHODS[name], by_rule, settings.seeds[:1]) for name in settings.recipe)
         return
     for seeds in (settings.seeds[:1], settings.seeds) if part == "methods" else (settings.seeds[:1],):

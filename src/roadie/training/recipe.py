@@ -46,7 +46,7 @@ class Recipe:
     stages: group sizes of the stages of a chain, such as (2, 16, 64), instead of one of `group_size`; None: one.
     input_stages: group sizes of the chain of each layer's input, one, (64,), or several; None: outputs alone.
     share: the pairs of every layer that are trained, as text for `roadie.share.Share`: "1/2", "1/2 interleaved"; None: all.
-    learning_rate: peak; None: `default_learning_rate` of the model; warmup_ratio: share of the steps; weight_decay,
+    learning_rate: peak; None: `default_learning_rate` of model and data; warmup_ratio: share of the steps; weight_decay,
         max_grad_norm: as in AdamW and Trainer.
     epochs: passes over the data, may be a fraction; max_steps: optimizer steps, replaces epochs where given.
     batch_size: examples an optimizer step; micro_batch_size: examples a forward pass (None: all of them).
@@ -126,11 +126,15 @@ class Recipe:
         settings = self.to_mapping()
         return {name: settings[name] for name in _OF_ADAPTER}
 
-    def for_width(self, hidden_size: int | None) -> Recipe:
-        """The recipe with a learning rate: its own, or else the default for models of this width."""
+    def for_width(self, hidden_size: int | None, rows: int | None = None) -> Recipe:
+        """The recipe with a learning rate: its own, or else the default for models of this width.
+
+        rows: of the data a batch is taken from; None: so many that the rate does not depend on them.
+        """
         if self.learning_rate is not None:
             return self
-        return replace(self, learning_rate=default_learning_rate(hidden_size))
+        passes = self.max_steps * self.batch_size / rows if self.max_steps and rows else self.epochs
+        return replace(self, learning_rate=default_learning_rate(hidden_size, rows, passes, self.batch_size))
 
     @property
     def peak_rate(self) -> float:

@@ -99,7 +99,7 @@ def train(
     together.each(lambda: _check_surroundings(asked, report_to, together))
     corpus = together.each(lambda: prepare_corpus(data, eval_data, source, asked))
     former = together.first(lambda: former_rate(output) if resume else None)
-    recipe = together.each(lambda: _with_rate(asked, former, source))
+    recipe = together.each(lambda: _with_rate(asked, former, source, len(corpus.rows)))
     if push_to_hub is not None:
         together.first(push_to_hub.prepare)
     adapted = together.each(lambda: adapted_model(source, recipe))
@@ -160,11 +160,11 @@ def _check_surroundings(recipe: Recipe, report_to: Sequence[str], together: Proc
     need("trl")
 
 
-def _with_rate(asked: Recipe, former: float | None, source: ModelSource) -> Recipe:
-    """The recipe with a learning rate: the one asked for, that of the run that goes on, or that of the model's width."""
+def _with_rate(asked: Recipe, former: float | None, source: ModelSource, rows: int) -> Recipe:
+    """The recipe with a learning rate: the one asked for, that of the run that goes on, or that of width and data."""
     if asked.learning_rate is None and former is not None:
         return replace(asked, learning_rate=former)
-    return asked.for_width(hidden_size(source))
+    return asked.for_width(hidden_size(source), rows)
 
 
 def _check_same_everywhere(together: Processes, settings: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ def test_a_rate_by_the_models_width_is_recorded_and_kept_by_a_resumed_run(some_j
     del jobs[1]["learning_rate"]
     with pytest.raises(KeyboardInterrupt):
         train_many(jobs, model=str(tiny_path), settings=OFTEN, observers=[Stop(5)])
-    monkeypatch.setattr("roadie.training.recipe.default_learning_rate", lambda width: 0.7)  # as another version may
+    monkeypatch.setattr("roadie.training.recipe.default_learning_rate", lambda *of: 0.7)  # as another version may
     resumed = train_many(jobs, model=str(tiny_path), settings=OFTEN, resume=True)
     assert [job.learning_rate for job in resumed.jobs] == [jobs[0]["learning_rate"], 1.2e-2]
     record = json.loads((Path(jobs[1]["output"]) / "training.json").read_text())

@@ -124,7 +124,9 @@ def train(bench: Bench, job: Job) -> Course:
         if job.validation_file is not None:
             held_out = yield from _read(bench, job, "validation_file")
         width = getattr(bench.engine.model.config.get_text_config(), "hidden_size", None)
-        plan = Plan(job.hyperparameters, len(rows), job.seed, default_learning_rate(width))
+        passes, batch_size = float(job.hyperparameters["n_epochs"]), int(job.hyperparameters["batch_size"])
+        rate = default_learning_rate(width, len(rows), passes, batch_size)
+        plan = Plan(job.hyperparameters, len(rows), job.seed, rate)
         method = _Preferences if job.method == "dpo" else _Texts
         learner = method(bench, job, plan, tenant, rows, held_out)
         yield from learner.prepare()

@@ -6,7 +6,8 @@ What is wrong with a setting raises and stops the run before it starts; data tha
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from roadie.adapter import is_input
@@ -18,7 +19,15 @@ from roadie.training.many.job import Job
 from roadie.training.many.jobs_file import Plan
 from roadie.training.many.outputs import adapter_config
 from roadie.training.many.state import PreparedJob
-from roadie.training.models import ModelSource, best_device, context_length, load_model, load_tokenizer, training_dtype
+from roadie.training.models import (
+    ModelSource,
+    best_device,
+    context_length,
+    hidden_size,
+    load_model,
+    load_tokenizer,
+    training_dtype,
+)
 from roadie.training.rows import DataError
 
 logger = logging.getLogger("roadie")
@@ -26,20 +35,37 @@ logger = logging.getLogger("roadie")
 
 @dataclass
 class Prepared:
-    """The frozen base model, the jobs that can be trained, and why the others cannot, both by name."""
+    """The plan, every job with its learning rate; the frozen base model, what can be trained and why the rest cannot, by name."""
 
+    plan: Plan
     base: Any
     jobs: dict[str, PreparedJob] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(plan: Plan, source: ModelSource) -> Prepared:
-    """Load the model and the data of every job; raises `ConfigError`, naming the job, for settings that do not fit."""
+def prepare(plan: Plan, source: ModelSource, former: Mapping[str, float]) -> Prepared:
+    """Load the model and the data of every job; raises `ConfigError`, naming the job, for settings that do not fit.
+
+    former: learning rates of the run that goes on, by job.
+    """
     data, unread = _read_data(plan, source)
+    plan = _with_rates(plan, former, hidden_size(source), data)
     base = load_model(source, training_dtype(plan.settings.precision)).requires_grad_(False).to(best_device())
     targets: dict[Any, Any] = {}
     jobs = {job.name: _prepare(job, data[job.name], base, source, targets) for job in plan.jobs if job.name in data}
-    return Prepared(base, jobs, unread)
+    return Prepared(plan, base, jobs, unread)
+
+
+def _with_rates(plan: Plan, former: Mapping[str, float], width: int | None, data: Mapping[str, JobData]) -> Plan:
+    """Every job with a learning rate: its own, that of the run that goes on, or that of the model's width and of the data."""
+
+    def rated(job: Job) -> Job:
+        recipe, rows = job.recipe, len(data[job.name].train) if job.name in data else None
+        if recipe.learning_rate is None and job.name in former:
+            return replace(job, recipe=replace(recipe, learning_rate=former[job.name]))
+        return replace(job, recipe=recipe.for_width(width, rows))
+
+    return replace(plan, jobs=tuple(map(rated, plan.jobs)))
 
 
 def _read_data(plan: Plan, source: ModelSource) -> tuple[dict[str, JobData], dict[str, str]]:

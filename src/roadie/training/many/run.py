@@ -33,8 +33,7 @@ from roadie.training.many.sharing import Sharing, Spread
 from roadie.training.many.snapshot import Snapshot, read_snapshot, write_snapshot
 from roadie.training.many.state import ActiveJob
 from roadie.training.many.work import Work, check_work, close_work, default_work, former_rates, open_work
-from roadie.training.models import ModelSource, as_source, hidden_size
-from roadie.training.recipe import Recipe
+from roadie.training.models import ModelSource, as_source
 
 
 def train_many(
@@ -64,9 +63,8 @@ def train_many(
     folder = Path(work) if work is not None else _default_work(jobs, plan)
     checked = together.first(lambda: check_work(folder, plan.jobs, overwrite=overwrite, resume=resume))
     former = together.first(lambda: former_rates(folder) if resume else {})
-    plan = _with_rates(plan, former, together.each(lambda: hidden_size(source)))
-    own = sharing.own(plan)
-    prepared = together.each(lambda: prepare(own, source))
+    prepared = together.each(lambda: prepare(sharing.own(plan), source, former))
+    own = prepared.plan
     description = sharing.described(run_settings(own, source, prepared))
     opened = together.first(lambda: open_work(checked, description))
     started = time.perf_counter()
@@ -93,17 +91,6 @@ def _source(plan: Plan, model: str | ModelSource | None) -> ModelSource:
     if asked.name is not None:
         return asked
     return replace(asked, name=plan.model, revision=asked.revision or plan.revision)
-
-
-def _with_rates(plan: Plan, former: Mapping[str, float], width: int | None) -> Plan:
-    """Every job with a learning rate: its own, that of the run that goes on, or that of the model's width."""
-
-    def rated(job: Job) -> Recipe:
-        if job.recipe.learning_rate is None and job.name in former:
-            return replace(job.recipe, learning_rate=former[job.name])
-        return job.recipe.for_width(width)
-
-    return replace(plan, jobs=tuple(replace(job, recipe=rated(job)) for job in plan.jobs))
 
 
 def _default_work(jobs: Any, plan: Plan) -> Path:
