@@ -193,8 +193,8 @@ def _recipe(tasks: Tasks, results: Mapping[str, Sequence[Result]]) -> Iterator[s
     ]
     if rows:
         words = (
-            "The default recipe: the rate that roadie's rule gives for the model's width and the data, beside the best rate of the "
-            "search, by the loss on validation, with one seed."
+            "The default recipe: the rate that roadie's rule gives for the model's width and the data, beside the best rate of "
+            "the search, by the loss on validation, with one seed."
         )
         heads = ["task", "method", "rate by the rule", "loss", "best rate", "loss", "difference"]
         yield paragraph(words) + "\n" + markdown(heads, rows)

@@ -110,7 +110,7 @@ SETTINGS: dict[str, Any] = {
         "--learning-rate",
         "--lr",
         help="At its peak.",
-        show_default="by the model's width: "
+        show_default="by the model's width, less for few rows: "
         + ", ".join(f"{default_learning_rate(width):g} at {width}" for width in (4096, 1024, 256)),
     ),
     "schedule": typer.Option(help=f"{', '.join(SCHEDULES)}."),

@@ -4,7 +4,7 @@ Liao & Monz 2024 (arXiv 2409.00119, section 4 and appendix): all linear layers, 
 schedule with a warm-up of 10 %, learning rate 3e-3 for LLaMA (about ten times a LoRA learning rate), batches of 32,
 6 epochs (commonsense), texts of at most 512 tokens, no dropout, bfloat16. Three values are not the paper's: gradients
 are clipped at 1.0 (transformers' default), bfloat16 is used only where an accelerator supports it, and the learning
-rate follows the width of the model (`default_learning_rate`), which gives the paper's at the width of LLaMA-7B.
+rate follows the width of the model and the data (`default_learning_rate`), which gives the paper's at the width of LLaMA-7B.
 
 This module imports nothing heavy, so that the command line can show the defaults in its help.
 """
@@ -204,7 +204,7 @@ def _check_numbers(recipe: Recipe) -> None:
         if not isinstance(getattr(recipe, name), bool):
             raise _refused(name, getattr(recipe, name), "True or False", f"try {name}=True")
     if recipe.learning_rate is not None:
-        advice = "the paper used 3e-3 for LLaMA; None: by the model's width"
+        advice = "the paper used 3e-3 for LLaMA; None: by the model's width and the data"
         _between("learning_rate", recipe.learning_rate, 0.0, 1.0, open_low=True, advice=advice)
     _between("weight_decay", recipe.weight_decay, 0.0, 1.0, advice="the paper used 0")
     _between("warmup_ratio", recipe.warmup_ratio, 0.0, 1.0, advice="the paper used 0.1")

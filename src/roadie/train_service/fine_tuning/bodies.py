@@ -31,7 +31,7 @@ class SupervisedHyperparameters(Body):
 
     batch_size: BatchSize | None = None
     learning_rate_multiplier: Multiplier | None = None
-    """Of the learning rate that the model's width asks for."""
+    """Of the learning rate that the model's width and the data ask for."""
     n_epochs: Epochs | None = None
 
 

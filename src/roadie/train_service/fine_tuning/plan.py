@@ -1,7 +1,7 @@
 """What a job is told: its hyperparameters, its adapter's settings, and its model's name.
 
 "auto" is roadie's recipe (`roadie.training.recipe`): its epochs, its batches, of which an epoch has eight at least, its beta, and
-the learning rate that follows the model's width, which `learning_rate_multiplier` multiplies.
+the learning rate that follows the model's width and the data, which `learning_rate_multiplier` multiplies.
 """
 
 from __future__ import annotations
