@@ -206,6 +206,13 @@ def test_an_interruption_after_the_last_step_loses_nothing(trained, texts, tiny_
     assert resumed.loss_after == trained.loss_after
 
 
+def test_few_rows_that_are_seen_often_are_trained_at_a_lower_rate(texts, tiny_path, tmp_path):
+    recipe = Recipe(max_steps=40, batch_size=2, group_size=16)
+    result = train(texts, tmp_path / "adapter", model=str(tiny_path), recipe=recipe)
+    assert result.train_examples < 80
+    assert result.learning_rate == 8.5e-3  # sqrt(20 / 40) of what the width gives
+
+
 def test_a_rate_by_the_models_width_is_recorded_and_kept_by_a_resumed_run(texts, tiny_path, tmp_path, monkeypatch):
     output, unsaid = tmp_path / "adapter", replace(QUICK, learning_rate=None)
     with pytest.raises(KeyboardInterrupt):

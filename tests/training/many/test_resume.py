@@ -107,6 +107,14 @@ def test_a_run_is_resumed_only_as_it_was(some_jobs, tiny_path):
     assert train_many(jobs, model=str(tiny_path), settings=OFTEN, overwrite=True).steps == 8
 
 
+def test_few_rows_that_are_seen_often_are_trained_at_a_lower_rate(some_jobs, tiny_path):
+    jobs = [{**job, "steps": 40, "batch_size": 2} for job in some_jobs(2)]
+    del jobs[1]["learning_rate"]
+    result = train_many(jobs, model=str(tiny_path), settings=OFTEN)
+    assert result["job0"].learning_rate == jobs[0]["learning_rate"]
+    assert result["job1"].learning_rate == 8.5e-3  # sqrt(20 / 40) of what the width gives
+
+
 def test_a_rate_by_the_models_width_is_recorded_and_kept_by_a_resumed_run(some_jobs, tiny_path, monkeypatch):
     jobs = some_jobs(2)
     del jobs[1]["learning_rate"]
